@@ -1,0 +1,444 @@
+"""The artifact store: every product is a directory of plain files, found by recipe, named by content.
+
+    objects/<kind>/<content_id>/            the bytes, shared by all recipes that yield them
+    objects/<kind>/<content_id>/INVENTORY.json   path, size and SHA-256 of each file; written last
+    recipes/<recipe_id>/<numerics>/artifact.json   the record: recipe, inputs, content id, facts, provenance
+    aliases/<name>                          a content id, for people
+    work/<recipe_id>/                       progress of unfinished builds; any retry resumes it
+
+A *recipe id* is known before anything runs: it digests kind, transform version, parameters and the content
+ids of the inputs. A *content id* is the root of what came out. Equal recipe found = nothing is computed;
+equal content from another recipe = nothing downstream changes. `numerics` is `exact`, or, for products of
+floating-point training, the digest of the numerics class, since another device may round differently.
+
+A build writes into a fresh directory, which is inventoried, synced and renamed into `objects`; the record
+follows last, so a reader never sees half an artifact, and two writers of one recipe end with one object.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from modeling import canonical
+
+INVENTORY = "INVENTORY.json"
+EXACT = "exact"
+_KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+class ReproducibilityError(RuntimeError):
+    """The same recipe in the same numerics class gave other bytes than the ones on record."""
+
+
+class DamagedArtifactError(RuntimeError):
+    """A file of a stored artifact is missing or is not what its inventory says."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Input:
+    """One input of a recipe: the artifact it is, and the id of the part that the recipe depends on."""
+
+    kind: str
+    content_id: str
+    used: str
+    """The content id, or the root of the part read (a checkpoint's parameters, a corpus's documents)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How an artifact is made, before it is made."""
+
+    kind: str
+    version: int
+    """The transform's version: raised by hand when the same inputs would give other bytes."""
+    params: Any
+    """A tagged record or plain tree: everything, defaults filled in, that can change the result."""
+    inputs: Mapping[str, Input] = dataclasses.field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """SHA-256 over kind, version, parameters and the input ids that are used."""
+        used = {name: item.used for name, item in self.inputs.items()}
+        return canonical.digest(f"recipe/{self.kind}/{self.version}", [self.params, used])
+
+
+@dataclasses.dataclass(frozen=True)
+class Built:
+    """What a builder says of the files it has written to `Workspace.output`."""
+
+    content_id: str
+    roots: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Ids of parts that a downstream recipe may depend on instead of the whole."""
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Plain JSON for people: counts, losses, sizes. Outside every identity."""
+    leaves: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Digest of each named part of the content, to say which one differs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Artifact:
+    """A published artifact: where it is, what it is, and which recipe asked for it."""
+
+    kind: str
+    content_id: str
+    recipe_id: str
+    numerics: str
+    uri: str
+    roots: Mapping[str, str]
+    facts: Mapping[str, Any]
+
+    def as_input(self, root: str | None = None) -> Input:
+        """Returns this artifact as a recipe's input, depending on all of it or on one named root."""
+        if root is not None and root not in self.roots:
+            raise ValueError(
+                f"{self.kind} {self.content_id[:12]} has no root `{root}`; it has {sorted(self.roots)}."
+            )
+        return Input(
+            self.kind, self.content_id, self.content_id if root is None else self.roots[root]
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Workspace:
+    """Two local directories of one build."""
+
+    progress: Path
+    """Survives crashes: a retry of the same recipe, from any entry route, finds what was committed here."""
+    output: Path
+    """Empty and fresh: its files become the artifact."""
+
+
+Build = Callable[[Workspace], Built]
+
+
+class ArtifactStore:
+    """Artifacts under one fsspec URL, a local directory by default."""
+
+    def __init__(self, url: str, *, scratch: Path | None = None) -> None:
+        """Opens the store at `url`, which need not exist yet.
+
+        Args:
+            scratch: where builds happen and copies are kept when `url` is remote; required there.
+        """
+        self._fs, root = fsspec.url_to_fs(url)
+        self.root = str(root).rstrip("/")
+        self.url = url
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+        if not self.is_local and scratch is None:
+            raise ValueError(
+                f"The store {url} is remote; give a local `scratch` directory for builds and copies."
+            )
+        self._scratch = Path(self.root) if self.is_local or scratch is None else scratch
+
+    def find(self, recipe: Recipe, numerics: str = EXACT) -> Artifact | None:
+        """Returns the artifact on record for `recipe` in this numerics class, if its bytes are there."""
+        path = self._record_path(recipe.id, numerics)
+        if not self._fs.exists(path):
+            return None
+        artifact = self._from_record(json.loads(self._fs.cat_file(path)))
+        return artifact if self.contains(artifact.kind, artifact.content_id) else None
+
+    def contains(self, kind: str, content_id: str) -> bool:
+        """Whether the whole object is stored."""
+        return self._fs.exists(f"{self._object_path(kind, content_id)}/{INVENTORY}")
+
+    def materialize(
+        self,
+        recipe: Recipe,
+        build: Build,
+        *,
+        numerics: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> tuple[Artifact, bool]:
+        """Returns the artifact of `recipe` and whether it had to be built.
+
+        Processes of one machine that want the same recipe wait for each other; elsewhere they race, and
+        all end with the object that was published first.
+        """
+        numerics_id = numerics_digest(numerics)
+        if (found := self.find(recipe, numerics_id)) is not None:
+            return found, False
+        with self._exclusive(recipe):
+            if (found := self.find(recipe, numerics_id)) is not None:
+                return found, False
+            progress = self._work_path(recipe.id) / "progress"
+            output = self._work_path(recipe.id) / f"attempt-{uuid.uuid4().hex[:12]}"
+            progress.mkdir(parents=True, exist_ok=True)
+            output.mkdir()
+            built = build(Workspace(progress, output))
+            artifact = self.publish(recipe, output, built, numerics=numerics, provenance=provenance)
+            shutil.rmtree(self._work_path(recipe.id))
+            return artifact, True
+
+    def publish(
+        self,
+        recipe: Recipe,
+        output: Path,
+        built: Built,
+        *,
+        numerics: Mapping[str, Any] | None = None,
+        provenance: Mapping[str, Any] | None = None,
+    ) -> Artifact:
+        """Moves the files of `output` into the store and puts `built` on record.
+
+        Raises:
+            ReproducibilityError: this recipe and numerics class are on record with other content.
+        """
+        numerics_id = numerics_digest(numerics)
+        record_path = self._record_path(recipe.id, numerics_id)
+        record = {
+            "kind": recipe.kind,
+            "content_id": built.content_id,
+            "recipe_id": recipe.id,
+            "recipe": {
+                "version": recipe.version,
+                "params": canonical.plain(recipe.params),
+                "inputs": {name: dataclasses.asdict(item) for name, item in recipe.inputs.items()},
+            },
+            "numerics": {"id": numerics_id, "class": dict(numerics or {})},
+            "roots": dict(built.roots),
+            "leaves": dict(built.leaves),
+            "facts": dict(built.facts),
+            "provenance": dict(provenance or {}),
+        }
+        if self._fs.exists(record_path):
+            _refuse_other_content(json.loads(self._fs.cat_file(record_path)), record)
+        self._store_object(recipe.kind, built.content_id, output)
+        self._write_last(record_path, record)
+        return self._from_record(record)
+
+    def local(self, kind: str, content_id: str) -> Path:
+        """Returns a local directory with the object's files, copying and checking them if need be.
+
+        Raises:
+            DamagedArtifactError: the object, or one of its files, is not (wholly) there.
+        """
+        source = self._object_path(kind, content_id)
+        if not self.contains(kind, content_id):
+            raise DamagedArtifactError(
+                f"{source}: no such object. Rebuild it by materializing its asset again."
+            )
+        if self.is_local:
+            return Path(source)
+        target = self._scratch / "objects" / kind / content_id
+        if not (target / INVENTORY).exists():
+            attempt = target.with_name(f"{content_id}.{uuid.uuid4().hex[:12]}")
+            self._fs.get(source, str(attempt), recursive=True)
+            verify_files(attempt)
+            with contextlib.suppress(OSError):
+                attempt.rename(target)
+        return target
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """Yields every record, in the order of recipe ids."""
+        for path in sorted(self._fs.glob(f"{self.root}/recipes/*/*/artifact.json")):
+            yield json.loads(self._fs.cat_file(path))
+
+    def record(self, recipe_id: str, numerics: str = EXACT) -> dict[str, Any]:
+        """Returns the record of one recipe, provenance included."""
+        return json.loads(self._fs.cat_file(self._record_path(recipe_id, numerics)))
+
+    def set_alias(self, name: str, content_id: str) -> None:
+        """Points the name `name`, for people, at a content id."""
+        _require(_ALIAS, name, "alias")
+        _require(_DIGEST, content_id, "content id")
+        self._write_last(f"{self.root}/aliases/{name}", {"content_id": content_id})
+
+    def resolve(self, reference: str) -> str:
+        """Returns the content id meant by an alias, a content id, or a unique prefix (>= 6) of one."""
+        if _ALIAS.fullmatch(reference) and self._fs.exists(f"{self.root}/aliases/{reference}"):
+            return json.loads(self._fs.cat_file(f"{self.root}/aliases/{reference}"))["content_id"]
+        known = sorted({record["content_id"] for record in self.records()})
+        matches = [
+            known_id for known_id in known if len(reference) >= 6 and known_id.startswith(reference)
+        ]
+        if len(matches) != 1:
+            found = "no artifact" if not matches else f"{len(matches)} artifacts"
+            raise ValueError(
+                f"`{reference}` names {found} in {self.url}; give an alias or more of a content id."
+            )
+        return matches[0]
+
+    def _object_path(self, kind: str, content_id: str) -> str:
+        _require(_KIND, kind, "artifact kind")
+        _require(_DIGEST, content_id, "content id")
+        return f"{self.root}/objects/{kind}/{content_id}"
+
+    def _record_path(self, recipe_id: str, numerics: str) -> str:
+        _require(_DIGEST, recipe_id, "recipe id")
+        if numerics != EXACT:
+            _require(_DIGEST, numerics, "numerics id")
+        return f"{self.root}/recipes/{recipe_id}/{numerics}/artifact.json"
+
+    def _work_path(self, recipe_id: str) -> Path:
+        return self._scratch / "work" / recipe_id
+
+    @contextlib.contextmanager
+    def _exclusive(self, recipe: Recipe) -> Iterator[None]:
+        """Holds the recipe's lock; the kernel drops it when the holder dies, however it dies."""
+        lock = self._work_path(recipe.id).with_suffix(".lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+
+    def _from_record(self, record: Mapping[str, Any]) -> Artifact:
+        kind, content_id = record["kind"], record["content_id"]
+        uri = self._fs.unstrip_protocol(self._object_path(kind, content_id))
+        return Artifact(
+            kind,
+            content_id,
+            record["recipe_id"],
+            record["numerics"]["id"],
+            uri,
+            record["roots"],
+            record["facts"],
+        )
+
+    def _store_object(self, kind: str, content_id: str, output: Path) -> None:
+        """Makes `output` the object, unless another build has stored the same content before."""
+        target = self._object_path(kind, content_id)
+        inventory = [
+            {
+                "path": path.relative_to(output).as_posix(),
+                "size": path.stat().st_size,
+                "sha256": file_sha256(path),
+            }
+            for path in sorted(output.rglob("*"))
+            if path.is_file()
+        ]
+        write_durably(
+            output / INVENTORY, {"kind": kind, "content_id": content_id, "files": inventory}
+        )
+        if self.contains(kind, content_id):
+            shutil.rmtree(output)
+        elif self.is_local:
+            _sync_tree(output)
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            try:
+                output.rename(target)
+            except OSError:
+                if not self.contains(kind, content_id):
+                    raise
+                shutil.rmtree(output)
+            _sync_directory(Path(target).parent)
+        else:
+            for name in [*(entry["path"] for entry in inventory), INVENTORY]:
+                self._fs.makedirs(f"{target}/{name}".rsplit("/", 1)[0], exist_ok=True)
+                self._fs.put_file(str(output / name), f"{target}/{name}")
+            shutil.rmtree(output)
+
+    def _write_last(self, path: str, value: Mapping[str, Any]) -> None:
+        if self.is_local:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_durably(Path(path), value)
+        else:
+            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            self._fs.pipe_file(path, _json_bytes(value))
+
+
+def numerics_digest(numerics: Mapping[str, Any] | None) -> str:
+    """Returns the id of a numerics class; `exact` for products that no rounding can change."""
+    return EXACT if numerics is None else canonical.digest("numerics/1", dict(numerics))
+
+
+def file_sha256(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def verify_files(directory: Path) -> None:
+    """Checks every byte of a stored object against its inventory.
+
+    Raises:
+        DamagedArtifactError: names each file that is missing, changed, or not in the inventory.
+    """
+    inventory = json.loads((directory / INVENTORY).read_text())
+    faults = []
+    for entry in inventory["files"]:
+        path = directory / entry["path"]
+        if not path.is_file():
+            faults.append(f"{entry['path']} is missing")
+        elif path.stat().st_size != entry["size"]:
+            faults.append(f"{entry['path']} has {path.stat().st_size} bytes, not {entry['size']}")
+        elif file_sha256(path) != entry["sha256"]:
+            faults.append(f"{entry['path']} has other bytes than were published")
+    known = {entry["path"] for entry in inventory["files"]} | {INVENTORY}
+    extra = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
+    faults += [f"{name} was not published" for name in extra if name not in known]
+    if faults:
+        raise DamagedArtifactError(
+            f"{directory}: " + "; ".join(faults) + ". Remove it and materialize it again."
+        )
+
+
+def write_durably(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes `value` as JSON so that a crash leaves the old file or the whole new one, on disk."""
+    attempt = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    with attempt.open("wb") as handle:
+        handle.write(_json_bytes(value))
+        handle.flush()
+        os.fsync(handle.fileno())
+    attempt.replace(path)
+    _sync_directory(path.parent)
+
+
+def _json_bytes(value: Mapping[str, Any]) -> bytes:
+    return (
+        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
+    ).encode()
+
+
+def _sync_directory(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sync_tree(root: Path) -> None:
+    for path in root.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as handle:
+                os.fsync(handle.fileno())
+        else:
+            _sync_directory(path)
+    _sync_directory(root)
+
+
+def _refuse_other_content(on_record: Mapping[str, Any], record: Mapping[str, Any]) -> None:
+    if on_record["content_id"] == record["content_id"]:
+        return
+    before, after = on_record["leaves"], record["leaves"]
+    differing = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    where = (
+        f" First difference: `{differing[0]}` ({len(differing)} of {len(after)} differ)."
+        if differing
+        else ""
+    )
+    raise ReproducibilityError(
+        f"{record['kind']} of recipe {record['recipe_id'][:12]} gave content {record['content_id'][:12]}, but "
+        f"{on_record['content_id'][:12]} is on record for the same recipe and numerics class.{where} "
+        f"Nothing was overwritten."
+    )
+
+
+def _require(pattern: re.Pattern[str], text: str, what: str) -> None:
+    if not pattern.fullmatch(text):
+        raise ValueError(f"{text!r} is not a valid {what} (it must match {pattern.pattern}).")

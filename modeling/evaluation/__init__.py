@@ -1,0 +1,1 @@
+"""Perplexity, bits per byte and samples of a trained model, as a report."""

@@ -1,0 +1,23 @@
+"""What the eval report measures. No JAX is imported here."""
+
+import dataclasses
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+Positive = Annotated[int, Field(ge=1)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """Perplexity and bits per byte over the validation rows, and greedy samples."""
+
+    batch_size: Positive = 16
+    max_rows: Positive | None = None
+    """Stops after this many validation rows; all of them when absent."""
+    prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    sample_tokens: Positive = 64
+
+    identity_tag: ClassVar[str] = "evaluation/1"
+    __pydantic_config__ = STRICT

@@ -1,0 +1,277 @@
+"""Dataset and experiment files: typed, validated, with `extends:` and dotted overrides.
+
+    datasets/<name>.yaml      a `DatasetConfig`
+    experiments/<name>.yaml   an `ExperimentConfig`; `extends: other` starts from another file,
+                              `model: gpt2-nano` starts from a named size
+
+A name is the file's name. Files are read as YAML 1.2 core (so `1e-3` is a number) by a safe loader
+that refuses duplicate keys. Every mistake is reported at once, by file and field.
+"""
+
+import dataclasses
+import difflib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+
+from modeling.canonical import NOT_IDENTITY
+from modeling.data.config import DatasetConfig
+from modeling.evaluation.config import EvaluationConfig
+from modeling.hf.config import ExportConfig
+from modeling.models.config import MODEL_PRESETS, ModelConfig
+from modeling.optim.config import AdamWConfig, OptimizerConfig
+from modeling.training.config import TrainerConfig
+
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
+
+
+class ConfigError(ValueError):
+    """A dataset or experiment file is wrong; the message names the file and each field."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExperimentConfig:
+    """One experiment file: a model and how it is trained, evaluated and exported, on a dataset."""
+
+    dataset: str = dataclasses.field(metadata=NOT_IDENTITY)
+    sequence_length: Annotated[int, Field(ge=8, le=2**20)]
+    trainer: TrainerConfig
+    model: ModelConfig = ModelConfig()
+    optimizer: OptimizerConfig = AdamWConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    export: ExportConfig = ExportConfig()
+    description: str = dataclasses.field(default="", metadata=NOT_IDENTITY)
+
+    identity_tag: ClassVar[str] = "experiment/1"
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Catalog:
+    """All datasets and experiments of a directory, by name; every reference between them holds."""
+
+    datasets: Mapping[str, DatasetConfig]
+    experiments: Mapping[str, ExperimentConfig]
+
+
+def load_catalog(directory: Path, overrides: Mapping[str, Sequence[str]] | None = None) -> Catalog:
+    """Reads `datasets/*.yaml` and `experiments/*.yaml` below `directory`.
+
+    Args:
+        overrides: for each experiment, assignments such as `trainer.num_train_steps=50`; those that
+            begin with `dataset.` change its dataset.
+
+    Raises:
+        ConfigError: naming file and field of every mistake.
+    """
+    overrides = overrides or {}
+    experiments = {
+        name: load_experiment(
+            path, [text for text in overrides.get(name, ()) if not text.startswith("dataset.")]
+        )
+        for name, path in _yaml_files(directory / "experiments").items()
+    }
+    unknown = sorted(set(overrides) - set(experiments))
+    if unknown:
+        raise ConfigError(
+            f"no experiment is named {unknown[0]!r}; there are {sorted(experiments)}."
+        )
+    for_datasets: dict[str, list[str]] = {}
+    for name, texts in overrides.items():
+        changes = [text.removeprefix("dataset.") for text in texts if text.startswith("dataset.")]
+        for_datasets.setdefault(experiments[name].dataset, []).extend(changes)
+    datasets = {
+        name: load_dataset(path, for_datasets.get(name, ()))
+        for name, path in _yaml_files(directory / "datasets").items()
+    }
+    for name, experiment in experiments.items():
+        _check_reference(directory / "experiments" / f"{name}.yaml", experiment, datasets)
+    return Catalog(datasets, experiments)
+
+
+def load_dataset(path: Path, overrides: Sequence[str] = ()) -> DatasetConfig:
+    """Reads one dataset file and applies dotted overrides."""
+    return validate(DatasetConfig, _with_overrides(read_yaml(path), overrides), str(path))
+
+
+def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
+    """Reads one experiment file, following `extends:`, and applies dotted overrides."""
+    raw = _with_overrides(_with_bases(path, ()), overrides)
+    return validate(ExperimentConfig, _with_preset(raw, str(path)), str(path))
+
+
+def validate(config_type: type[Any], raw: Mapping[str, Any], source: str) -> Any:
+    """Returns `raw` as a `config_type`, or reports all that is wrong with it.
+
+    Raises:
+        ConfigError: one line a mistake: file, field, what was found, what is expected.
+    """
+    try:
+        # Through JSON, where strictness about numbers and texts still takes objects and arrays.
+        return TypeAdapter(config_type).validate_json(json.dumps(dict(raw)))
+    except ValidationError as error:
+        lines = [_explain(problem, config_type) for problem in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Returns the mapping in a YAML file; aliases, tags and duplicate keys are refused."""
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_CoreLoader)  # noqa: S506
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file.") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: expected a mapping of fields, found {type(value).__name__}.")
+    return value
+
+
+class _CoreLoader(yaml.SafeLoader):
+    """A safe loader with YAML 1.2 numbers, no aliases and no duplicate keys."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                "aliases are not allowed; write the value again or use `extends:`",
+                self.peek_event().start_mark,
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key!r} stands twice", key_node.start_mark
+                )
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+_CoreLoader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_CoreLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?$|[-+]?[0-9]+[eE][-+]?[0-9]+$"),
+    list("-+.0123456789"),
+)
+
+
+def _yaml_files(directory: Path) -> dict[str, Path]:
+    files = {path.stem: path for path in sorted(directory.glob("*.yaml"))}
+    for name, path in files.items():
+        if not NAME.fullmatch(name):
+            raise ConfigError(
+                f"{path}: the name must match {NAME.pattern}, so that it can be an asset key."
+            )
+    return files
+
+
+def _check_reference(
+    path: Path, experiment: ExperimentConfig, datasets: Mapping[str, DatasetConfig]
+) -> None:
+    dataset = datasets.get(experiment.dataset)
+    if dataset is None:
+        raise ConfigError(
+            f"{path}: dataset: {experiment.dataset!r} is not one of {sorted(datasets)}."
+        )
+    if experiment.sequence_length not in dataset.sequence_lengths:
+        raise ConfigError(
+            f"{path}: sequence_length: {experiment.sequence_length} is not built by dataset "
+            f"{experiment.dataset!r} ({list(dataset.sequence_lengths)}); add it to that file's `sequence_lengths`."
+        )
+
+
+def _with_bases(path: Path, chain: tuple[Path, ...]) -> dict[str, Any]:
+    if path in chain:
+        raise ConfigError(f"{path}: extends: goes round in a circle: {[p.stem for p in chain]}.")
+    raw = _named_model(read_yaml(path))
+    base = raw.pop("extends", None)
+    if base is None:
+        return raw
+    if not isinstance(base, str) or not NAME.fullmatch(base):
+        raise ConfigError(f"{path}: extends: {base!r} is not the name of a file beside this one.")
+    return _merge(_with_bases(path.with_name(f"{base}.yaml"), (*chain, path)), raw)
+
+
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    for text in overrides:
+        field, equals, value = text.partition("=")
+        if not equals or not all(field.split(".")):
+            raise ConfigError(
+                f"--set {text}: expected section.field=value, e.g. trainer.num_train_steps=50."
+            )
+        change: Any = yaml.load(value, Loader=_CoreLoader)  # noqa: S506
+        for key in reversed(field.split(".")):
+            change = {key: change}
+        raw = _merge(raw, _named_model(change))
+    return raw
+
+
+def _named_model(raw: dict[str, Any]) -> dict[str, Any]:
+    """Writes `model: NAME` as `model: {preset: NAME}`, to which overrides of its fields can be added."""
+    return raw | {"model": {"preset": raw["model"]}} if isinstance(raw.get("model"), str) else raw
+
+
+def _with_preset(raw: dict[str, Any], source: str) -> dict[str, Any]:
+    """Replaces `model: {preset: NAME, ...}` by the fields of that named size, changed as written."""
+    model = raw.get("model")
+    if not isinstance(model, Mapping) or "preset" not in model:
+        return raw
+    name = model["preset"]
+    if name not in MODEL_PRESETS:
+        raise ConfigError(f"{source}: model: {name!r} is not one of {sorted(MODEL_PRESETS)}.")
+    changes = {key: value for key, value in model.items() if key != "preset"}
+    return raw | {"model": dataclasses.asdict(MODEL_PRESETS[name]) | changes}
+
+
+def _explain(problem: Any, config_type: type[Any]) -> str:
+    """Returns one validation problem as `field: what, found, expected`."""
+    path = [
+        part
+        for part in problem["loc"]
+        if not (isinstance(part, str) and part.startswith("tagged-union"))
+    ]
+    field = ".".join(str(part) for part in path)
+    if problem["type"] == "unexpected_keyword_argument":
+        known = _field_names(config_type, path[:-1])
+        close = difflib.get_close_matches(str(path[-1]), known, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"the fields here are {known}."
+        return f"{field}: no such field; {hint}"
+    if problem["type"] in ("missing", "missing_argument"):
+        return f"{field}: this field is required."
+    return f"{field}: {problem['msg']} (found {problem['input']!r})."
+
+
+def _field_names(config_type: type[Any], path: Sequence[Any]) -> list[str]:
+    """Returns the fields of the section at `path`, as far as dataclasses lead there."""
+    current: Any = config_type
+    for part in path:
+        types = (
+            {f.name: f.type for f in dataclasses.fields(current)}
+            if dataclasses.is_dataclass(current)
+            else {}
+        )
+        current = types.get(part, current)
+    return (
+        [f.name for f in dataclasses.fields(current)] if dataclasses.is_dataclass(current) else []
+    )

@@ -1,0 +1,1 @@
+"""Model architectures in named tensors, one file each; `config` holds their hyperparameters."""

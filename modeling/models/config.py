@@ -1,0 +1,55 @@
+"""Hyperparameters of the model architectures. No JAX is imported here: `gpt2.py` builds from these."""
+
+import dataclasses
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+STRICT = ConfigDict(extra="forbid", strict=True)
+Positive = Annotated[int, Field(ge=1)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gpt2Config:
+    """GPT-2 (Radford et al. 2019): pre-LN blocks, learned positions, tied head, no biases left out."""
+
+    type: Literal["gpt2"] = "gpt2"
+    hidden_dim: Positive = 768
+    num_layers: Positive = 12
+    num_heads: Positive = 12
+    mlp_scale: Positive = 4
+    layer_norm_epsilon: Annotated[float, Field(gt=0.0)] = 1e-5
+    initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
+    """Standard deviation of the initial weights; residual projections get it over sqrt(2 layers)."""
+    embed_pdrop: Probability = 0.0
+    resid_pdrop: Probability = 0.0
+    attn_pdrop: Probability = 0.0
+    scale_attn_by_inverse_layer_idx: bool = False
+    """Divides attention scores by (layer + 1), for stability in low precision (Mistral)."""
+    upcast_attn: bool = False
+    """Scores and softmax in float32; Hugging Face calls it `reorder_and_upcast_attn`."""
+    gradient_checkpointing: bool = True
+    """Recomputes each block in the backward pass: less memory, about a fifth more work."""
+
+    identity_tag: ClassVar[str] = "model.gpt2/1"
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        if self.hidden_dim % self.num_heads:
+            raise ValueError(
+                f"hidden_dim {self.hidden_dim} is not a multiple of num_heads {self.num_heads}; "
+                f"each head takes hidden_dim / num_heads features."
+            )
+
+
+ModelConfig = Gpt2Config
+
+MODEL_PRESETS: dict[str, Gpt2Config] = {
+    "gpt2-nano": Gpt2Config(hidden_dim=128, num_layers=4, num_heads=4),
+    "gpt2-small": Gpt2Config(hidden_dim=768, num_layers=12, num_heads=12),
+    "gpt2-medium": Gpt2Config(hidden_dim=1024, num_layers=24, num_heads=16),
+    "gpt2-large": Gpt2Config(hidden_dim=1280, num_layers=36, num_heads=20),
+    "gpt2-xl": Gpt2Config(hidden_dim=1600, num_layers=48, num_heads=25),
+}
+"""Named sizes, for `levanter train --model NAME` and `model: NAME` in an experiment file."""

@@ -1,0 +1,141 @@
+"""What each stage of the chain depends on: its transform version, its fields, its inputs.
+
+This is the one place that decides identity. A stage's `version` is raised by hand when the same fields
+and inputs would give other bytes; golden tests fail when bytes change without it. `*_params` is the
+slice of the YAML that the stage reads: the recipe and Dagster's `code_version` are both made of it.
+"""
+
+import importlib.metadata
+from typing import Any
+
+from modeling import canonical
+from modeling.artifacts import Artifact, Input, Recipe
+from modeling.data.config import DatasetConfig
+from modeling.experiment import ExperimentConfig
+
+VERSIONS = {
+    "raw_corpus": 1,
+    "tokenizer": 1,
+    "tokenized_corpus": 1,
+    "token_cache": 1,
+    "checkpoint": 1,
+    "eval_report": 1,
+    "hf_model": 1,
+}
+"""Transform versions by artifact kind."""
+
+
+def code_version(kind: str, params: Any) -> str:
+    """Returns what Dagster compares to see that a stage's own definition has changed."""
+    return f"{VERSIONS[kind]}-{canonical.digest(f'code/{kind}', params)[:16]}"
+
+
+def corpus_params(dataset: DatasetConfig) -> Any:
+    """Where documents come from and which are held out."""
+    paths = list(getattr(dataset.source, "paths", ()))
+    return {"source": dataset.source, "paths": paths, "validation": dataset.validation}
+
+
+def corpus_recipe(dataset: DatasetConfig, listing_root: str) -> Recipe:
+    """Takes the digest of the listing found now, not the paths: moving a file's folder is no change."""
+    params = {"source": dataset.source, "validation": dataset.validation, "listing": listing_root}
+    return _recipe("raw_corpus", params)
+
+
+def tokenizer_params(dataset: DatasetConfig) -> Any:
+    """How the tokenizer is trained."""
+    return {"tokenizer": dataset.tokenizer, "tokenizers": importlib.metadata.version("tokenizers")}
+
+
+def tokenizer_recipe(dataset: DatasetConfig, corpus: Artifact) -> Recipe:
+    """Depends on the decoded documents alone."""
+    return _recipe("tokenizer", tokenizer_params(dataset), corpus=corpus.as_input("documents"))
+
+
+def tokenized_params(dataset: DatasetConfig) -> Any:
+    """The policy on special tokens, and the version of the library that encodes."""
+    return {
+        "tokenization": dataset.tokenization,
+        "tokenizers": importlib.metadata.version("tokenizers"),
+    }
+
+
+def tokenized_recipe(dataset: DatasetConfig, corpus: Artifact, tokenizer: Artifact) -> Recipe:
+    """Depends on documents and tokenizer."""
+    inputs = {"corpus": corpus.as_input("documents"), "tokenizer": tokenizer.as_input()}
+    return _recipe("tokenized_corpus", tokenized_params(dataset), **inputs)
+
+
+def cache_params(sequence_length: int) -> Any:
+    """The row length and how documents are laid into rows."""
+    return {"sequence_length": sequence_length, "packing": "concat"}
+
+
+def cache_recipe(sequence_length: int, tokenized: Artifact) -> Recipe:
+    """Depends on the tokens; no retokenizing for another length."""
+    return _recipe(
+        "token_cache", cache_params(sequence_length), tokenized_corpus=tokenized.as_input()
+    )
+
+
+def checkpoint_params(experiment: ExperimentConfig) -> Any:
+    """The science of a run: model, optimizer, schedule, seeds, order, precision, steps."""
+    return {
+        "model": experiment.model,
+        "optimizer": experiment.optimizer,
+        "trainer": experiment.trainer,
+    }
+
+
+def checkpoint_code_params(experiment: ExperimentConfig) -> Any:
+    """The science and the layout over devices: another layout is another numerics class."""
+    trainer = experiment.trainer
+    layout = {
+        "mesh": dict(trainer.mesh),
+        "axis_resources": dict(trainer.axis_resources),
+        "parameter_axis_resources": dict(trainer.parameter_axis_resources),
+        "cpu_threads": trainer.cpu_threads,
+    }
+    return {"science": checkpoint_params(experiment), "layout": layout}
+
+
+def checkpoint_recipe(experiment: ExperimentConfig, token_cache: Artifact) -> Recipe:
+    """Depends on the rows of the cache."""
+    return _recipe("checkpoint", checkpoint_params(experiment), token_cache=token_cache.as_input())
+
+
+def evaluation_params(experiment: ExperimentConfig) -> Any:
+    """What the report measures."""
+    return {"evaluation": experiment.evaluation, "mp": experiment.trainer.mp}
+
+
+def evaluation_recipe(
+    experiment: ExperimentConfig, checkpoint: Artifact, token_cache: Input, tokenizer: Input
+) -> Recipe:
+    """Depends on the parameters, not on the optimizer state beside them."""
+    return _recipe(
+        "eval_report",
+        evaluation_params(experiment),
+        checkpoint=checkpoint.as_input("parameters"),
+        token_cache=token_cache,
+        tokenizer=tokenizer,
+    )
+
+
+def export_params(experiment: ExperimentConfig) -> Any:
+    """The dtype of the exported weights."""
+    return {"export": experiment.export}
+
+
+def export_recipe(experiment: ExperimentConfig, checkpoint: Artifact, tokenizer: Input) -> Recipe:
+    """Depends on the parameters and the tokenizer."""
+    return _recipe(
+        "hf_model",
+        export_params(experiment),
+        checkpoint=checkpoint.as_input("parameters"),
+        tokenizer=tokenizer,
+    )
+
+
+def _recipe(kind: str, params: Any, **inputs: Input) -> Recipe:
+    return Recipe(kind, VERSIONS[kind], params, inputs)
