@@ -1,0 +1,136 @@
+"""What may change the bits of a training run without changing its science, and how it is pinned.
+
+The same recipe in the same *numerics class* gives the same bits; another class gives the same
+experiment with other rounding. The class holds what decides the order and precision of
+floating-point operations: library versions, the device, the mesh and the axis mappings (they decide
+who sums what), the CPU thread pool (it decides how a matrix product is cut), and XLA's flags.
+
+`environment` is the other half: the variables that a launcher must set *before* Python starts, so
+that nothing in the surroundings can choose otherwise. XLA reads them once, when its first backend
+starts, and sizes its CPU pool by max(`NPROC` or the number of cores, number of devices); `NPROC` is
+therefore always set, or a machine with more cores would give other bits.
+
+No JAX is imported here: whether an artifact exists must be known without starting a device.
+"""
+
+import importlib.metadata
+import math
+import platform as host_platform
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from modeling.training.config import TrainerConfig
+
+LIBRARIES = ("jax", "jaxlib", "equinox", "optax")
+"""Packages whose version can change the order of operations in the compiled program."""
+
+INSTRUCTION_SETS = (
+    "sse4_2", "avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512cd",
+    "avx512dq", "avx512vl", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16",
+    "amx_int8", "asimd", "asimdhp", "sve", "sve2", "bf16", "i8mm",
+)  # fmt: skip
+"""Features, as Linux spells them, for which XLA and its kernel libraries have code of their own."""
+
+GPU_FLAGS = (
+    # Scatter-adds and reductions by atomics sum in the order of arrival.
+    "--xla_gpu_exclude_nondeterministic_ops=true",
+    # Autotuning picks kernels by stopwatch, so two compilations may differ.
+    "--xla_gpu_autotune_level=0",
+)
+
+_ACCELERATORS = {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
+
+
+def numerics_class(
+    trainer: TrainerConfig, *, platform: str = "cpu", device_kind: str | None = None
+) -> dict[str, Any]:
+    """Returns everything besides the recipe that the bits of a run of `trainer` depend on.
+
+    Args:
+        trainer: its mesh, mappings and threads belong to the class.
+        platform: `cpu`, `gpu` or `tpu`.
+        device_kind: what JAX calls the accelerator (`jax.devices()[0].device_kind`). Left out on
+            CPU, where the processor is read from the operating system.
+    """
+    variables = environment(trainer, platform)
+    if platform == "cpu":
+        device: Any = _processor()
+    elif device_kind is None:
+        raise ValueError(
+            f"numerics_class: platform {platform!r} needs `device_kind`, the accelerator; "
+            f"pass `jax.devices()[0].device_kind`."
+        )
+    else:
+        device = device_kind
+    return {
+        "platform": platform,
+        "device": device,
+        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "mesh": [[axis, size] for axis, size in trainer.mesh.items()],
+        "axis_resources": dict(trainer.axis_resources),
+        "parameter_axis_resources": dict(trainer.parameter_axis_resources),
+        "environment": variables,
+    }
+
+
+def environment(trainer: TrainerConfig, platform: str = "cpu") -> dict[str, str]:
+    """Returns the variables to set before Python starts; they replace any from the surroundings."""
+    num_devices = math.prod(trainer.mesh.values())
+    pinned = {
+        # Random bits must depend on the key and the position, not on how an array is split.
+        "JAX_THREEFRY_PARTITIONABLE": "true",
+        "JAX_ENABLE_X64": "false",
+        "JAX_DEFAULT_MATMUL_PRECISION": "default",
+    }
+    if platform == "cpu":
+        return pinned | {
+            "JAX_PLATFORMS": "cpu",
+            "NPROC": str(max(trainer.cpu_threads, num_devices)),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+        }
+    if platform not in _ACCELERATORS:
+        raise ValueError(f"platform: {platform!r} is not one of {['cpu', *sorted(_ACCELERATORS)]}.")
+    flags = "" if platform == "tpu" else " ".join(GPU_FLAGS)
+    # Batches and checkpoints pass through the CPU backend, which is therefore loaded as well.
+    return pinned | {"JAX_PLATFORMS": f"{_ACCELERATORS[platform]},cpu", "XLA_FLAGS": flags}
+
+
+def _processor() -> dict[str, Any]:
+    """The processor as far as code generation and matrix blocking look at it."""
+    found: dict[str, Any] = {"machine": host_platform.machine()}
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        found |= parse_cpuinfo(cpuinfo.read_text())
+    else:
+        found["model"] = host_platform.processor()
+    # Eigen blocks matrix products by cache size, and blocks decide the order of summation.
+    found["caches"] = _cache_sizes(Path("/sys/devices/system/cpu/cpu0/cache"))
+    return found
+
+
+def parse_cpuinfo(text: str) -> dict[str, Any]:
+    """Returns the model and instruction sets of the first processor in Linux's `/proc/cpuinfo`.
+
+    The model counts besides its features: LLVM chooses vector widths by model.
+    """
+    fields: Mapping[str, str] = dict(
+        re.findall(r"^(.*?)[ \t]*:[ \t]*(.*)$", text.split("\n\n")[0], re.MULTILINE)
+    )
+    known_as = ("vendor_id", "cpu family", "model", "CPU implementer", "CPU part")
+    features = set((fields.get("flags") or fields.get("Features") or "").split())
+    return {
+        "model": "/".join(fields[name] for name in known_as if name in fields),
+        "instruction_sets": [name for name in INSTRUCTION_SETS if name in features],
+    }
+
+
+def _cache_sizes(directory: Path) -> list[str]:
+    return [
+        "L{} {} {}".format(
+            *((index / name).read_text().strip() for name in ("level", "type", "size"))
+        )
+        for index in sorted(directory.glob("index*"))
+        if (index / "size").exists()
+    ]

@@ -1,0 +1,99 @@
+"""The numerics class must be known without JAX, and must change with all that moves bits."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import pytest
+
+from modeling import canonical, numerics
+from modeling.training.config import TrainerConfig
+
+TRAINER = TrainerConfig(num_train_steps=1, train_batch_size=8, mesh={"data": 2})
+
+CPUINFO = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: 25
+model\t\t: 17
+model name\t: AMD EPYC
+flags\t\t: fpu sse4_2 avx fma avx2 avx512f hypervisor
+
+processor\t: 1
+vendor_id\t: other
+"""
+
+
+def test_the_class_and_environment_are_known_without_importing_jax():
+    code = """
+import json, sys
+from modeling import numerics
+from modeling.training.config import TrainerConfig
+trainer = TrainerConfig(num_train_steps=1, train_batch_size=8, mesh={"data": 2})
+found = numerics.numerics_class(trainer)
+assert not {"jax", "jaxlib", "equinox", "optax"} & set(sys.modules), "JAX was imported"
+print(json.dumps(found))
+"""
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert json.loads(out.stdout) == numerics.numerics_class(TRAINER)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mesh": {"data": 4}},
+        {"mesh": {"model": 2}},
+        {"axis_resources": {"batch": "data", "mlp": "model"}},
+        {"parameter_axis_resources": {}},
+        {"cpu_threads": 3},
+    ],
+)
+def test_whatever_moves_bits_is_another_class(change):
+    def digest(trainer):
+        return canonical.digest("numerics/1", numerics.numerics_class(trainer))
+
+    assert digest(dataclasses.replace(TRAINER, **change)) != digest(TRAINER)
+    assert digest(dataclasses.replace(TRAINER, log_every_steps=3)) == digest(TRAINER)
+
+
+def test_the_order_of_mesh_axes_counts():
+    one, other = (
+        numerics.numerics_class(dataclasses.replace(TRAINER, mesh=mesh))
+        for mesh in ({"data": 2, "model": 2}, {"model": 2, "data": 2})
+    )
+    assert canonical.digest("numerics/1", one) != canonical.digest("numerics/1", other)
+
+
+def test_the_cpu_environment_pins_devices_and_threads():
+    four = dataclasses.replace(TRAINER, mesh={"data": 2, "model": 2})
+    variables = numerics.environment(four, "cpu")
+    assert variables["XLA_FLAGS"] == "--xla_force_host_platform_device_count=4"
+    # XLA takes the larger of the two, so the class states what really holds.
+    assert variables["NPROC"] == "4"
+    assert numerics.environment(dataclasses.replace(four, cpu_threads=6), "cpu")["NPROC"] == "6"
+    assert variables["JAX_PLATFORMS"] == "cpu"
+
+
+def test_gpu_flags_are_known_to_this_xla_and_ask_for_determinism():
+    variables = numerics.environment(TRAINER, "gpu")
+    assert "exclude_nondeterministic_ops=true" in variables["XLA_FLAGS"]
+    code = "import jax; print(jax.numpy.ones(2).sum())"  # XLA aborts on a flag it does not know
+    env = variables | {"JAX_PLATFORMS": "cpu"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert out.returncode == 0, out.stderr[-2000:]
+    found = numerics.numerics_class(TRAINER, platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    assert found["device"] == "NVIDIA H100 80GB HBM3"
+
+
+def test_an_accelerator_must_be_named_and_a_platform_known():
+    with pytest.raises(ValueError, match="device_kind"):
+        numerics.numerics_class(TRAINER, platform="gpu")
+    with pytest.raises(ValueError, match=r"'quantum'.*cpu"):
+        numerics.environment(TRAINER, "quantum")
+
+
+def test_the_processor_is_its_model_and_instruction_sets():
+    assert numerics.parse_cpuinfo(CPUINFO) == {
+        "model": "AuthenticAMD/25/17",
+        "instruction_sets": ["sse4_2", "avx", "fma", "avx2", "avx512f"],
+    }
