@@ -1,18 +1,21 @@
-"""The artifact store: every product is a directory of plain files, found by recipe, named by content.
+"""The artifact store: each product is a directory of files, found by recipe, named by content.
 
-    objects/<kind>/<content_id>/            the bytes, shared by all recipes that yield them
-    objects/<kind>/<content_id>/INVENTORY.json   path, size and SHA-256 of each file; written last
-    recipes/<recipe_id>/<numerics>/artifact.json   the record: recipe, inputs, content id, facts, provenance
-    aliases/<name>                          a content id, for people
-    work/<recipe_id>/                       progress of unfinished builds; any retry resumes it
+    objects/<kind>/<content_id>/                    the bytes, shared by all recipes that yield them
+    objects/<kind>/<content_id>/INVENTORY.json      path, size and SHA-256 of each file; comes last
+    recipes/<recipe_id>/<numerics>/artifact.json    the record: recipe, inputs, content id, facts,
+                                                    provenance
+    aliases/<name>                                  a content id, for people
+    work/<recipe_id>/<numerics>/                    progress of unfinished builds, for any retry
 
-A *recipe id* is known before anything runs: it digests kind, transform version, parameters and the content
-ids of the inputs. A *content id* is the root of what came out. Equal recipe found = nothing is computed;
-equal content from another recipe = nothing downstream changes. `numerics` is `exact`, or, for products of
-floating-point training, the digest of the numerics class, since another device may round differently.
+A *recipe id* is known before anything runs: it digests kind, transform version, parameters and the
+content ids of the inputs. A *content id* is the root of what came out. Equal recipe found = nothing
+is computed; equal content from another recipe = nothing downstream changes. `numerics` is `exact`,
+or, for products of floating-point training, the digest of the numerics class, since another device
+may round differently.
 
-A build writes into a fresh directory, which is inventoried, synced and renamed into `objects`; the record
-follows last, so a reader never sees half an artifact, and two writers of one recipe end with one object.
+A build writes into a fresh directory, which is inventoried, synced and renamed into `objects`; the
+record follows last, so a reader never sees half an artifact, and two writers of one recipe end with
+one object.
 """
 
 import contextlib
@@ -50,12 +53,12 @@ class DamagedArtifactError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class Input:
-    """One input of a recipe: the artifact it is, and the id of the part that the recipe depends on."""
+    """One input of a recipe: an artifact, and the id of the part that the recipe depends on."""
 
     kind: str
     content_id: str
     used: str
-    """The content id, or the root of the part read (a checkpoint's parameters, a corpus's documents)."""
+    """The content id, or the root of the part read: a checkpoint's parameters, say."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +105,11 @@ class Artifact:
     facts: Mapping[str, Any]
 
     def as_input(self, root: str | None = None) -> Input:
-        """Returns this artifact as a recipe's input, depending on all of it or on one named root."""
+        """Returns this artifact as an input, depending on all of it or on one named root."""
         if root is not None and root not in self.roots:
             raise ValueError(
-                f"{self.kind} {self.content_id[:12]} has no root `{root}`; it has {sorted(self.roots)}."
+                f"{self.kind} {self.content_id[:12]} has no root `{root}`; "
+                f"it has {sorted(self.roots)}."
             )
         return Input(
             self.kind, self.content_id, self.content_id if root is None else self.roots[root]
@@ -117,7 +121,7 @@ class Workspace:
     """Two local directories of one build."""
 
     progress: Path
-    """Survives crashes: a retry of the same recipe, from any entry route, finds what was committed here."""
+    """Survives crashes: a retry of the recipe, from any entry route, finds what was committed."""
     output: Path
     """Empty and fresh: its files become the artifact."""
 
@@ -140,12 +144,12 @@ class ArtifactStore:
         self.is_local = isinstance(self._fs, LocalFileSystem)
         if not self.is_local and scratch is None:
             raise ValueError(
-                f"The store {url} is remote; give a local `scratch` directory for builds and copies."
+                f"The store {url} is remote; give a local `scratch` directory for builds."
             )
         self._scratch = Path(self.root) if self.is_local or scratch is None else scratch
 
     def find(self, recipe: Recipe, numerics: str = EXACT) -> Artifact | None:
-        """Returns the artifact on record for `recipe` in this numerics class, if its bytes are there."""
+        """Returns the artifact on record for `recipe` in this class, if its bytes are there."""
         path = self._record_path(recipe.id, numerics)
         if not self._fs.exists(path):
             return None
@@ -166,22 +170,21 @@ class ArtifactStore:
     ) -> tuple[Artifact, bool]:
         """Returns the artifact of `recipe` and whether it had to be built.
 
-        Processes of one machine that want the same recipe wait for each other; elsewhere they race, and
-        all end with the object that was published first.
+        Processes of one machine that want the same recipe wait for each other; elsewhere they race,
+        and all end with the object that was published first.
         """
         numerics_id = numerics_digest(numerics)
         if (found := self.find(recipe, numerics_id)) is not None:
             return found, False
-        with self._exclusive(recipe):
+        with self._exclusive(recipe.id, numerics_id) as work:
             if (found := self.find(recipe, numerics_id)) is not None:
                 return found, False
-            progress = self._work_path(recipe.id) / "progress"
-            output = self._work_path(recipe.id) / f"attempt-{uuid.uuid4().hex[:12]}"
+            progress, output = work / "progress", work / f"attempt-{uuid.uuid4().hex[:12]}"
             progress.mkdir(parents=True, exist_ok=True)
             output.mkdir()
             built = build(Workspace(progress, output))
             artifact = self.publish(recipe, output, built, numerics=numerics, provenance=provenance)
-            shutil.rmtree(self._work_path(recipe.id))
+            shutil.rmtree(work)
             return artifact, True
 
     def publish(
@@ -259,7 +262,7 @@ class ArtifactStore:
         self._write_last(f"{self.root}/aliases/{name}", {"content_id": content_id})
 
     def resolve(self, reference: str) -> str:
-        """Returns the content id meant by an alias, a content id, or a unique prefix (>= 6) of one."""
+        """Returns the content id meant by an alias, or by six or more of its first digits."""
         if _ALIAS.fullmatch(reference) and self._fs.exists(f"{self.root}/aliases/{reference}"):
             return json.loads(self._fs.cat_file(f"{self.root}/aliases/{reference}"))["content_id"]
         known = sorted({record["content_id"] for record in self.records()})
@@ -284,17 +287,17 @@ class ArtifactStore:
             _require(_DIGEST, numerics, "numerics id")
         return f"{self.root}/recipes/{recipe_id}/{numerics}/artifact.json"
 
-    def _work_path(self, recipe_id: str) -> Path:
-        return self._scratch / "work" / recipe_id
-
     @contextlib.contextmanager
-    def _exclusive(self, recipe: Recipe) -> Iterator[None]:
-        """Holds the recipe's lock; the kernel drops it when the holder dies, however it dies."""
-        lock = self._work_path(recipe.id).with_suffix(".lock")
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as handle:
+    def _exclusive(self, recipe_id: str, numerics: str) -> Iterator[Path]:
+        """Yields the work directory under its lock, which the kernel drops when the holder dies.
+
+        Each numerics class has its own: a run resumed on another class would belong to neither.
+        """
+        work = self._scratch / "work" / recipe_id / numerics
+        work.parent.mkdir(parents=True, exist_ok=True)
+        with work.with_suffix(".lock").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
+            yield work
 
     def _from_record(self, record: Mapping[str, Any]) -> Artifact:
         kind, content_id = record["kind"], record["content_id"]
@@ -433,8 +436,9 @@ def _refuse_other_content(on_record: Mapping[str, Any], record: Mapping[str, Any
         else ""
     )
     raise ReproducibilityError(
-        f"{record['kind']} of recipe {record['recipe_id'][:12]} gave content {record['content_id'][:12]}, but "
-        f"{on_record['content_id'][:12]} is on record for the same recipe and numerics class.{where} "
+        f"{record['kind']} of recipe {record['recipe_id'][:12]} gave content "
+        f"{record['content_id'][:12]}, but {on_record['content_id'][:12]} is on record for the "
+        f"same recipe and numerics class.{where} "
         f"Nothing was overwritten."
     )
 

@@ -3,18 +3,21 @@
 Every identity in the project is a SHA-256 over this encoding, so it is injective and frozen:
 
     value    = tag (1 byte) ++ length (8 bytes, big endian) ++ payload
-    None     N ++ ""                      bool    B ++ 00 | 01
-    int      I ++ decimal digits          float   F ++ `float.hex()`, zero's sign kept, no NaN, no infinity
-    str      S ++ UTF-8 of the NFC form   bytes   Y ++ the bytes
+    None     N ++ nothing
+    bool     B ++ 00 or 01
+    int      I ++ decimal digits
+    float    F ++ `float.hex()`; zero keeps its sign, NaN and infinities are refused
+    str      S ++ UTF-8 of the NFC form
+    bytes    Y ++ the bytes
     list     L ++ items (a tuple is tagged T)
     mapping  M ++ (key, value) pairs sorted by the encoded key; keys are strings
     record   R ++ the type tag as a string ++ its fields as a mapping
 
 A *record* is a frozen dataclass with a class attribute `identity_tag`, e.g. `"optim.adamw/1"`: two
 classes with equal fields differ. Every field counts with its default filled in, except two kinds
-declared with `dataclasses.field(metadata=...)`: `NOT_IDENTITY` fields never count (paths, logging), and
-`added_later(default)` fields count only when they differ from the default they were introduced with, so
-adding one keeps all older identities.
+declared with `dataclasses.field(metadata=...)`: `NOT_IDENTITY` fields never count (paths, logging),
+and `added_later(default)` fields count only when they differ from the default they were introduced
+with, so adding one keeps all older identities.
 """
 
 import dataclasses
@@ -44,15 +47,16 @@ def encode(value: Any) -> bytes:
 
 
 def digest(domain: str, value: Any) -> str:
-    """Returns the SHA-256, in hex, of `value` within `domain`; equal values of two domains differ."""
+    """Returns the SHA-256, in hex, of `value` in `domain`; no digest is shared by two domains."""
     return hashlib.sha256(encode([domain, value])).hexdigest()
 
 
 def plain(value: Any, where: str = "$") -> Any:
     """Returns `value` as JSON-ready data, holding exactly what its identity counts.
 
-    Records become `{"$type": tag, field: ...}`, so two plain trees differ just where their canonical
-    encodings do; records in lineage files are written this way and compared field by field.
+    Records become `{"$type": tag, field: ...}`, so two plain trees differ just where their
+    canonical encodings do; records in lineage files are written this way and compared field by
+    field.
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         tag, fields = _record(value, where)
@@ -98,8 +102,9 @@ def _encode(value: Any, where: str) -> bytes:
         tag, fields = _record(value, where)
         return _frame(b"R", _encode(tag, where) + _encode(fields, where))
     raise TypeError(
-        f"{where}: a {type(value).__name__} has no canonical encoding. Pass plain values (None, bool, int, "
-        f"float, str, bytes, list, tuple, mapping) or a frozen dataclass with an `identity_tag`."
+        f"{where}: a {type(value).__name__} has no canonical encoding. Pass plain values "
+        f"(None, bool, int, float, str, bytes, list, tuple, mapping) or a frozen "
+        f"dataclass with an `identity_tag`."
     )
 
 

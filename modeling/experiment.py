@@ -41,10 +41,10 @@ class ExperimentConfig:
     dataset: str = dataclasses.field(metadata=NOT_IDENTITY)
     sequence_length: Annotated[int, Field(ge=8, le=2**20)]
     trainer: TrainerConfig
-    model: ModelConfig = ModelConfig()
-    optimizer: OptimizerConfig = AdamWConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    export: ExportConfig = ExportConfig()
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=AdamWConfig)
+    evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
+    export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     description: str = dataclasses.field(default="", metadata=NOT_IDENTITY)
 
     identity_tag: ClassVar[str] = "experiment/1"
@@ -122,7 +122,7 @@ def validate(config_type: type[Any], raw: Mapping[str, Any], source: str) -> Any
 def read_yaml(path: Path) -> dict[str, Any]:
     """Returns the mapping in a YAML file; aliases, tags and duplicate keys are refused."""
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_CoreLoader)  # noqa: S506
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_CoreLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file.") from None
     except yaml.YAMLError as error:
@@ -135,7 +135,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 class _CoreLoader(yaml.SafeLoader):
     """A safe loader with YAML 1.2 numbers, no aliases and no duplicate keys."""
 
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.constructor.ConstructorError(
                 None,
@@ -189,7 +189,8 @@ def _check_reference(
     if experiment.sequence_length not in dataset.sequence_lengths:
         raise ConfigError(
             f"{path}: sequence_length: {experiment.sequence_length} is not built by dataset "
-            f"{experiment.dataset!r} ({list(dataset.sequence_lengths)}); add it to that file's `sequence_lengths`."
+            f"{experiment.dataset!r} ({list(dataset.sequence_lengths)}); add it to that file's "
+            f"`sequence_lengths`."
         )
 
 
@@ -220,7 +221,7 @@ def _with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
             raise ConfigError(
                 f"--set {text}: expected section.field=value, e.g. trainer.num_train_steps=50."
             )
-        change: Any = yaml.load(value, Loader=_CoreLoader)  # noqa: S506
+        change: Any = yaml.load(value, Loader=_CoreLoader)
         for key in reversed(field.split(".")):
             change = {key: change}
         raw = _merge(raw, _named_model(change))
@@ -228,12 +229,12 @@ def _with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, 
 
 
 def _named_model(raw: dict[str, Any]) -> dict[str, Any]:
-    """Writes `model: NAME` as `model: {preset: NAME}`, to which overrides of its fields can be added."""
+    """Writes `model: NAME` as `model: {preset: NAME}`, to which field overrides can be added."""
     return raw | {"model": {"preset": raw["model"]}} if isinstance(raw.get("model"), str) else raw
 
 
 def _with_preset(raw: dict[str, Any], source: str) -> dict[str, Any]:
-    """Replaces `model: {preset: NAME, ...}` by the fields of that named size, changed as written."""
+    """Replaces `model: {preset: NAME, ...}` by that size's fields, changed as written."""
     model = raw.get("model")
     if not isinstance(model, Mapping) or "preset" not in model:
         return raw

@@ -1,12 +1,12 @@
 """Merkle roots over byte streams, as in RFC 6962 section 2.1, with fixed-size leaves.
 
     leaf  = SHA-256(0x00 ++ block)              blocks of 4 MiB, the last one shorter
-    node  = SHA-256(0x01 ++ left ++ right)      split at the largest power of two below the leaf count
-    root  = SHA-256(0x02 ++ length as 8 bytes big endian ++ top node)
+    node  = SHA-256(0x01 ++ left ++ right)      split at the largest power of two below the leaf
+    count root  = SHA-256(0x02 ++ length as 8 bytes big endian ++ top node)
 
-The root depends on the bytes alone, never on how they arrived or are stored. Keeping the leaves (32 bytes
-per 4 MiB) gives the root of any *prefix* for the price of its last block: a token cache of another
-sequence length, which drops a different tail, needs no second pass over the tokens.
+The root depends on the bytes alone, never on how they arrived or are stored. Keeping the leaves (32
+bytes per 4 MiB) gives the root of any *prefix* for the price of its last block: a token cache of
+another sequence length, which drops a different tail, needs no second pass over the tokens.
 """
 
 import hashlib
@@ -78,7 +78,7 @@ def _new_leaf() -> "hashlib._Hash":
 
 
 def _top(level: list[bytes]) -> bytes:
-    """Pairs neighbours upwards, carrying an odd last one: the same tree as RFC 6962's recursive split."""
+    """Pairs neighbours upwards, carrying an odd last one: the tree of RFC 6962's split."""
     if not level:
         return hashlib.sha256(b"").digest()
     while len(level) > 1:

@@ -1,8 +1,9 @@
 """What each stage of the chain depends on: its transform version, its fields, its inputs.
 
-This is the one place that decides identity. A stage's `version` is raised by hand when the same fields
-and inputs would give other bytes; golden tests fail when bytes change without it. `*_params` is the
-slice of the YAML that the stage reads: the recipe and Dagster's `code_version` are both made of it.
+This is the one place that decides identity. A stage's `version` is raised by hand when the same
+fields and inputs would give other bytes; golden tests fail when bytes change without it. `*_params`
+is the slice of the YAML that the stage reads: the recipe and Dagster's `code_version` are both made
+of it.
 """
 
 import importlib.metadata
@@ -37,7 +38,7 @@ def corpus_params(dataset: DatasetConfig) -> Any:
 
 
 def corpus_recipe(dataset: DatasetConfig, listing_root: str) -> Recipe:
-    """Takes the digest of the listing found now, not the paths: moving a file's folder is no change."""
+    """Takes the digest of the listing found now, not the paths: moving the files is no change."""
     params = {"source": dataset.source, "validation": dataset.validation, "listing": listing_root}
     return _recipe("raw_corpus", params)
 

@@ -1,4 +1,4 @@
-"""What a dataset is: source, validation split, tokenizer, sequence lengths. No JAX is imported here."""
+"""What a dataset is: source, validation split, tokenizer, sequence lengths. Imports no JAX."""
 
 import dataclasses
 from typing import Annotated, ClassVar, Literal
@@ -22,13 +22,13 @@ class PyStdlibSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FilesSource:
-    """Text (a document a file) or JSON lines (a document a line), listed by paths, globs or URLs."""
+    """Text (a document a file) or JSON lines (a document a line), by paths, globs or URLs."""
 
     type: Literal["files"]
     paths: Annotated[tuple[str, ...], Field(min_length=1)] = dataclasses.field(
         metadata=NOT_IDENTITY
     )
-    """Files, directories, globs or fsspec URLs. The listing they give is what counts: see `corpus`."""
+    """Files, directories, globs or fsspec URLs; the listing they give is what counts."""
     format: Literal["text", "jsonl"] = "text"
     text_field: str = "text"
     """The field of a JSON line that holds the document."""
@@ -42,7 +42,7 @@ Source = Annotated[PyStdlibSource | FilesSource, Field(discriminator="type")]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """Holds out documents by a stable hash of their logical path, so that adding one moves no other."""
+    """Holds out documents by a stable hash of their path, so that adding one moves no other."""
 
     fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.02
 

@@ -1,4 +1,4 @@
-"""Hyperparameters of the model architectures. No JAX is imported here: `gpt2.py` builds from these."""
+"""Hyperparameters of the model architectures. Imports no JAX: `gpt2.py` builds from these."""
 
 import dataclasses
 from typing import Annotated, ClassVar, Literal
@@ -12,7 +12,7 @@ Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Gpt2Config:
-    """GPT-2 (Radford et al. 2019): pre-LN blocks, learned positions, tied head, no biases left out."""
+    """GPT-2 (Radford et al. 2019): pre-LN blocks, learned positions, biases, tied head."""
 
     type: Literal["gpt2"] = "gpt2"
     hidden_dim: Positive = 768
@@ -21,7 +21,7 @@ class Gpt2Config:
     mlp_scale: Positive = 4
     layer_norm_epsilon: Annotated[float, Field(gt=0.0)] = 1e-5
     initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
-    """Standard deviation of the initial weights; residual projections get it over sqrt(2 layers)."""
+    """Standard deviation of initial weights; residual projections get it over sqrt(2 layers)."""
     embed_pdrop: Probability = 0.0
     resid_pdrop: Probability = 0.0
     attn_pdrop: Probability = 0.0

@@ -11,7 +11,7 @@ Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CosineScheduleConfig:
-    """Linear warmup to the peak, then half a cosine down to `min_lr_ratio` of it at the last step."""
+    """Linear warmup to the peak, then half a cosine down to `min_lr_ratio` of it."""
 
     type: Literal["cosine"] = "cosine"
     warmup: Annotated[int, Field(ge=0)] | Fraction = 0.01

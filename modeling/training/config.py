@@ -26,7 +26,7 @@ class DataOrderConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """The run. Fields marked `NOT_IDENTITY` cannot change the science: see `numerics` for the mesh."""
+    """The run. Fields marked `NOT_IDENTITY` cannot change the science, only the bits or nothing."""
 
     num_train_steps: Positive
     train_batch_size: Positive
@@ -46,7 +46,7 @@ class TrainerConfig:
     axis_resources: AxisMapping = dataclasses.field(
         default_factory=lambda: {"batch": "data"}, metadata=NOT_IDENTITY
     )
-    """Logical to physical axes during compute; add `heads: model, mlp: model` for tensor parallelism."""
+    """Logical to physical axes in compute; `heads: model, mlp: model` is tensor parallelism."""
     parameter_axis_resources: AxisMapping = dataclasses.field(
         default_factory=lambda: {"embed": "data"}, metadata=NOT_IDENTITY
     )

@@ -1,0 +1,305 @@
+"""The store: recipes found, bytes shared, damage named, races survived, nothing half-published."""
+
+import json
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from modeling.artifacts import (
+    INVENTORY,
+    Artifact,
+    ArtifactStore,
+    Built,
+    DamagedArtifactError,
+    Input,
+    Recipe,
+    ReproducibilityError,
+    Workspace,
+    verify_files,
+)
+from modeling.canonical import digest
+
+SPAWN = multiprocessing.get_context("spawn")
+
+
+def recipe(text: str, **inputs: Input) -> Recipe:
+    return Recipe("tokenizer", 1, {"text": text}, inputs)
+
+
+def writes(
+    text: str, *, says: str | None = None, name: str = "text.txt"
+) -> Callable[[Workspace], Built]:
+    def build(workspace: Workspace) -> Built:
+        (workspace.output / "part").mkdir()
+        (workspace.output / "part" / name).write_text(text)
+        return Built(
+            digest("test", says or text), {"half": digest("half", text)}, {"chars": len(text)}
+        )
+
+    return build
+
+
+def must_not_run(workspace: Workspace) -> Built:
+    raise AssertionError("this recipe was built before")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ArtifactStore:
+    return ArtifactStore(str(tmp_path / "store"))
+
+
+@pytest.fixture(params=["local", "remote"])
+def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> ArtifactStore:
+    if request.param == "local":
+        return ArtifactStore(str(tmp_path / "store"))
+    return ArtifactStore(f"memory://{tmp_path.name}/{os.getpid()}", scratch=tmp_path / "scratch")
+
+
+class TestRecipes:
+    def test_an_equal_recipe_computes_nothing(self, any_store: ArtifactStore):
+        first, built = any_store.materialize(recipe("a"), writes("a"))
+        again, rebuilt = any_store.materialize(recipe("a"), must_not_run)
+        assert (built, rebuilt) == (True, False)
+        assert again == first
+        path = any_store.local("tokenizer", first.content_id) / "part" / "text.txt"
+        assert path.read_text() == "a"
+
+    def test_id_depends_on_kind_version_params_and_used_inputs_only(self):
+        used = Input("raw_corpus", "1" * 64, "2" * 64)
+        base = Recipe("tokenizer", 1, {"n": 1}, {"corpus": used})
+        assert (
+            base.id
+            == Recipe(
+                "tokenizer", 1, {"n": 1}, {"corpus": Input("raw_corpus", "3" * 64, "2" * 64)}
+            ).id
+        )
+        others = [
+            Recipe("hf_model", 1, {"n": 1}, {"corpus": used}),
+            Recipe("tokenizer", 2, {"n": 1}, {"corpus": used}),
+            Recipe("tokenizer", 1, {"n": 1.0}, {"corpus": used}),
+            Recipe("tokenizer", 1, {"n": 1}, {"documents": used}),
+            Recipe("tokenizer", 1, {"n": 1}, {"corpus": Input("raw_corpus", "1" * 64, "1" * 64)}),
+            Recipe("tokenizer", 1, {"n": 1}),
+        ]
+        assert len({base.id, *(other.id for other in others)}) == 7
+
+    def test_two_recipes_with_one_content_share_their_bytes(self, any_store: ArtifactStore):
+        one, _ = any_store.materialize(recipe("a"), writes("same"))
+        other, built = any_store.materialize(recipe("b"), writes("same"))
+        assert built
+        assert (one.content_id, one.uri) == (other.content_id, other.uri)
+        assert one.as_input() == other.as_input()
+
+    def test_a_part_can_be_depended_on_instead_of_the_whole(self, store: ArtifactStore):
+        artifact, _ = store.materialize(recipe("a"), writes("a"))
+        assert artifact.as_input("half").used == artifact.roots["half"]
+        with pytest.raises(ValueError, match="no root `other`"):
+            artifact.as_input("other")
+
+    def test_another_numerics_class_is_another_record_of_the_same_recipe(
+        self, store: ArtifactStore
+    ):
+        cpu, _ = store.materialize(recipe("a"), writes("cpu bits"), numerics={"device": "cpu"})
+        gpu, built = store.materialize(recipe("a"), writes("gpu bits"), numerics={"device": "gpu"})
+        assert built
+        assert cpu.recipe_id == gpu.recipe_id
+        assert cpu.content_id != gpu.content_id
+        assert store.materialize(recipe("a"), must_not_run, numerics={"device": "cpu"}) == (
+            cpu,
+            False,
+        )
+
+
+class TestPublishing:
+    def test_progress_is_not_shared_between_numerics_classes(self, store: ArtifactStore):
+        def leaves_progress(workspace: Workspace) -> Built:
+            assert list(workspace.progress.iterdir()) == []
+            (workspace.progress / "step-1").write_text("bits of one class")
+            raise RuntimeError("preempted")
+
+        for device in ("cpu", "gpu"):
+            with pytest.raises(RuntimeError, match="preempted"):
+                store.materialize(recipe("a"), leaves_progress, numerics={"device": device})
+
+    def test_other_bytes_for_the_same_recipe_are_an_error_that_names_the_leaf(
+        self, store: ArtifactStore, tmp_path: Path
+    ):
+        def attempt(weight: str) -> Artifact:
+            output = tmp_path / weight
+            output.mkdir()
+            (output / "w").write_text(weight)
+            leaves = {"bias": "same", "weight": weight}
+            return store.publish(recipe("a"), output, Built(digest("t", weight), leaves=leaves))
+
+        first = attempt("one")
+        with pytest.raises(
+            ReproducibilityError, match=r"First difference: `weight` \(1 of 2 differ\)"
+        ):
+            attempt("two")
+        assert store.find(recipe("a")) == first
+
+    def test_a_failed_build_publishes_nothing_and_keeps_its_progress(self, store: ArtifactStore):
+        def fails(workspace: Workspace) -> Built:
+            (workspace.progress / "shard-0").write_text("done")
+            (workspace.output / "half").write_text("half")
+            raise RuntimeError("disk full")
+
+        with pytest.raises(RuntimeError, match="disk full"):
+            store.materialize(recipe("a"), fails)
+        assert store.find(recipe("a")) is None
+        assert list(store.records()) == []
+
+        def resumes(workspace: Workspace) -> Built:
+            assert (workspace.progress / "shard-0").read_text() == "done"
+            assert list(workspace.output.iterdir()) == []
+            return writes("a")(workspace)
+
+        store.materialize(recipe("a"), resumes)
+        assert list((Path(store.root) / "work").glob("*/*/")) == []
+
+    def test_a_record_without_its_object_is_built_again(self, store: ArtifactStore):
+        artifact, _ = store.materialize(recipe("a"), writes("a"))
+        directory = store.local("tokenizer", artifact.content_id)
+        directory.rename(directory.with_name("0" * 64))
+        assert store.find(recipe("a")) is None
+        assert store.materialize(recipe("a"), writes("a")) == (artifact, True)
+
+    def test_the_record_says_what_is_needed_to_explain_it(self, store: ArtifactStore):
+        parent, _ = store.materialize(recipe("p"), writes("p"))
+        child, _ = store.materialize(
+            recipe("c", corpus=parent.as_input("half")), writes("c"), provenance={"git": "abc"}
+        )
+        record = store.record(child.recipe_id)
+        assert record["recipe"]["params"] == {"text": "c"}
+        assert record["recipe"]["inputs"]["corpus"] == {
+            "kind": "tokenizer",
+            "content_id": parent.content_id,
+            "used": parent.roots["half"],
+        }
+        assert record["provenance"] == {"git": "abc"}
+        assert {r["content_id"] for r in store.records()} == {parent.content_id, child.content_id}
+
+
+class TestDamage:
+    @pytest.fixture
+    def published(self, store: ArtifactStore) -> Path:
+        artifact, _ = store.materialize(recipe("a"), writes("abc"))
+        return store.local("tokenizer", artifact.content_id)
+
+    def test_a_whole_object_verifies(self, published: Path):
+        verify_files(published)
+
+    @pytest.mark.parametrize(
+        ("harm", "says"),
+        [
+            (lambda d: (d / "part" / "text.txt").unlink(), "text.txt is missing"),
+            (lambda d: (d / "part" / "text.txt").write_text("ab"), "has 2 bytes, not 3"),
+            (lambda d: (d / "part" / "text.txt").write_text("abd"), "has other bytes"),
+            (lambda d: (d / "part" / "more.txt").write_text(""), "more.txt was not published"),
+        ],
+    )
+    def test_each_harm_is_named(self, published: Path, harm: Callable[[Path], object], says: str):
+        harm(published)
+        with pytest.raises(DamagedArtifactError, match=says):
+            verify_files(published)
+
+    def test_a_copy_of_a_damaged_remote_object_is_refused(self, tmp_path: Path):
+        store = ArtifactStore("memory://damaged", scratch=tmp_path)
+        artifact, _ = store.materialize(recipe("a"), writes("abc"))
+        store._fs.pipe_file(
+            f"{store.root}/objects/tokenizer/{artifact.content_id}/part/text.txt", b"abd"
+        )
+        with pytest.raises(DamagedArtifactError, match="has other bytes"):
+            store.local("tokenizer", artifact.content_id)
+
+
+class TestNames:
+    def test_aliases_and_prefixes_name_contents(self, store: ArtifactStore):
+        artifact, _ = store.materialize(recipe("a"), writes("a"))
+        store.set_alias("best", artifact.content_id)
+        assert store.resolve("best") == artifact.content_id
+        assert store.resolve(artifact.content_id[:8]) == artifact.content_id
+        with pytest.raises(ValueError, match="names no artifact"):
+            store.resolve("ffffff")
+
+    @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a" * 200])
+    def test_names_cannot_leave_their_folder(self, store: ArtifactStore, name: str):
+        with pytest.raises(ValueError, match="not a valid alias"):
+            store.set_alias(name, "0" * 64)
+
+    def test_ids_cannot_leave_their_folder(self, store: ArtifactStore):
+        with pytest.raises(ValueError, match="not a valid content id"):
+            store.local("tokenizer", "../../etc")
+        with pytest.raises(ValueError, match="not a valid artifact kind"):
+            store.local("../tokenizer", "0" * 64)
+
+
+def _build_slowly(root: str, count_dir: str) -> None:
+    def build(workspace: Workspace) -> Built:
+        (Path(count_dir) / str(os.getpid())).touch()
+        signal.sigtimedwait([], 0.2)
+        return writes("a")(workspace)
+
+    ArtifactStore(root).materialize(recipe("a"), build)
+
+
+def _build_and_die(root: str) -> None:
+    def build(workspace: Workspace) -> Built:
+        (workspace.progress / "shard-0").write_text("done")
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("unreachable")
+
+    ArtifactStore(root).materialize(recipe("a"), build)
+
+
+class TestProcesses:
+    def test_processes_racing_on_one_recipe_build_it_once(
+        self, store: ArtifactStore, tmp_path: Path
+    ):
+        count_dir = tmp_path / "built"
+        count_dir.mkdir()
+        racers = [
+            SPAWN.Process(target=_build_slowly, args=(store.root, str(count_dir))) for _ in range(3)
+        ]
+        for racer in racers:
+            racer.start()
+        for racer in racers:
+            racer.join(60)
+        assert [racer.exitcode for racer in racers] == [0, 0, 0]
+        assert len(list(count_dir.iterdir())) == 1
+        assert len(list(store.records())) == 1
+
+    def test_a_killed_builder_holds_nothing_up_and_its_progress_is_found(
+        self, store: ArtifactStore
+    ):
+        victim = SPAWN.Process(target=_build_and_die, args=(store.root,))
+        victim.start()
+        victim.join(60)
+        assert victim.exitcode == -signal.SIGKILL
+        assert store.find(recipe("a")) is None
+
+        def resumes(workspace: Workspace) -> Built:
+            assert (workspace.progress / "shard-0").read_text() == "done"
+            return writes("a")(workspace)
+
+        assert store.materialize(recipe("a"), resumes)[1]
+
+
+def test_layout_on_disk_is_as_documented(store: ArtifactStore):
+    artifact, _ = store.materialize(recipe("a"), writes("a"))
+    store.set_alias("best", artifact.content_id)
+    root = Path(store.root)
+    directory = root / "objects" / "tokenizer" / artifact.content_id
+    inventory = json.loads((directory / INVENTORY).read_text())
+    assert [entry["path"] for entry in inventory["files"]] == ["part/text.txt"]
+    record = json.loads(
+        (root / "recipes" / artifact.recipe_id / "exact" / "artifact.json").read_text()
+    )
+    assert record["content_id"] == artifact.content_id
+    assert json.loads((root / "aliases" / "best").read_text()) == {
+        "content_id": artifact.content_id
+    }
