@@ -1,1 +1,1 @@
-"""TODO."""
+"""Handles on the outside world: artifact store, launcher of JAX processes, tracker, provenance."""

@@ -1,0 +1,78 @@
+"""Hands artifacts from asset to asset as references: some lines of JSON, no bytes, no pickle.
+
+    <store>/refs/<scope>/latest/<asset key>.json           what a later run takes, however launched
+    <store>/refs/<scope>/runs/<run id>/<asset key>.json    what the steps of one run take
+
+A run takes what it has made itself, so two runs at once with different overrides never read each
+other's tokenizer. `scope` tells Dagster instances apart that share a store.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import dagster as dg
+import fsspec
+
+from modeling.artifacts import Artifact
+from resources.store import store_url
+
+
+class ReferenceIOManager(dg.IOManager):
+    """Keeps `Artifact` references under one URL."""
+
+    def __init__(self, url: str, scope: str) -> None:
+        """Keeps references of `scope` below the store at `url`."""
+        self._fs, root = fsspec.url_to_fs(url)
+        self._root = f"{str(root).rstrip('/')}/refs/{scope}"
+
+    def handle_output(self, context: dg.OutputContext, obj: Artifact) -> None:
+        """Writes the reference for this run and for those that follow."""
+        if not isinstance(obj, Artifact):
+            raise TypeError(
+                f"{context.asset_key.to_user_string()}: an asset hands on a "
+                f"`modeling.artifacts.Artifact`, found {type(obj).__name__}."
+            )
+        content = json.dumps(dataclasses.asdict(obj), indent=2, sort_keys=True).encode()
+        for path in (self._run_path(context.run_id, context.asset_key.path), self._latest(context)):
+            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            # A reader sees the old reference or the new one; object stores put atomically anyway.
+            with self._fs.transaction, self._fs.open(path, "wb") as handle:
+                handle.write(content)
+
+    def load_input(self, context: dg.InputContext) -> Artifact:
+        """Reads the reference that this run has written, or else the latest one."""
+        own = self._run_path(context.step_context.run_id, context.asset_key.path)
+        path = own if self._fs.exists(own) else self._latest(context)
+        if not self._fs.exists(path):
+            name = context.asset_key.to_user_string()
+            raise FileNotFoundError(
+                f"{name} has never been materialized here (no {path}). Materialize it first, or "
+                f"select everything upstream: `dagster asset materialize --select '*{name}'`."
+            )
+        return Artifact(**json.loads(self._fs.cat_file(path)))
+
+    def _run_path(self, run_id: str, key: Sequence[str]) -> str:
+        return f"{self._root}/runs/{run_id}/{'/'.join(key)}.json"
+
+    def _latest(self, context: dg.InputContext | dg.OutputContext) -> str:
+        return f"{self._root}/latest/{'/'.join(context.asset_key.path)}.json"
+
+
+class ReferenceIOManagerFactory(dg.ConfigurableIOManagerFactory[ReferenceIOManager]):
+    """References beside the artifacts, apart for each Dagster instance."""
+
+    url: str | None = None
+
+    def create_io_manager(self, context: Any) -> ReferenceIOManager:
+        """Opens the references of the instance that runs this."""
+        return ReferenceIOManager(store_url(self.url), scope_of(context.instance))
+
+
+def scope_of(instance: dg.DagsterInstance | None) -> str:
+    """Returns a short name of an instance; all ephemeral ones share one."""
+    if instance is None or instance.is_ephemeral:
+        return "ephemeral"
+    return hashlib.sha256(instance.storage_directory().encode()).hexdigest()[:12]

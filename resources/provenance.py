@@ -1,0 +1,188 @@
+"""Where and how an artifact was made, for its record; outside every identity, and free of secrets.
+
+    git       commit, branch, remote without credentials, SHA-256 of the uncommitted difference
+    packages  versions of everything installed that can touch a result
+    host      machine, processor count, Python
+    process   argv with secrets removed
+    times     when the build started and ended (UTC), seconds
+
+Environment variables are never copied. An argument is dropped when its own name, or the option
+before it, says that it is a secret, or when it looks like a well-known kind of token.
+"""
+
+import datetime
+import functools
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from modeling.artifacts import Artifact, ArtifactStore, Build, Built, Recipe, Workspace
+
+REMOVED = "[removed]"
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+_SECRET_NAME = re.compile(
+    r"(?i)(pass(word|wd|phrase)?|secret|token|credential|api[-_]?key|access[-_]?key|private[-_]?key"
+    r"|auth|bearer|signature|\bsig\b)"
+)
+_SECRET_VALUE = re.compile(
+    r"hf_[A-Za-z0-9]{8,}"  # Hugging Face
+    r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"  # GitHub, GitLab
+    r"|AKIA[0-9A-Z]{12,}|AIza[\w-]{20,}|ya29\.[\w-]{8,}|sk-[\w-]{16,}|xox[abprs]-[\w-]{8,}"
+    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # JSON web tokens
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
+    r"|\b[0-9a-f]{40}\b"  # Weights & Biases
+)
+_USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
+_PACKAGES = (
+    "jax",
+    "jaxlib",
+    "equinox",
+    "optax",
+    "numpy",
+    "dagster",
+    "pyarrow",
+    "datasets",
+    "tokenizers",
+    "tensorstore",
+    "safetensors",
+    "levanter-pipeline",
+)
+
+
+def materialize(
+    store: ArtifactStore,
+    recipe: Recipe,
+    build: Build,
+    *,
+    numerics: Mapping[str, Any] | None = None,
+) -> tuple[Artifact, bool, float]:
+    """Returns the artifact, whether it had to be built, and the seconds that it took."""
+    began = time.monotonic()
+    provenance: dict[str, Any] = {}
+
+    def build_with_provenance(workspace: Workspace) -> Built:
+        start = datetime.datetime.now(datetime.UTC)
+        # Gathered before the build: it tells of the sources that ran and not of later edits.
+        provenance.update(collect(sys.argv))
+        built = build(workspace)
+        end = datetime.datetime.now(datetime.UTC)
+        provenance["times"] = {
+            "started": start.isoformat(timespec="seconds"),
+            "ended": end.isoformat(timespec="seconds"),
+            "seconds": round((end - start).total_seconds(), 3),
+        }
+        return built
+
+    artifact, is_new = store.materialize(
+        recipe, build_with_provenance, numerics=numerics, provenance=provenance
+    )
+    return artifact, is_new, time.monotonic() - began
+
+
+def collect(argv: Sequence[str]) -> dict[str, Any]:
+    """Returns git state, package versions, host and arguments of this process."""
+    return {
+        "git": git_state(CHECKOUT),
+        "packages": _package_versions(),
+        "host": {
+            "name": socket.gethostname(),
+            "machine": platform.machine(),
+            "system": platform.platform(),
+            "num_cpus": os.cpu_count(),
+            "python": platform.python_version(),
+        },
+        "process": {"argv": without_secrets(argv)},
+    }
+
+
+def without_secrets(argv: Sequence[str]) -> list[str]:
+    """Returns `argv` with the values of secret options, tokens and URL credentials taken out."""
+    cleaned = []
+    follows_secret_option = False
+    for argument in argv:
+        name, equals, _ = argument.partition("=")
+        is_option = argument.startswith("-")
+        if follows_secret_option and not is_option:
+            cleaned.append(REMOVED)
+        elif equals and _SECRET_NAME.search(name):
+            cleaned.append(f"{name}={REMOVED}")
+        else:
+            cleaned.append(scrub(argument))
+        follows_secret_option = is_option and not equals and bool(_SECRET_NAME.search(argument))
+    return cleaned
+
+
+def scrub(text: str) -> str:
+    """Returns `text` without tokens of well-known forms and without credentials in URLs."""
+    text = _USER_INFO.sub("", text)
+    text = re.sub(
+        r"([?&;,\s\"'{]|^)([\w-]*)(\"?\s*[=:]\s*\"?)([^&\s\"',}]+)",
+        lambda m: f"{m[1]}{m[2]}{m[3]}{REMOVED}" if m[2] and _SECRET_NAME.search(m[2]) else m[0],
+        text,
+    )
+    return _SECRET_VALUE.sub(REMOVED, text)
+
+
+def git_state(directory: Path) -> dict[str, Any]:
+    """Returns commit, branch, remote and a digest of what is not committed; says so without git."""
+    commit = _git(directory, "rev-parse", "HEAD")
+    if commit is None:
+        return {"commit": None, "why": f"{directory.name} is no git checkout, or git is missing"}
+    status = _git(directory, "status", "--porcelain=v1", "--untracked-files=normal") or ""
+    remote = _git(directory, "config", "--get", "remote.origin.url")
+    return {
+        "commit": commit,
+        "branch": _git(directory, "rev-parse", "--abbrev-ref", "HEAD"),
+        "remote": _public_remote(remote) if remote else None,
+        "dirty": bool(status),
+        "diff_sha256": _diff_digest(directory, status) if status else None,
+    }
+
+
+def _diff_digest(directory: Path, status: str) -> str:
+    """Digests the difference to HEAD and the names of untracked files, whose bytes may be many."""
+    difference = _git(directory, "diff", "HEAD", "--binary", "--no-ext-diff") or ""
+    return hashlib.sha256(f"{status}\0{difference}".encode()).hexdigest()
+
+
+def _public_remote(remote: str) -> str:
+    """Returns a remote's URL without user, password and query, which may all carry a token."""
+    if "://" not in remote:
+        return scrub(remote.rpartition("@")[2])
+    parts = urlsplit(remote)
+    host = parts.netloc.rpartition("@")[2]
+    return scrub(urlunsplit((parts.scheme, host, parts.path, "", "")))
+
+
+def _git(directory: Path, *arguments: str) -> str | None:
+    command = ["git", "-C", str(directory), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, check=False, timeout=60)
+    except FileNotFoundError:
+        return None
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"`{shlex.join(command)}` took more than 60 s.") from error
+    return done.stdout.decode(errors="replace").strip() if done.returncode == 0 else None
+
+
+@functools.cache
+def _package_versions() -> dict[str, str]:
+    versions = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

@@ -1,0 +1,147 @@
+"""The artifact store as a resource: which URL, and how an artifact becomes a materialization.
+
+The URL is the resource's `url`, else `LEVANTER_STORE`, else `$DAGSTER_HOME/store`. Builds of a
+remote store (`gs://...`) happen under `LEVANTER_SCRATCH`, else `$DAGSTER_HOME/scratch`.
+
+`materialize` is what every asset body calls: it looks the recipe up first, so a stage whose recipe
+is on record computes nothing, from whatever entry route the run came.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from pydantic import Field
+
+from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe
+from resources import provenance
+
+
+class StoreLocationError(ValueError):
+    """Nothing says where artifacts are kept."""
+
+
+def store_url(configured: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
+    """Returns where artifacts are kept."""
+    if configured or (configured := environ.get("LEVANTER_STORE")):
+        return configured
+    if home := environ.get("DAGSTER_HOME"):
+        return str(Path(home) / "store")
+    raise StoreLocationError(
+        "no artifact store: neither LEVANTER_STORE nor DAGSTER_HOME is set. Set LEVANTER_STORE to a "
+        "directory or an fsspec URL (gs://bucket/path), or DAGSTER_HOME to use its store."
+    )
+
+
+def scratch_directory(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Returns the local directory for builds and copies of a remote store, if any is set."""
+    if scratch := environ.get("LEVANTER_SCRATCH"):
+        return Path(scratch)
+    home = environ.get("DAGSTER_HOME")
+    return Path(home) / "scratch" if home else None
+
+
+def open_store(configured: str | None = None) -> ArtifactStore:
+    """Opens the store that the environment names."""
+    return ArtifactStore(store_url(configured), scratch=scratch_directory())
+
+
+class StoreResource(dg.ConfigurableResource):
+    """Content-addressed artifacts under one URL."""
+
+    url: str | None = Field(
+        default=None,
+        description="Directory or fsspec URL; else LEVANTER_STORE, else DAGSTER_HOME/store.",
+    )
+
+    def open(self) -> ArtifactStore:
+        """Returns the store itself."""
+        return open_store(self.url)
+
+    def materialize(
+        self,
+        recipe: Recipe,
+        build: Build,
+        *,
+        numerics: Mapping[str, Any] | None = None,
+        show: Callable[[Artifact, Path], Mapping[str, Any]] = lambda artifact, files: {},
+    ) -> dg.MaterializeResult[Artifact]:
+        """Returns the artifact of `recipe`, built unless it is on record, as an asset returns it.
+
+        Args:
+            recipe: what to make of which inputs.
+            build: makes it; not called when it is on record.
+            numerics: the numerics class, for products of floating-point training.
+            show: gives metadata of the stage's own, beside the ids and facts of every artifact.
+        """
+        store = self.open()
+        artifact, is_new, seconds = provenance.materialize(store, recipe, build, numerics=numerics)
+        files = store.local(artifact.kind, artifact.content_id)
+        return dg.MaterializeResult(
+            value=artifact,
+            data_version=dg.DataVersion(artifact.content_id),
+            metadata={
+                "id": artifact.content_id[:12],
+                "content_id": artifact.content_id,
+                "recipe_id": artifact.recipe_id,
+                "numerics": artifact.numerics,
+                "was": "built" if is_new else "reused",
+                "seconds": round(seconds, 2),
+                "path": dg.MetadataValue.path(artifact.uri.removeprefix("file://")),
+                **_shown(artifact.facts),
+                **show(artifact, files),
+            },
+        )
+
+    def files(self, artifact: Artifact) -> Path:
+        """Returns a local directory with the artifact's files."""
+        return self.open().local(artifact.kind, artifact.content_id)
+
+    def input_of(self, artifact: Artifact, name: str) -> Artifact:
+        """Returns the artifact that `artifact` was made from as its input `name`.
+
+        So evaluation and export find tokenizer and cache with the checkpoint as only parent: an
+        edge of their own would let Dagster pair a new tokenizer with an old checkpoint.
+        """
+        store = self.open()
+        inputs = store.record(artifact.recipe_id, artifact.numerics)["recipe"]["inputs"]
+        if name not in inputs:
+            raise ValueError(
+                f"{artifact.kind} {artifact.content_id[:12]} has no input `{name}`; it has "
+                f"{sorted(inputs)}."
+            )
+        wanted = inputs[name]["kind"], inputs[name]["content_id"]
+        for record in store.records():
+            if (record["kind"], record["content_id"]) == wanted:
+                return _artifact(store, record)
+        raise ValueError(
+            f"{artifact.kind} {artifact.content_id[:12]} was made from {wanted[0]} "
+            f"{wanted[1][:12]}, of which {store.url} has no record. Materialize the assets above "
+            f"it again."
+        )
+
+
+def _artifact(store: ArtifactStore, record: Mapping[str, Any]) -> Artifact:
+    kind, content_id = record["kind"], record["content_id"]
+    return Artifact(
+        kind,
+        content_id,
+        record["recipe_id"],
+        record["numerics"]["id"],
+        f"{store.url}/objects/{kind}/{content_id}",
+        record["roots"],
+        record["facts"],
+    )
+
+
+def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the facts as a metadata panel can show them: what is no number or text as JSON."""
+    shown: dict[str, Any] = {}
+    for name, value in facts.items():
+        if isinstance(value, bool | int | float | str):
+            shown[name] = value
+        elif value is not None:
+            shown[name] = dg.MetadataValue.json(value)
+    return shown

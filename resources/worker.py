@@ -1,0 +1,114 @@
+"""The child's side of `launcher`: `python -m resources.worker JOB.json`.
+
+Order matters here. First the ties to the parent (death signal, watchdog), then the lock on the
+workspace, then the imports that take seconds. No Dagster is imported, only its small Pipes client.
+"""
+
+import contextlib
+import ctypes
+import fcntl
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster_pipes
+
+from modeling.artifacts import Workspace, write_durably
+
+PREEMPTED = 75
+"""The exit code after an entry has saved and stopped because somebody asked (EX_TEMPFAIL)."""
+_PR_SET_PDEATHSIG = 1
+
+
+class Preempted(Exception):
+    """An entry raises this after it has saved and stopped because it was asked to."""
+
+
+class Channel:
+    """Where an entry tells how it is getting on: the terminal and the run's event log, live."""
+
+    def __init__(self, log: Callable[[str], None]) -> None:
+        """Sends each message to `log` too."""
+        self._log = log
+
+    def say(self, message: object) -> None:
+        """Shows one message."""
+        sys.stdout.write(f"{message}\n")
+        sys.stdout.flush()
+        self._log(str(message))
+
+
+Entry = Callable[[Mapping[str, Any], Workspace | None, Channel], Mapping[str, Any]]
+
+
+def main(job_path: str) -> int:
+    """Runs the job and returns the exit code."""
+    job = json.loads(Path(job_path).read_text())
+    tie_to_parent(job["parent"], job["grace_s"])
+    workspace = job["workspace"] and Workspace(**{k: Path(v) for k, v in job["workspace"].items()})
+    with _exclusive(workspace), _channel() as channel:
+        module, _, function = job["entry"].partition(":")
+        entry: Entry = getattr(importlib.import_module(module), function)
+        try:
+            result = entry(job["arguments"], workspace, channel)
+        except Preempted as stop:
+            channel.say(f"Stopped: {stop}")
+            return PREEMPTED
+        write_durably(Path(job["result"]), result)
+    return 0
+
+
+def tie_to_parent(parent: int, grace_s: float) -> None:
+    """Makes this process end when `parent` does: TERM from the kernel, KILL from our thread."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # It died before the line above.
+        raise SystemExit("The process that started this one is gone.")
+    threading.Thread(target=_watch, args=(parent, grace_s), daemon=True).start()
+
+
+def _watch(parent: int, grace_s: float) -> None:
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(grace_s)
+    # Still here: saving takes too long, or native code never returns to the interpreter.
+    if os.getpgrp() == os.getpid():
+        os.killpg(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _exclusive(workspace: Workspace | None) -> Iterator[None]:
+    """Holds the workspace: a child that is still saving after its parent's death has it first."""
+    if workspace is None:
+        yield
+        return
+    with (workspace.progress.parent / "worker.lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.stderr.write("Waiting for the previous process in this workspace to end.\n")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def _channel() -> Iterator[Channel]:
+    if dagster_pipes.DAGSTER_PIPES_CONTEXT_ENV_VAR not in os.environ:
+        yield Channel(lambda message: None)
+        return
+    with dagster_pipes.open_dagster_pipes() as pipes:
+        yield Channel(pipes.log.info)
+
+
+if __name__ == "__main__":
+    # By its real name, so that entries raise the same `Preempted` that `main` catches.
+    sys.exit(importlib.import_module("resources.worker").main(sys.argv[1]))

@@ -1,0 +1,68 @@
+"""Entries that launched processes run in the launcher's tests."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from resources.worker import Preempted
+
+
+def write_and_return(arguments, workspace, channel):
+    channel.say("working on it")
+    (workspace.output / "data.txt").write_text(arguments["text"])
+    return {
+        "content_id": "ab" * 32,
+        "roots": {},
+        "facts": {"nproc": os.environ.get("NPROC"), "group": os.getpgrp() == os.getpid()},
+        "leaves": {},
+    }
+
+
+def exit_17(arguments, workspace, channel):
+    sys.stderr.write("the last words\n")
+    sys.exit(17)
+
+
+def exit_0_early(arguments, workspace, channel):
+    os._exit(0)
+
+
+def fail(arguments, workspace, channel):
+    raise ValueError("hidden_dim 7 is not a multiple of num_heads 2")
+
+
+def crash_once(arguments, workspace, channel):
+    """Dies by SIGKILL in its first life; the second finds what the first has committed."""
+    mark = workspace.progress / "step"
+    if not mark.exists():
+        mark.write_text("5")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return {
+        "content_id": "cd" * 32,
+        "roots": {},
+        "facts": {"resumed": int(mark.read_text())},
+        "leaves": {},
+    }
+
+
+def stop_when_asked(arguments, workspace, channel):
+    """Saves for `save_s` after a TERM, then stops; says in files what happened to it."""
+    told = []
+    signal.signal(signal.SIGTERM, lambda *_: told.append(True))
+    notes = Path(arguments["notes"])
+    grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    (notes / "pids").write_text(f"{os.getpid()} {grandchild.pid}")
+    (notes / "started").touch()
+    while not told:
+        time.sleep(0.05)
+    (notes / "told").touch()
+    deadline = time.monotonic() + arguments["save_s"]
+    while time.monotonic() < deadline:
+        time.sleep(0.05)
+    grandchild.kill()
+    grandchild.wait()
+    (notes / "saved").touch()
+    raise Preempted("saved at step 7")
