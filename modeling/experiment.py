@@ -59,39 +59,62 @@ class Catalog:
     experiments: Mapping[str, ExperimentConfig]
 
 
-def load_catalog(directory: Path, overrides: Mapping[str, Sequence[str]] | None = None) -> Catalog:
-    """Reads `datasets/*.yaml` and `experiments/*.yaml` below `directory`.
+def load_catalog(
+    directories: Path | Sequence[Path], overrides: Mapping[str, Sequence[str]] | None = None
+) -> Catalog:
+    """Reads `datasets/*.yaml` and `experiments/*.yaml` below each directory.
 
     Args:
+        directories: one, or several that together name each dataset and experiment once.
         overrides: for each experiment, assignments such as `trainer.num_train_steps=50`; those that
             begin with `dataset.` change its dataset.
 
     Raises:
         ConfigError: naming file and field of every mistake.
     """
-    overrides = overrides or {}
-    experiments = {
-        name: load_experiment(
-            path, [text for text in overrides.get(name, ()) if not text.startswith("dataset.")]
+    folders = [directories] if isinstance(directories, Path) else list(directories)
+    dataset_files = _yaml_files([folder / "datasets" for folder in folders])
+    experiment_files = _yaml_files([folder / "experiments" for folder in folders])
+    for name in sorted(set(dataset_files) & set(experiment_files)):
+        raise ConfigError(
+            f"{experiment_files[name]}: {dataset_files[name]} has this name too, and both name "
+            f"assets; rename one."
         )
-        for name, path in _yaml_files(directory / "experiments").items()
+    changes = _Changes(overrides or {})
+    experiments = {
+        name: load_experiment(path, changes.of_experiment(name))
+        for name, path in experiment_files.items()
     }
-    unknown = sorted(set(overrides) - set(experiments))
-    if unknown:
+    if unknown := sorted(set(overrides or {}) - set(experiments)):
         raise ConfigError(
             f"no experiment is named {unknown[0]!r}; there are {sorted(experiments)}."
         )
-    for_datasets: dict[str, list[str]] = {}
-    for name, texts in overrides.items():
-        changes = [text.removeprefix("dataset.") for text in texts if text.startswith("dataset.")]
-        for_datasets.setdefault(experiments[name].dataset, []).extend(changes)
     datasets = {
-        name: load_dataset(path, for_datasets.get(name, ()))
-        for name, path in _yaml_files(directory / "datasets").items()
+        name: load_dataset(path, changes.of_dataset(name, experiments))
+        for name, path in dataset_files.items()
     }
     for name, experiment in experiments.items():
-        _check_reference(directory / "experiments" / f"{name}.yaml", experiment, datasets)
+        _check_reference(experiment_files[name], experiment, datasets)
     return Catalog(datasets, experiments)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Changes:
+    """Overrides by experiment, told apart into its own and those of its dataset."""
+
+    by_experiment: Mapping[str, Sequence[str]]
+
+    def of_experiment(self, name: str) -> list[str]:
+        texts = self.by_experiment.get(name, ())
+        return [text for text in texts if not text.startswith("dataset.")]
+
+    def of_dataset(self, name: str, experiments: Mapping[str, ExperimentConfig]) -> list[str]:
+        return [
+            text.removeprefix("dataset.")
+            for experiment, texts in self.by_experiment.items()
+            for text in texts
+            if experiments[experiment].dataset == name and text.startswith("dataset.")
+        ]
 
 
 def load_dataset(path: Path, overrides: Sequence[str] = ()) -> DatasetConfig:
@@ -168,13 +191,16 @@ _CoreLoader.add_implicit_resolver(
 )
 
 
-def _yaml_files(directory: Path) -> dict[str, Path]:
-    files = {path.stem: path for path in sorted(directory.glob("*.yaml"))}
-    for name, path in files.items():
-        if not NAME.fullmatch(name):
+def _yaml_files(directories: Sequence[Path]) -> dict[str, Path]:
+    files: dict[str, Path] = {}
+    for path in (path for directory in directories for path in sorted(directory.glob("*.yaml"))):
+        if not NAME.fullmatch(path.stem):
             raise ConfigError(
                 f"{path}: the name must match {NAME.pattern}, so that it can be an asset key."
             )
+        if path.stem in files:
+            raise ConfigError(f"{path}: {files[path.stem]} has this name already; rename one.")
+        files[path.stem] = path
     return files
 
 

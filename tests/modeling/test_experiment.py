@@ -37,6 +37,19 @@ def write_experiment(catalog_dir: Path, text: str, name: str = "base") -> None:
     (catalog_dir / "experiments" / f"{name}.yaml").write_text(text)
 
 
+def test_catalogs_join_and_name_everything_once(catalog_dir: Path, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other")
+    (other / "experiments").mkdir()
+    write_experiment(other, EXPERIMENT, "mine")
+    assert set(load_catalog([catalog_dir, other]).experiments) == {"base", "mine"}
+    write_experiment(other, EXPERIMENT, "base")
+    with pytest.raises(ConfigError, match="has this name already"):
+        load_catalog([catalog_dir, other])
+    (other / "experiments" / "base.yaml").rename(other / "experiments" / "tiny.yaml")
+    with pytest.raises(ConfigError, match="has this name too"):
+        load_catalog([catalog_dir, other])
+
+
 def test_defaults_are_filled_in(catalog_dir: Path):
     catalog = load_catalog(catalog_dir)
     assert catalog.datasets["tiny"].tokenization.append_eos is True
