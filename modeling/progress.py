@@ -49,7 +49,6 @@ class Meter:
         total: int,
         unit: str,
         *,
-        already_done: int = 0,
         clock: Callable[[], float] = time.monotonic,
         interval_s: float = 1.0,
     ) -> None:
@@ -57,11 +56,11 @@ class Meter:
         self._stage = stage
         self._total = total
         self._unit = unit
-        self._already_done = already_done
+        self._skipped = 0
         self._clock = clock
         self._interval_s = interval_s
         self._started = self._last_told = clock()
-        self.done = already_done
+        self.done = 0
 
     def advance(self, count: int) -> None:
         """Adds `count` units, and reports if the last report is old enough."""
@@ -70,6 +69,11 @@ class Meter:
         if now - self._last_told >= self._interval_s:
             self._tell(now)
 
+    def skip(self, count: int) -> None:
+        """Adds `count` units that an earlier attempt did: done, but no part of the rate."""
+        self._skipped += count
+        self.done += count
+
     def finish(self) -> None:
         """Reports the last state, whenever the one before it was."""
         self._tell(self._clock())
@@ -77,6 +81,6 @@ class Meter:
     def _tell(self, now: float) -> None:
         self._last_told = now
         seconds = now - self._started
-        rate = (self.done - self._already_done) / seconds if seconds > 0 else 0.0
+        rate = (self.done - self._skipped) / seconds if seconds > 0 else 0.0
         eta_s = max(self._total - self.done, 0) / rate if rate > 0 else None
         self._report(Progress(self._stage, self.done, self._total, self._unit, rate, eta_s))

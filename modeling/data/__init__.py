@@ -1,1 +1,1 @@
-"""From sources to batches: corpus, tokenizer, tokenized corpus, token caches, data order, loader."""
+"""Sources to batches: corpus, tokenizer, tokenized corpus, token caches, data order, loader."""

@@ -25,7 +25,8 @@ def test_reports_are_at_least_an_interval_apart_and_the_last_always_comes():
 
 def test_rate_counts_this_attempt_only_and_eta_what_is_left():
     clock, reports = Clock(), []
-    meter = Meter(reports.append, "train", 100, "steps", already_done=50, clock=clock)
+    meter = Meter(reports.append, "train", 100, "steps", clock=clock)
+    meter.skip(50)
     clock.now += 5.0
     meter.advance(10)
     assert reports == [Progress("train", 60, 100, "steps", rate=2.0, eta_s=20.0)]

@@ -1,0 +1,320 @@
+"""The tokenized corpus: every document as ids, in Arrow IPC shards that a cache reads in place.
+
+    <split>-00000.arrow   one row a document, see `modeling.data.shards`
+    manifest.json         dtype, vocab_size, eos_id, and for each split its shards, its counts, and
+                          the Merkle leaves of its flat tokens (see `modeling.merkle`)
+
+Per split, two byte streams are digested: all tokens, little endian, in document order; and the end
+offset of each document, as little-endian uint64. The content id covers dtype, vocabulary and both
+streams, so it knows nothing of batches, shards, threads or crashes.
+
+A shard is written beside the others in `Workspace.progress` and its receipt `<shard>.json` last; a
+retry digests the shards that have one and goes on after them.
+"""
+
+import json
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modeling import canonical
+from modeling.artifacts import Built, DamagedArtifactError, Workspace, file_sha256, write_durably
+from modeling.data import corpus
+from modeling.data.config import TokenizationConfig
+from modeling.data.shards import FlatTokens, map_shard, token_dtype, write_shard
+from modeling.data.tokenizer import Tokenizer
+from modeling.merkle import MerkleHasher
+from modeling.progress import Meter, Report, ignore
+
+MANIFEST_FILE = "manifest.json"
+FORMAT = "tokenized_corpus/1"
+SHARD_TOKENS = 1 << 24
+_BATCH_TEXT_CHARS = 4 * 1024 * 1024
+_BATCH_DOCUMENTS = 4096
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of consecutive documents of a split."""
+
+    file: str
+    documents: int
+    tokens: int
+    text_bytes: int
+    sha256: str
+    """Of the file as written: a retry checks what an earlier attempt left."""
+
+
+@dataclass(frozen=True)
+class SplitManifest:
+    """What is known of one split without reading its shards."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    shards: tuple[Shard, ...]
+    token_leaves: tuple[str, ...]
+    tokens_root: str
+    offsets_root: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`."""
+
+    dtype: str
+    vocab_size: int
+    eos_id: int
+    splits: dict[str, SplitManifest]
+
+    @classmethod
+    def read(cls, directory: Path) -> "Manifest":
+        """Reads the manifest of a built tokenized corpus."""
+        raw = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
+        if raw.pop("format") != FORMAT:
+            raise ValueError(f"{directory / MANIFEST_FILE}: not of format {FORMAT}.")
+        splits = {
+            name: SplitManifest(
+                **split
+                | {
+                    "shards": tuple(Shard(**shard) for shard in split["shards"]),
+                    "token_leaves": tuple(split["token_leaves"]),
+                }
+            )
+            for name, split in raw.pop("splits").items()
+        }
+        return cls(splits=splits, **raw)
+
+
+def flat_tokens(directory: Path, split: SplitManifest, dtype: np.dtype) -> FlatTokens:
+    """Returns the tokens of one split of a built tokenized corpus, mapped into memory."""
+    return FlatTokens([map_shard(directory / shard.file, dtype)[0] for shard in split.shards])
+
+
+def build(
+    config: TokenizationConfig,
+    corpus_dir: Path,
+    tokenizer_dir: Path,
+    workspace: Workspace,
+    *,
+    report: Report = ignore,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Built:
+    """Encodes every document, resuming after the last shard that an earlier attempt committed.
+
+    Args:
+        shard_tokens: closes a shard at the first document that reaches this many tokens.
+    """
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    dtype = token_dtype(tokenizer.vocab_size)
+    total = sum(corpus.num_documents(corpus_dir, split) for split in corpus.SPLITS)
+    meter = Meter(report, "tokenized corpus", total, "documents")
+    splits = {}
+    for split in corpus.SPLITS:
+        digests = _SplitDigests()
+        for shard in _committed_shards(workspace.progress, split):
+            digests.add(shard, *map_shard(workspace.progress / shard.file, dtype))
+            meter.skip(shard.documents)
+        texts = (document.text for document in corpus.documents(corpus_dir, split))
+        batches = _encode(config, tokenizer, dtype, islice(texts, digests.documents, None), meter)
+        for documents in _cut(batches, shard_tokens):
+            shard = _commit(documents, workspace.progress, _shard_name(split, len(digests.shards)))
+            digests.add(shard, *map_shard(workspace.progress / shard.file, dtype))
+        splits[split] = digests.manifest()
+    meter.finish()
+    for shard in (shard for split in splits.values() for shard in split.shards):
+        _link(workspace.progress / shard.file, workspace.output / shard.file)
+    manifest = Manifest(dtype.name, tokenizer.vocab_size, tokenizer.eos_id, splits)
+    write_durably(workspace.output / MANIFEST_FILE, {"format": FORMAT} | asdict(manifest))
+    return _built(manifest)
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """Consecutive documents as ids: their tokens end to end, their lengths in tokens and bytes."""
+
+    tokens: np.ndarray
+    lengths: np.ndarray
+    text_bytes: np.ndarray
+
+    def split_at(self, document: int) -> tuple["_Encoded", "_Encoded"]:
+        token = int(self.lengths[:document].sum())
+        return (
+            _Encoded(self.tokens[:token], self.lengths[:document], self.text_bytes[:document]),
+            _Encoded(self.tokens[token:], self.lengths[document:], self.text_bytes[document:]),
+        )
+
+
+class _SplitDigests:
+    """Folds shards, in order, into the split's two digests and its counts."""
+
+    def __init__(self) -> None:
+        self.shards: list[Shard] = []
+        self.documents = 0
+        self._tokens = 0
+        self._token_hasher = MerkleHasher()
+        self._offset_hasher = MerkleHasher()
+
+    def add(self, shard: Shard, tokens: np.ndarray, offsets: np.ndarray) -> None:
+        if (len(offsets) - 1, len(tokens)) != (shard.documents, shard.tokens):
+            raise DamagedArtifactError(
+                f"{shard.file}: has {len(offsets) - 1} documents and {len(tokens)} tokens, its "
+                f"receipt says {shard.documents} and {shard.tokens}."
+            )
+        ends = offsets[1:].astype("<u8") + self._tokens
+        self._token_hasher.update(tokens.data.cast("B"))
+        self._offset_hasher.update(ends.data.cast("B"))
+        self.shards.append(shard)
+        self.documents += shard.documents
+        self._tokens += shard.tokens
+
+    def manifest(self) -> SplitManifest:
+        return SplitManifest(
+            documents=self.documents,
+            tokens=self._tokens,
+            text_bytes=sum(shard.text_bytes for shard in self.shards),
+            shards=tuple(self.shards),
+            token_leaves=tuple(leaf.hex() for leaf in self._token_hasher.leaves),
+            tokens_root=self._token_hasher.root(),
+            offsets_root=self._offset_hasher.root(),
+        )
+
+
+def _encode(
+    config: TokenizationConfig,
+    tokenizer: Tokenizer,
+    dtype: np.dtype,
+    texts: Iterable[str],
+    meter: Meter,
+) -> Iterator[_Encoded]:
+    """Yields the texts encoded, a few MiB of text at a time."""
+    for batch in _text_batches(texts):
+        ids = tokenizer.encode_batch(batch)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        tokens = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))
+        if config.append_eos:
+            tokens, lengths = _inserted(tokens, lengths, lengths.cumsum(), tokenizer.eos_id)
+        if config.append_bos:
+            starts = lengths.cumsum() - lengths
+            tokens, lengths = _inserted(tokens, lengths, starts, tokenizer.bos_id)
+        text_bytes = np.fromiter((len(text.encode()) for text in batch), np.int64, len(batch))
+        yield _Encoded(tokens, lengths, text_bytes)
+        meter.advance(len(batch))
+
+
+def _text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    num_chars = 0
+    for text in texts:
+        batch.append(text)
+        num_chars += len(text)
+        if num_chars >= _BATCH_TEXT_CHARS or len(batch) == _BATCH_DOCUMENTS:
+            yield batch
+            batch, num_chars = [], 0
+    if batch:
+        yield batch
+
+
+def _inserted(
+    tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray, token_id: int
+) -> tuple[np.ndarray, np.ndarray]:
+    return np.insert(tokens, positions, token_id), lengths + 1
+
+
+def _cut(batches: Iterable[_Encoded], shard_tokens: int) -> Iterator[_Encoded]:
+    """Regroups batches into shards, each closed by the document that fills it."""
+    pending: list[_Encoded] = []
+    room = shard_tokens
+    for batch in batches:
+        rest = batch
+        while int(rest.lengths.sum()) >= room:
+            last = int(np.searchsorted(rest.lengths.cumsum(), room))
+            head, rest = rest.split_at(last + 1)
+            yield _joined([*pending, head])
+            pending, room = [], shard_tokens
+        if len(rest.lengths):
+            pending.append(rest)
+            room -= int(rest.lengths.sum())
+    if pending:
+        yield _joined(pending)
+
+
+def _joined(parts: list[_Encoded]) -> _Encoded:
+    return _Encoded(
+        np.concatenate([part.tokens for part in parts]),
+        np.concatenate([part.lengths for part in parts]),
+        np.concatenate([part.text_bytes for part in parts]),
+    )
+
+
+def _shard_name(split: str, index: int) -> str:
+    return f"{split}-{index:05d}.arrow"
+
+
+def _commit(documents: _Encoded, directory: Path, name: str) -> Shard:
+    """Writes a shard, and after it its receipt, so that both survive a crash or neither counts."""
+    attempt = directory / f".{name}"
+    write_shard(attempt, documents.tokens, documents.lengths)
+    shard = Shard(
+        file=name,
+        documents=len(documents.lengths),
+        tokens=len(documents.tokens),
+        text_bytes=int(documents.text_bytes.sum()),
+        sha256=file_sha256(attempt),
+    )
+    attempt.replace(directory / name)
+    write_durably(_receipt(directory, name), asdict(shard))
+    return shard
+
+
+def _receipt(directory: Path, name: str) -> Path:
+    return directory / f"{name}.json"
+
+
+def _committed_shards(directory: Path, split: str) -> Iterator[Shard]:
+    for index in count():
+        receipt = _receipt(directory, _shard_name(split, index))
+        if not receipt.exists():
+            return
+        shard = Shard(**json.loads(receipt.read_text(encoding="utf-8")))
+        if file_sha256(directory / shard.file) != shard.sha256:
+            raise DamagedArtifactError(
+                f"{directory / shard.file}: has other bytes than its receipt says. Delete "
+                f"{receipt.name} and what follows it, and run again."
+            )
+        yield shard
+
+
+def _link(source: Path, target: Path) -> None:
+    """Gives a finished shard a second name, since a crash before publication must not cost it."""
+    try:
+        target.hardlink_to(source)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(source, target)
+
+
+def _built(manifest: Manifest) -> Built:
+    leaves = {}
+    facts: dict[str, Any] = {"dtype": manifest.dtype, "vocab_size": manifest.vocab_size}
+    for name, split in manifest.splits.items():
+        leaves[f"{name}/tokens"] = split.tokens_root
+        leaves[f"{name}/offsets"] = split.offsets_root
+        facts[name] = {
+            "documents": split.documents,
+            "tokens": split.tokens,
+            "bytes": split.text_bytes,
+            "bytes_per_token": round(split.text_bytes / max(split.tokens, 1), 4),
+            "shards": len(split.shards),
+        }
+    identity = {
+        "dtype": manifest.dtype,
+        "vocab_size": manifest.vocab_size,
+        "eos_id": manifest.eos_id,
+        "leaves": leaves,
+    }
+    return Built(canonical.digest("tokenized_corpus/1", identity), facts=facts, leaves=leaves)
