@@ -68,6 +68,6 @@ def _check_batch(trainer: TrainerConfig, sizes: Mapping[str, int]) -> None:
     if (batch // pieces) % ways:
         raise ValueError(
             f"trainer.train_batch_size: {batch} rows in {pieces} microbatches are "
-            f"{batch // pieces} rows at a time, which {ways} devices along mesh axis `{physical}` cannot share "
-            f"evenly; take a multiple of {pieces * ways}."
+            f"{batch // pieces} rows at a time, which {ways} devices along mesh axis `{physical}` "
+            f"cannot share evenly; take a multiple of {pieces * ways}."
         )

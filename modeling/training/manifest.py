@@ -1,0 +1,113 @@
+"""The manifest of a checkpoint: every array and file that it consists of, and the ids they give.
+
+`manifest.json` is this, as JSON, with the ids written out for people. The content id is over the
+leaves' paths, dtypes, global shapes and digests, and the data cursor: it depends on neither the
+mesh nor the chunks. `parameters` is the same over the model's leaves alone.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from modeling import canonical
+
+FORMAT = "levanter.checkpoint/1"
+MODEL_PREFIX = "model."
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is incomplete, damaged, or of another shape; the message names where."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FileRecord:
+    """A file as it was written, checksum trailer not counted in the digest."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ChunkRecord:
+    """The file of one chunk of an array, and where in the array it begins."""
+
+    file: FileRecord
+    start: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafRecord:
+    """One array of the state, as a whole and as it lies on disk."""
+
+    path: str
+    dtype: str
+    shape: tuple[int, ...]
+    axes: tuple[str, ...] | None
+    sha256: str
+    chunk_shape: tuple[int, ...]
+    metadata: FileRecord
+    chunks: tuple[ChunkRecord, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint holds."""
+
+    step: int
+    cursor: Mapping[str, int]
+    """Where the data stream stands: `{"rows": n}` rows were consumed."""
+    config: Mapping[str, Any]
+    """The resolved experiment, for people and for rebuilding the model."""
+    leaves: tuple[LeafRecord, ...]
+    files: tuple[FileRecord, ...]
+
+    @property
+    def content_id(self) -> str:
+        """The id of the whole state."""
+        return canonical.digest("checkpoint/1", [_identity(self.leaves), dict(self.cursor)])
+
+    @property
+    def parameters(self) -> str:
+        """The id of the model's weights alone."""
+        model = [leaf for leaf in self.leaves if leaf.path.startswith(MODEL_PREFIX)]
+        return canonical.digest("parameters/1", _identity(model))
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of each leaf, by path."""
+        return {leaf.path: leaf.sha256 for leaf in self.leaves}
+
+
+def _identity(leaves: Sequence[LeafRecord]) -> list[Any]:
+    ordered = sorted(leaves, key=lambda leaf: leaf.path)
+    return [[leaf.path, leaf.dtype, list(leaf.shape), leaf.sha256] for leaf in ordered]
+
+
+def to_json(manifest: Manifest) -> dict[str, Any]:
+    """Returns the manifest as it is written."""
+    content = dataclasses.asdict(manifest)
+    ids = {"content_id": manifest.content_id, "parameters": manifest.parameters}
+    return {"format": FORMAT} | ids | content
+
+
+def from_json(content: Mapping[str, Any]) -> Manifest:
+    """Returns the manifest that `to_json` wrote."""
+    leaves = tuple(
+        LeafRecord(
+            path=leaf["path"],
+            dtype=leaf["dtype"],
+            shape=tuple(leaf["shape"]),
+            axes=None if leaf["axes"] is None else tuple(leaf["axes"]),
+            sha256=leaf["sha256"],
+            chunk_shape=tuple(leaf["chunk_shape"]),
+            metadata=FileRecord(**leaf["metadata"]),
+            chunks=tuple(
+                ChunkRecord(FileRecord(**chunk["file"]), tuple(chunk["start"]))
+                for chunk in leaf["chunks"]
+            ),
+        )
+        for leaf in content["leaves"]
+    )
+    files = tuple(FileRecord(**record) for record in content["files"])
+    return Manifest(content["step"], content["cursor"], content["config"], leaves, files)

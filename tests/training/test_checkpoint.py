@@ -1,0 +1,384 @@
+"""A checkpoint verifies to the last byte or does not count; the damage here is real."""
+
+import dataclasses
+import hashlib
+import json
+import logging
+import shutil
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from haliax.axis import Axis
+from haliax.core import NamedArray
+from modeling.training import checkpoint
+from modeling.training.checkpoint import read_manifest, restore, restore_parameters, verify
+from modeling.training.manifest import CheckpointError
+from modeling.training.retention import open_checkpoints
+
+Embed, Mlp, Layers = Axis("embed", 8), Axis("mlp", 4), Axis("layers", 2)
+FSDP = {"embed": "data"}
+
+
+class Model(eqx.Module):
+    up: NamedArray
+    stacked: NamedArray
+    zeros: NamedArray
+    activation: object = jax.nn.gelu
+    epsilon: float = 1e-5
+
+
+class State(eqx.Module):
+    step: jax.Array
+    model: Model
+    moments: tuple
+    key: jax.Array
+    half: jax.Array
+    flags: jax.Array
+    empty: jax.Array
+
+
+def make_state(seed=0):
+    rng = np.random.default_rng(seed)
+
+    def named(*axes):
+        values = rng.normal(size=tuple(axis.size for axis in axes))
+        return NamedArray(jnp.asarray(values, jnp.float32), axes)
+
+    model = Model(
+        named(Embed, Mlp),
+        named(Layers, Mlp, Embed),
+        NamedArray(jnp.zeros((8, 4)), (Embed, Mlp)),
+    )
+    return State(
+        step=jnp.asarray(3, jnp.int32),
+        model=model,
+        moments=(named(Embed, Mlp), {"nu": named(Embed)}),
+        key=jax.random.PRNGKey(seed),
+        half=jnp.asarray(rng.normal(size=5), jnp.bfloat16),
+        flags=jnp.asarray([True, False, True]),
+        empty=jnp.zeros((0, 3)),
+    )
+
+
+def mesh_of(**sizes):
+    count = int(np.prod(list(sizes.values())))
+    return Mesh(np.asarray(jax.devices()[:count]).reshape(tuple(sizes.values())), tuple(sizes))
+
+
+def placed(state, mesh, mapping):
+    shardings = dict(checkpoint.leaf_shardings(state, mesh, mapping))
+    arrays, static = eqx.partition(state, eqx.is_array)
+    leaves = [
+        jax.device_put(array, shardings[path]) for path, array, _ in checkpoint.named_leaves(arrays)
+    ]
+    tree = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
+    return eqx.combine(tree, static)
+
+
+def save(directory, state, step=3, cursor=None):
+    return checkpoint.write(
+        directory,
+        checkpoint.snapshot(state),
+        step=step,
+        cursor=cursor or {"rows": step * 8},
+        config={"trainer": {"seed": 1}},
+        files={"losses.json": {"losses": [2.5, 2.25]}},
+    )
+
+
+def assert_same_bits(found, expected):
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True)
+    for a, b in pairs:
+        if eqx.is_array(b):
+            assert a.dtype == b.dtype
+            assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+        else:
+            assert a is b
+
+
+@pytest.mark.parametrize(
+    ("written_on", "read_on"),
+    [(1, 4), (4, 1), (4, 2), (2, 8)],
+)
+def test_a_state_returns_bit_for_bit_onto_any_mesh(tmp_path, written_on, read_on):
+    state = make_state()
+    save(tmp_path / "c", placed(state, mesh_of(data=written_on), FSDP))
+    mesh = mesh_of(data=read_on)
+    template = eqx.filter_eval_shape(make_state)
+    found = restore(tmp_path / "c", template, mesh=mesh, mapping=FSDP)
+    assert_same_bits(found, state)
+    assert found.model.up.axes == state.model.up.axes
+    shard = found.model.stacked.array.addressable_shards[0].data.shape
+    assert shard == (2, 4, 8 // read_on), "the array is not split as the mapping says"
+
+
+def test_restoring_without_a_mesh_uses_the_default_device(tmp_path):
+    state = make_state()
+    save(tmp_path / "c", placed(state, mesh_of(data=4), FSDP))
+    assert_same_bits(restore(tmp_path / "c", make_state(seed=9)), state)
+    assert_same_bits(restore_parameters(tmp_path / "c", make_state(seed=9).model), state.model)
+
+
+def test_ids_do_not_depend_on_mesh_or_chunks_but_on_content(tmp_path):
+    state = make_state()
+    layouts = {"one": (mesh_of(data=1), {}), "four": (mesh_of(data=4), FSDP),
+               "both": (mesh_of(data=2, model=2), {"embed": "data", "mlp": "model"})}  # fmt: skip
+    ids = {}
+    for name, (mesh, mapping) in layouts.items():
+        manifest = save(tmp_path / name, placed(state, mesh, mapping))
+        ids[name] = (manifest.content_id, manifest.parameters)
+    assert len(set(ids.values())) == 1
+    assert len(list((tmp_path / "both/arrays/model.up/c").rglob("*"))) == 2 + 4
+
+    other_cursor = save(tmp_path / "cursor", state, cursor={"rows": 25})
+    assert other_cursor.content_id != ids["one"][0]
+    assert other_cursor.parameters == ids["one"][1]
+
+    nudged = eqx.tree_at(
+        lambda s: s.moments[1]["nu"].array, state, replace_fn=lambda x: x.at[0].add(1)
+    )
+    other_moment = save(tmp_path / "moment", nudged)
+    assert (other_moment.content_id != ids["one"][0], other_moment.parameters) == (
+        True,
+        ids["one"][1],
+    )
+
+
+def test_leaf_digests_are_those_of_the_row_major_bytes(tmp_path):
+    state = make_state()
+    manifest = save(tmp_path / "c", placed(state, mesh_of(data=4), FSDP))
+    digests = manifest.digests
+    for path, array in {
+        "model.stacked": state.model.stacked.array,
+        "moments.1.nu": state.moments[1]["nu"].array,
+        "half": state.half,
+        "step": state.step,
+        "empty": state.empty,
+    }.items():
+        assert digests[path] == hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
+    assert set(digests) == {"step", "model.up", "model.stacked", "model.zeros", "moments.0",
+                            "moments.1.nu", "key", "half", "flags", "empty"}  # fmt: skip
+    by_path = {leaf.path: leaf for leaf in manifest.leaves}
+    assert by_path["model.stacked"].axes == ("layers", "mlp", "embed")
+    assert by_path["key"].axes is None
+
+
+def test_the_manifest_on_disk_says_it_all(tmp_path):
+    written = save(tmp_path / "c", make_state())
+    assert verify(tmp_path / "c") == read_manifest(tmp_path / "c") == written
+    content = json.loads((tmp_path / "c/manifest.json").read_text())
+    assert content["content_id"] == written.content_id
+    assert (content["step"], content["cursor"]) == (3, {"rows": 24})
+
+
+def test_an_array_of_zeros_has_a_file(tmp_path):
+    save(tmp_path / "c", make_state())
+    assert (tmp_path / "c/arrays/model.zeros/c/0/0").stat().st_size == 8 * 4 * 4 + 4
+
+
+def flip(path, _):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def truncate(path, _):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def delete(path, _):
+    path.unlink()
+
+
+def swap(path, directory):
+    """Exchanges the file with another of the same size, or the same name elsewhere."""
+    for sibling in sorted(directory.rglob("*")):
+        alike = sibling.is_file() and sibling.stat().st_size == path.stat().st_size
+        if alike and sibling.read_bytes() != path.read_bytes():
+            mine, other = path.read_bytes(), sibling.read_bytes()
+            path.write_bytes(other)
+            sibling.write_bytes(mine)
+            return
+    pytest.skip("no other file of this size")
+
+
+@pytest.fixture(scope="module")
+def intact(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("checkpoint") / "intact"
+    save(directory, placed(make_state(), mesh_of(data=2), FSDP))
+    return directory
+
+
+@pytest.mark.parametrize("damage", [flip, truncate, delete])
+def test_damage_to_any_file_is_found_and_named(tmp_path, intact, damage):
+    names = [p.relative_to(intact) for p in sorted(intact.rglob("*")) if p.is_file()]
+    assert len(names) >= 25, "arrays, chunks, manifest, commit and losses"
+    for number, name in enumerate(names):
+        directory = tmp_path / str(number)
+        shutil.copytree(intact, directory)
+        verify(directory)
+        damage(directory / name, directory)
+        with pytest.raises(CheckpointError, match=str(name)):
+            verify(directory)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["arrays/model.stacked/c/0/0/0", "arrays/model.up/c/1/0", "arrays/model.up/zarr.json"],
+)
+def test_files_that_changed_places_are_found(tmp_path, intact, name):
+    directory = tmp_path / "c"
+    shutil.copytree(intact, directory)
+    swap(directory / name, directory)
+    with pytest.raises(CheckpointError, match="changed or exchanged"):
+        verify(directory)
+    with pytest.raises(CheckpointError, match="changed or exchanged"):
+        restore(directory, make_state())
+
+
+def test_a_lost_chunk_does_not_read_as_zeros(tmp_path, intact):
+    directory = tmp_path / "c"
+    shutil.copytree(intact, directory)
+    (directory / "arrays/model.up/c/1/0").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.up/c/1/0 is missing"):
+        restore_parameters(directory, make_state().model)
+
+
+def test_the_commit_of_another_checkpoint_commits_nothing(tmp_path):
+    save(tmp_path / "old", make_state(0), step=2)
+    save(tmp_path / "new", make_state(1), step=3)
+    shutil.copy(tmp_path / "old/COMMIT", tmp_path / "new/COMMIT")
+    with pytest.raises(CheckpointError, match="COMMIT promises"):
+        verify(tmp_path / "new")
+
+
+def test_a_manifest_that_forgets_a_chunk_is_refused(tmp_path):
+    """Even a consistent manifest cannot make half an array whole."""
+    save(tmp_path / "c", placed(make_state(), mesh_of(data=2), FSDP))
+    path = tmp_path / "c/manifest.json"
+    content = json.loads(path.read_text())
+    leaf = next(leaf for leaf in content["leaves"] if leaf["path"] == "model.up")
+    leaf["chunks"].pop()
+    path.write_text(json.dumps(content))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (tmp_path / "c/COMMIT").write_text(digest + "\n")
+    with pytest.raises(CheckpointError, match=r"chunks of `model\.up` hold 16 elements"):
+        verify(tmp_path / "c")
+
+
+def test_another_state_is_refused_leaf_by_leaf(tmp_path):
+    save(tmp_path / "c", make_state())
+    state = make_state()
+    wider = eqx.tree_at(lambda s: s.half, state, jnp.zeros(6, jnp.bfloat16))
+    with pytest.raises(CheckpointError, match=r"`half` is .*\(5,\).* expected .*\(6,\)"):
+        restore(tmp_path / "c", wider)
+    renamed = eqx.tree_at(
+        lambda s: s.model.up, state, NamedArray(state.model.up.array, (Embed.alias("width"), Mlp))
+    )
+    with pytest.raises(CheckpointError, match=r"`model\.up` is .*'embed'.*'width'"):
+        restore(tmp_path / "c", renamed)
+    with pytest.raises(CheckpointError, match=r"`moments\.1\.nu` is in the checkpoint but not exp"):
+        restore(tmp_path / "c", dataclasses.replace(state, moments=(state.moments[0],)))
+
+
+# Retention: which checkpoints there are, and which one counts.
+
+
+def save_all(checkpoints, steps):
+    for step in steps:
+        checkpoints.save(
+            make_state(step),
+            step=step,
+            cursor={"rows": step},
+            config={},
+            files={},
+            done=lambda _: None,
+        )
+    checkpoints.wait()
+
+
+def steps_on_disk(directory):
+    return sorted(read_manifest(path).step for path in directory.glob("step-*"))
+
+
+def test_the_newest_is_the_highest_step_whatever_the_clock_says(tmp_path):
+    with open_checkpoints(tmp_path, keep=3) as checkpoints:
+        save_all(checkpoints, [10, 1000000, 9])
+        assert checkpoints.manifest(checkpoints.newest()).step == 1000000
+    with open_checkpoints(tmp_path, keep=3) as checkpoints:
+        newest = checkpoints.newest()
+        assert_same_bits(restore(newest, make_state()), make_state(1000000))
+
+
+def test_two_or_more_verified_ones_are_kept(tmp_path):
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [1, 2, 3, 4])
+    assert steps_on_disk(tmp_path) == [3, 4]
+    with pytest.raises(ValueError, match="keep at least 2"), open_checkpoints(tmp_path, keep=1):
+        pass
+
+
+def test_a_damaged_one_is_told_passed_over_and_never_counted_as_kept(tmp_path, caplog):
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [1, 2, 3])
+    damaged = next(tmp_path.glob("step-000003.*"))
+    flip(damaged / "arrays/model.up/c/0/0", damaged)
+    with open_checkpoints(tmp_path, keep=2) as checkpoints, caplog.at_level(logging.WARNING):
+        assert checkpoints.manifest(checkpoints.newest()).step == 2
+        assert "DAMAGED CHECKPOINT" in caplog.text
+        assert "arrays/model.up/c/0/0" in caplog.text
+        # 3 is damaged, so that 2 must stay beside 4 although it is the third newest.
+        save_all(checkpoints, [4])
+        assert steps_on_disk(tmp_path) == [2, 3, 4]
+        save_all(checkpoints, [5])
+        assert steps_on_disk(tmp_path) == [4, 5]
+
+
+def test_an_attempt_without_a_commit_does_not_count_and_is_cleared_away(tmp_path):
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [1, 2])
+    torn = next(tmp_path.glob("step-000002.*"))
+    (torn / "COMMIT").unlink()
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.manifest(checkpoints.newest()).step == 1
+        save_all(checkpoints, [2])
+    assert not torn.exists()
+    assert steps_on_disk(tmp_path) == [1, 2]
+
+
+def test_a_second_trainer_is_refused_while_the_first_one_lives(tmp_path):
+    with (
+        open_checkpoints(tmp_path, keep=2),
+        pytest.raises(CheckpointError, match=r"in use by another trainer \(process \d+\)"),
+        open_checkpoints(tmp_path, keep=2),
+    ):
+        pass
+    with open_checkpoints(tmp_path, keep=2):
+        pass
+
+
+def test_a_failed_save_is_raised_by_the_next_one_or_by_the_end(tmp_path):
+    def fail(_):
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"), open_checkpoints(tmp_path, keep=2) as held:
+        held.save(make_state(), step=1, cursor={}, config={}, files={}, done=fail)
+
+
+def test_a_save_does_not_see_what_happens_to_the_state_afterwards(tmp_path):
+    """The step donates its state: buffers are overwritten while the writer still writes."""
+    state = {"w": jnp.arange(1 << 20, dtype=jnp.float32)}
+    expected = np.asarray(state["w"]).copy()
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: -x, s), donate_argnums=0)
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(state, step=1, cursor={}, config={}, files={}, done=lambda _: None)
+        for _ in range(3):
+            state = overwrite(state)
+        jax.block_until_ready(state)
+    found = restore(next(tmp_path.glob("step-*")), {"w": jnp.zeros(1 << 20)})
+    np.testing.assert_array_equal(np.asarray(found["w"]), expected)
