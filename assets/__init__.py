@@ -1,1 +1,1 @@
-"""TODO."""
+"""The asset graph, one module a stage, each with its checks beside it."""

@@ -10,10 +10,10 @@ orchestrator's worker with it; and an accelerator's memory is given back only by
     RESULT.json, once the child has exited <--  written beside its name, renamed last
 
 The child has its own session, so that a signal reaches all that it started. It is ended by TERM,
-and by KILL after `grace_s`; when the parent dies, even by `kill -9`, the kernel sends the TERM and the
-child's own watchdog the KILL. An interrupt passes through here as the `BaseException` that it is:
-Dagster's *Terminate* cannot become a retry. Only a crash (death by another signal than TERM, INT or
-HUP) asks for one: the retry resumes from what the child had committed to its workspace.
+and by KILL after `grace_s`; when the parent dies, even by `kill -9`, the kernel sends the TERM and
+the child's own watchdog the KILL. An interrupt passes through here as the `BaseException` that it
+is, so Dagster's *Terminate* cannot become a retry. Only a crash (death by another signal than TERM,
+INT or HUP) asks for one: the retry resumes from what the child had committed to its workspace.
 """
 
 import collections
@@ -36,6 +36,8 @@ import dagster as dg
 from pydantic import Field
 
 from modeling.artifacts import Built, Workspace
+from modeling.experiment import ExperimentConfig
+from modeling.numerics import environment, numerics_class
 from resources.worker import PREEMPTED
 
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -79,10 +81,37 @@ class LauncherResource(dg.ConfigurableResource):
             raise ValueError(f"platform: {name!r} is not one of {list(PLATFORMS)}.")
         return name
 
-    def device_kind(self) -> str | None:
-        """Returns the accelerator's name as JAX gives it; None on CPU, which needs no asking."""
+    def numerics(self, experiment: ExperimentConfig) -> dict[str, Any]:
+        """Returns the numerics class of what `experiment` computes here."""
         name = self.platform_name()
-        return None if name == "cpu" else _device_kind(name)
+        # The CPU is read from the operating system; only JAX knows how it calls an accelerator.
+        device_kind = None if name == "cpu" else _device_kind(name)
+        return numerics_class(experiment.trainer, platform=name, device_kind=device_kind)
+
+    def job(
+        self,
+        entry: str,
+        name: str,
+        experiment: ExperimentConfig,
+        workspace: Workspace | None = None,
+        **arguments: Any,
+    ) -> Job:
+        """Returns a call of `resources.stages:<entry>` for an experiment.
+
+        Args:
+            entry: a function of `resources.stages`.
+            name: of the experiment.
+            experiment: all of it, resolved.
+            workspace: where it builds, if it builds.
+            arguments: further JSON values; paths are passed as texts.
+        """
+        return Job(
+            f"resources.stages:{entry}",
+            {"name": name, "experiment": dataclasses.asdict(experiment)}
+            | {key: str(v) if isinstance(v, Path) else v for key, v in arguments.items()},
+            environment(experiment.trainer, self.platform_name()),
+            workspace,
+        )
 
     def build(self, context: dg.AssetExecutionContext, job: Job) -> Built:
         """Runs a job that fills its workspace, and returns what it has built."""

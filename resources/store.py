@@ -30,8 +30,8 @@ def store_url(configured: str | None = None, environ: Mapping[str, str] = os.env
     if home := environ.get("DAGSTER_HOME"):
         return str(Path(home) / "store")
     raise StoreLocationError(
-        "no artifact store: neither LEVANTER_STORE nor DAGSTER_HOME is set. Set LEVANTER_STORE to a "
-        "directory or an fsspec URL (gs://bucket/path), or DAGSTER_HOME to use its store."
+        "no artifact store: neither LEVANTER_STORE nor DAGSTER_HOME is set. Set LEVANTER_STORE to "
+        "a directory or an fsspec URL (gs://bucket/path), or DAGSTER_HOME to use its store."
     )
 
 
@@ -122,6 +122,16 @@ class StoreResource(dg.ConfigurableResource):
             f"it again."
         )
 
+    def inputs_above(self, artifact: Artifact) -> dict[str, Artifact]:
+        """Returns everything that `artifact` was made from, directly or not, by kind."""
+        store = self.open()
+        names = store.record(artifact.recipe_id, artifact.numerics)["recipe"]["inputs"]
+        above: dict[str, Artifact] = {}
+        for name in names:
+            parent = self.input_of(artifact, name)
+            above |= self.inputs_above(parent) | {parent.kind: parent}
+        return above
+
 
 def _artifact(store: ArtifactStore, record: Mapping[str, Any]) -> Artifact:
     kind, content_id = record["kind"], record["content_id"]
@@ -136,12 +146,14 @@ def _artifact(store: ArtifactStore, record: Mapping[str, Any]) -> Artifact:
     )
 
 
-def _shown(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the facts as a metadata panel can show them: what is no number or text as JSON."""
+def _shown(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the facts flat (`train/rows: 7`), as a metadata panel shows and plots them."""
     shown: dict[str, Any] = {}
     for name, value in facts.items():
-        if isinstance(value, bool | int | float | str):
-            shown[name] = value
-        elif value is not None:
-            shown[name] = dg.MetadataValue.json(value)
+        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+            shown |= _shown(value, f"{prefix}{name}/")
+        elif isinstance(value, bool | int | float | str):
+            shown[prefix + name] = value
+        elif value:
+            shown[prefix + name] = dg.MetadataValue.json(value)
     return shown

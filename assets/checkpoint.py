@@ -1,0 +1,121 @@
+"""The checkpoint: the trained model, trained in a process of its own that any retry resumes."""
+
+import base64
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.checks import artifact_check
+from modeling import recipes
+from modeling.artifacts import Artifact
+from modeling.experiment import ExperimentConfig
+from resources.launcher import LauncherResource
+from resources.store import StoreResource
+
+
+def checkpoint_assets(
+    name: str, experiment: ExperimentConfig
+) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
+    """Returns `[name, checkpoint]` and its checks."""
+    cache_key = [experiment.dataset, "token_cache", f"L{experiment.sequence_length}"]
+
+    @dg.asset(
+        key=[name, "checkpoint"],
+        ins={"token_cache": dg.AssetIn(cache_key)},
+        group_name=name,
+        kinds={"jax"},
+        pool="accelerator",
+        code_version=recipes.code_version("checkpoint", recipes.checkpoint_code_params(experiment)),
+    )
+    def checkpoint(
+        context: dg.AssetExecutionContext,
+        token_cache: Artifact,
+        store: StoreResource,
+        launcher: LauncherResource,
+    ) -> dg.MaterializeResult[Artifact]:
+        """Weights, optimizer state and data position after the last step of training.
+
+        Killed anywhere and run again, training goes on from its last committed step and ends with
+        the same bits.
+        """
+        files = {
+            "token_cache": store.files(token_cache),
+            "tokenized_corpus": store.files(store.input_of(token_cache, "tokenized_corpus")),
+        }
+        return store.materialize(
+            recipes.checkpoint_recipe(experiment, token_cache),
+            lambda space: launcher.build(
+                context, launcher.job("train", name, experiment, space, **files)
+            ),
+            numerics=launcher.numerics(experiment),
+            show=_loss_plot,
+        )
+
+    key = dg.AssetKey([name, "checkpoint"])
+    leaves_verify = artifact_check(
+        key,
+        "leaves_verify",
+        "Every array of the state, read back, has the digest that was taken before it was written.",
+        _leaf_faults,
+    )
+    has_learned = artifact_check(
+        key,
+        "has_learned",
+        "Every loss on record is finite, and the last is below the first.",
+        _loss_faults,
+    )
+    return [checkpoint, leaves_verify, has_learned]
+
+
+def _leaf_faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:
+    # Loads JAX here, but starts no device of it.
+    from modeling.training import checkpoint
+
+    try:
+        manifest = checkpoint.verify(files)
+    except checkpoint.CheckpointError as error:
+        yield str(error)
+        return
+    if manifest.content_id != artifact.content_id:
+        yield f"its leaves give the content id {manifest.content_id[:12]}."
+    if manifest.parameters != artifact.roots["parameters"]:
+        yield f"its weights give the root {manifest.parameters[:12]}."
+
+
+def _loss_faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:
+    losses = _losses(files)
+    if not losses:
+        yield "no loss is on record."
+        return
+    yield from (f"loss after step {step} is {x}." for step, x in losses if not math.isfinite(x))
+    if losses[-1][1] >= losses[0][1]:
+        yield f"the last loss, {losses[-1][1]:.4f}, is not below the first, {losses[0][1]:.4f}."
+
+
+def _losses(files: Path) -> Sequence[tuple[int, float]]:
+    raise NotImplementedError
+
+
+def _loss_plot(artifact: Artifact, files: Path) -> Mapping[str, Any]:
+    """Returns the loss curve as a picture that the metadata panel shows in place."""
+    return {"loss_curve": dg.MetadataValue.md(f"![loss](data:image/png;base64,{_png(files)})")}
+
+
+def _png(files: Path) -> str:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps, losses = zip(*_losses(files), strict=True)
+    figure = Figure(figsize=(6, 3), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.plot(steps, losses)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    written = io.BytesIO()
+    figure.savefig(written, format="png", dpi=90)
+    return base64.b64encode(written.getvalue()).decode()

@@ -1,0 +1,74 @@
+"""The raw corpus: documents decoded from a listing of files, and the proof that none was lost."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import dagster as dg
+
+from assets.checks import artifact_check
+from modeling import recipes
+from modeling.artifacts import Artifact
+from resources.store import StoreResource
+
+if TYPE_CHECKING:
+    from modeling.data.config import DatasetConfig
+
+
+def corpus_assets(
+    name: str, dataset: "DatasetConfig"
+) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
+    """Returns `[name, raw_corpus]` and its check."""
+
+    @dg.asset(
+        key=[name, "raw_corpus"],
+        group_name=name,
+        kinds={"arrow"},
+        code_version=recipes.code_version("raw_corpus", recipes.corpus_params(dataset)),
+    )
+    def raw_corpus(
+        context: dg.AssetExecutionContext, store: StoreResource
+    ) -> dg.MaterializeResult[Artifact]:
+        """Every document of the source, decoded, with its split.
+
+        Each run lists and digests the source's files anew: a new, changed or vanished file changes
+        this artifact. The documents are kept, so that later stages never depend on the source.
+        """
+        from modeling.data import corpus
+
+        listing = corpus.scan(dataset.source, validation=dataset.validation)
+        recipe = recipes.corpus_recipe(dataset, listing.root)
+        return store.materialize(
+            recipe,
+            lambda space: corpus.build(
+                dataset.source, listing, space, report=lambda now: context.log.info(str(now))
+            ),
+            show=lambda made, _: {"dagster/row_count": sum(made.facts["documents"].values())},
+        )
+
+    counts_add_up = artifact_check(
+        dg.AssetKey([name, "raw_corpus"]),
+        "counts_add_up",
+        "The documents read back are as many, and as long, as the build counted; none is empty.",
+        _faults,
+    )
+    return [raw_corpus, counts_add_up]
+
+
+def _faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:
+    from modeling.data import corpus
+
+    documents: Counter[str] = Counter()
+    num_bytes: Counter[str] = Counter()
+    for document in corpus.documents(files):
+        documents[document.split] += 1
+        num_bytes[document.split] += len(document.text.encode())
+        if not document.text:
+            yield f"document {document.doc_id} is empty."
+    for name, found in (("documents", documents), ("bytes", num_bytes)):
+        for split, expected in artifact.facts[name].items():
+            if found[split] != expected:
+                yield f"{split}: {found[split]} {name} read back, {expected} counted by the build."
+    for split in set(documents) - set(artifact.facts["documents"]):
+        yield f"{documents[split]} documents are of split {split!r}, which the build did not have."

@@ -1,0 +1,95 @@
+"""The eval report: how well a checkpoint predicts held-out text, as JSON and as a page."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.checks import artifact_check
+from modeling import recipes
+from modeling.artifacts import Artifact
+from modeling.experiment import ExperimentConfig
+from resources.launcher import LauncherResource
+from resources.store import StoreResource
+
+
+def evaluation_assets(
+    name: str, experiment: ExperimentConfig
+) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
+    """Returns `[name, eval_report]` and its check."""
+
+    @dg.asset(
+        key=[name, "eval_report"],
+        ins={"checkpoint": dg.AssetIn([name, "checkpoint"])},
+        group_name=name,
+        kinds={"jax"},
+        pool="accelerator",
+        code_version=recipes.code_version("eval_report", recipes.evaluation_params(experiment)),
+    )
+    def eval_report(
+        context: dg.AssetExecutionContext,
+        checkpoint: Artifact,
+        store: StoreResource,
+        launcher: LauncherResource,
+    ) -> dg.MaterializeResult[Artifact]:
+        """Perplexity and bits per byte over the validation rows, and greedy samples.
+
+        Its only parent is the checkpoint, whose record names the rows and the tokenizer.
+        """
+        above = store.inputs_above(checkpoint)
+        cache, tokenizer = above["token_cache"], above["tokenizer"]
+        files = {
+            "checkpoint": store.files(checkpoint),
+            "token_cache": store.files(cache),
+            "tokenized_corpus": store.files(above["tokenized_corpus"]),
+            "tokenizer": store.files(tokenizer),
+        }
+        return store.materialize(
+            recipes.evaluation_recipe(
+                experiment, checkpoint, cache.as_input(), tokenizer.as_input()
+            ),
+            lambda space: launcher.build(
+                context, launcher.job("evaluate", name, experiment, space, **files)
+            ),
+            numerics=launcher.numerics(experiment),
+            show=_samples_and_page,
+        )
+
+    figures_agree = artifact_check(
+        dg.AssetKey([name, "eval_report"]),
+        "figures_agree",
+        "Loss, perplexity and bits per byte are finite and positive, perplexity is exp(loss), and "
+        "the content id is over the figures in the file.",
+        _faults,
+    )
+    return [eval_report, figures_agree]
+
+
+def _samples_and_page(artifact: Artifact, files: Path) -> Mapping[str, Any]:
+    samples = "\n\n".join(
+        f"**{sample['prompt']!r}** ({sample['num_tokens']} tokens)\n\n"
+        # Indented, the one way to quote in Markdown that no sample can end.
+        + "\n".join(f"    {line}" for line in (sample["prompt"] + sample["text"]).splitlines())
+        for sample in artifact.facts["samples"]
+    )
+    return {
+        "samples": dg.MetadataValue.md(samples),
+        "page": dg.MetadataValue.url((files / "report.html").absolute().as_uri()),
+    }
+
+
+def _faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:
+    # Loads JAX here, but starts no device of it.
+    from modeling.evaluation import report
+
+    figures = json.loads((files / "report.json").read_text(encoding="utf-8"))
+    for name in ("loss", "perplexity", "bits_per_byte"):
+        if not (math.isfinite(figures[name]) and figures[name] > 0):
+            yield f"{name} is {figures[name]}; expected a finite number above 0."
+    if not math.isclose(figures["perplexity"], math.exp(figures["loss"]), rel_tol=1e-9):
+        yield f"perplexity {figures['perplexity']} is not exp({figures['loss']})."
+    if (found := report.content_id(files)) != artifact.content_id:
+        yield f"the figures in report.json give the content id {found[:12]}."

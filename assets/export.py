@@ -1,0 +1,106 @@
+"""The Hugging Face model: what `transformers` opens, with the checkpoint's own logits."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from assets.checks import artifact_check, verdict
+from modeling import recipes
+from modeling.artifacts import INVENTORY, Artifact
+from modeling.experiment import ExperimentConfig
+from resources.launcher import LauncherResource
+from resources.store import StoreResource
+
+MAX_LOGIT_DIFFERENCE = {"float32": 1e-5, "bfloat16": 0.25}
+"""Between the exported model and ours; half the digits of a bfloat16 weight are rounded away."""
+
+
+def export_assets(
+    name: str, experiment: ExperimentConfig
+) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
+    """Returns `[name, hf_model]` and its checks."""
+    key = dg.AssetKey([name, "hf_model"])
+
+    @dg.asset(
+        key=key,
+        ins={"checkpoint": dg.AssetIn([name, "checkpoint"])},
+        group_name=name,
+        kinds={"huggingface"},
+        pool="accelerator",
+        code_version=recipes.code_version("hf_model", recipes.export_params(experiment)),
+    )
+    def hf_model(
+        context: dg.AssetExecutionContext,
+        checkpoint: Artifact,
+        store: StoreResource,
+        launcher: LauncherResource,
+    ) -> dg.MaterializeResult[Artifact]:
+        """`config.json`, `model.safetensors`, tokenizer files and a model card with the lineage."""
+        above = store.inputs_above(checkpoint)
+        arguments: dict[str, Any] = {
+            "checkpoint": store.files(checkpoint),
+            "tokenizer": store.files(above["tokenizer"]),
+            "lineage": {"checkpoint": checkpoint.content_id}
+            | {kind: artifact.content_id for kind, artifact in above.items()},
+        }
+        return store.materialize(
+            recipes.export_recipe(experiment, checkpoint, above["tokenizer"].as_input()),
+            lambda space: launcher.build(
+                context, launcher.job("export", name, experiment, space, **arguments)
+            ),
+            show=lambda _, files: {"files": _table(files)},
+        )
+
+    description = (
+        "Logits of the exported files, computed by NumPy alone, equal the checkpoint's own in "
+        f"float32 to {MAX_LOGIT_DIFFERENCE[experiment.export.dtype]:g}, over rows of held-out text."
+    )
+
+    @dg.asset_check(
+        asset=key,
+        name="logits_match",
+        description=description,
+        blocking=True,
+        additional_ins={"checkpoint": dg.AssetIn([name, "checkpoint"])},
+    )
+    def logits_match(
+        context: dg.AssetCheckExecutionContext,
+        artifact: Artifact,
+        checkpoint: Artifact,
+        store: StoreResource,
+        launcher: LauncherResource,
+    ) -> dg.AssetCheckResult:
+        above = store.inputs_above(checkpoint)
+        arguments: dict[str, Any] = {
+            "export": store.files(artifact),
+            "checkpoint": store.files(checkpoint),
+            "token_cache": store.files(above["token_cache"]),
+            "tokenized_corpus": store.files(above["tokenized_corpus"]),
+        }
+        found = launcher.run(context, launcher.job("parity", name, experiment, **arguments))
+        limit = MAX_LOGIT_DIFFERENCE[experiment.export.dtype]
+        difference = found["max_abs_logit_difference"]
+        faults = [] if difference <= limit else [f"logits differ by {difference:g} > {limit:g}."]
+        return verdict(description, faults, **found)
+
+    files_are_whole = artifact_check(
+        key,
+        "files_are_whole",
+        "The files that `transformers` needs are there, byte for byte as they were exported.",
+        _missing_files,
+    )
+    return [hf_model, files_are_whole, logits_match]
+
+
+def _missing_files(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+        if not (files / name).is_file():
+            yield f"{name} is missing."
+
+
+def _table(files: Path) -> dg.TableMetadataValue:
+    inventory = json.loads((files / INVENTORY).read_text(encoding="utf-8"))
+    return dg.MetadataValue.table([dg.TableRecord(entry) for entry in inventory["files"]])
