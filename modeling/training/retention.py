@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class Checkpoints:
 
     def save(
         self,
-        tree: Any,
+        leaves: Sequence[checkpoint.HostLeaf],
         *,
         step: int,
         cursor: Mapping[str, int],
@@ -59,12 +59,12 @@ class Checkpoints:
         files: Mapping[str, Mapping[str, Any]],
         done: Callable[[Path], None],
     ) -> None:
-        """Copies `tree` to host memory, then writes, reads back and retires in the background.
+        """Writes, reads back and retires older ones, all in the background.
 
         Waits for the previous save first, and raises what it raised.
 
         Args:
-            tree: the state; its arrays may be donated as soon as this returns.
+            leaves: a snapshot of the state.
             step: the number of updates made.
             cursor: where the data stream stands.
             config: the resolved experiment.
@@ -72,7 +72,6 @@ class Checkpoints:
             done: called, from the writing thread, with the verified directory.
         """
         self.wait()
-        leaves = checkpoint.snapshot(tree)
         path = self._directory / f"step-{step:06d}.{uuid.uuid4().hex[:12]}"
 
         def write() -> None:

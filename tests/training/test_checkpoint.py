@@ -292,7 +292,7 @@ def test_another_state_is_refused_leaf_by_leaf(tmp_path):
 def save_all(checkpoints, steps):
     for step in steps:
         checkpoints.save(
-            make_state(step),
+            checkpoint.snapshot(make_state(step)),
             step=step,
             cursor={"rows": step},
             config={},
@@ -367,7 +367,9 @@ def test_a_failed_save_is_raised_by_the_next_one_or_by_the_end(tmp_path):
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"), open_checkpoints(tmp_path, keep=2) as held:
-        held.save(make_state(), step=1, cursor={}, config={}, files={}, done=fail)
+        held.save(
+            checkpoint.snapshot(make_state()), step=1, cursor={}, config={}, files={}, done=fail
+        )
 
 
 def test_a_save_does_not_see_what_happens_to_the_state_afterwards(tmp_path):
@@ -376,7 +378,9 @@ def test_a_save_does_not_see_what_happens_to_the_state_afterwards(tmp_path):
     expected = np.asarray(state["w"]).copy()
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: -x, s), donate_argnums=0)
     with open_checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(state, step=1, cursor={}, config={}, files={}, done=lambda _: None)
+        checkpoints.save(
+            checkpoint.snapshot(state), step=1, cursor={}, config={}, files={}, done=lambda _: None
+        )
         for _ in range(3):
             state = overwrite(state)
         jax.block_until_ready(state)

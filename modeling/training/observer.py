@@ -1,0 +1,87 @@
+"""What a run tells while it goes: plain data, for a terminal, a tracker or an orchestrator."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+
+@dataclasses.dataclass(frozen=True)
+class RunStart:
+    """Told once, after compilation and before the first step of this process."""
+
+    num_steps: int
+    first_step: int
+    """The number of the next update; above 1 if the run resumes."""
+    num_parameters: int
+    num_devices: int
+    device_kind: str
+    compile_s: float
+    decayed_parameters: tuple[str, ...]
+    """Paths that weight decay acts on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """Told for the first, every `log_every_steps`-th and the last update."""
+
+    step: int
+    num_steps: int
+    loss: float
+    """In nats per token."""
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    """Consumed since the run's first step."""
+    tokens_per_second: float
+    """Since the last report."""
+    eta_s: float
+
+    def __str__(self) -> str:
+        return (
+            f"step {self.step:,} of {self.num_steps:,}: loss {self.loss:.4f}, "
+            f"{self.tokens_per_second:,.0f} tokens/s, {self.eta_s:.0f} s left"
+        )
+
+
+@runtime_checkable
+class Observer(Protocol):
+    """Hears of a run, always in the thread that trains; what it raises ends the run."""
+
+    def resumed(self, step: int, directory: str) -> None:
+        """Training goes on from the state after `step` updates."""
+        ...
+
+    def started(self, start: RunStart) -> None:
+        """The program is compiled."""
+        ...
+
+    def step(self, report: StepReport) -> None:
+        """An update was made."""
+        ...
+
+    def saved(self, step: int, directory: str) -> None:
+        """A checkpoint is on disk and was read back."""
+        ...
+
+    def finished(self, facts: Mapping[str, Any]) -> None:
+        """The last checkpoint is in the workspace's output."""
+        ...
+
+
+class Silent:
+    """An observer that nobody listens to."""
+
+    def resumed(self, step: int, directory: str) -> None:
+        """Does nothing."""
+
+    def started(self, start: RunStart) -> None:
+        """Does nothing."""
+
+    def step(self, report: StepReport) -> None:
+        """Does nothing."""
+
+    def saved(self, step: int, directory: str) -> None:
+        """Does nothing."""
+
+    def finished(self, facts: Mapping[str, Any]) -> None:
+        """Does nothing."""

@@ -1,0 +1,95 @@
+"""Everything that training changes, as one tree: steps made, weights, optimizer state, key.
+
+A step's randomness comes from `fold_in(key, step)`, so the key itself never changes and a resumed
+run needs no history of keys.
+
+Between steps the state is a flat list of arrays: a `Blueprint` knows the tree they belong to and
+how each one is split over the mesh. Taking a tree of modules apart and putting it together twice a
+step would cost more Python than the step's whole dispatch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Int32, UInt32
+
+from modeling.training.checkpoint import leaf_shardings
+from modeling.training.mesh import Layout
+from modeling.training.precision import Policy
+
+BuildModel = Callable[[Any], Any]
+"""Takes a key and returns a model with random weights."""
+
+
+class TrainState(eqx.Module):
+    """The state after `step` updates."""
+
+    step: Int32[Array, ""]
+    model: Any
+    opt_state: Any
+    key: UInt32[Array, "2"]
+
+
+def initial_state(
+    build_model: BuildModel, optimizer: optax.GradientTransformation, policy: Policy, key: Any
+) -> TrainState:
+    """Returns the state before the first update."""
+    model_key, training_key = jax.random.split(key)
+    model = policy.cast_to_param(build_model(model_key))
+    opt_state = optimizer.init(trainable(model)[0])
+    return TrainState(jnp.zeros((), jnp.int32), model, opt_state, training_key)
+
+
+def trainable(model: Any) -> tuple[Any, Any]:
+    """Returns the parameters, and the rest of the model for `eqx.combine`."""
+    return eqx.partition(model, _is_parameter)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blueprint:
+    """The tree of a state, and where each of its arrays lies."""
+
+    template: TrainState
+    """`ShapeDtypeStruct`s for arrays; everything else as it is."""
+    shardings: Mapping[str, NamedSharding]
+    """By path, in the order of the flat list."""
+
+    @staticmethod
+    def of(make: Callable[[Any], TrainState], layout: Layout) -> "Blueprint":
+        """Returns the blueprint of what `make` gives for a key, computing nothing."""
+        template = eqx.filter_eval_shape(make, jax.random.PRNGKey(0))
+        return Blueprint(template, dict(leaf_shardings(template, layout.mesh, layout.parameters)))
+
+    def initialize(self, make: Callable[[Any], TrainState], key: Any) -> list[Any]:
+        """Returns the arrays of `make(key)`, each made where it belongs."""
+        shardings = list(self.shardings.values())
+        return jax.jit(lambda key: self.flatten(make(key)), out_shardings=shardings)(key)
+
+    @property
+    def arrays(self) -> list[jax.ShapeDtypeStruct]:
+        """The shape of each array of the flat list."""
+        return self.flatten(self.template)
+
+    def flatten(self, state: TrainState) -> list[Any]:
+        """Returns the arrays of `state`."""
+        return jax.tree_util.tree_leaves(eqx.filter(state, _is_array))
+
+    def unflatten(self, arrays: Sequence[Any]) -> TrainState:
+        """Returns the state whose arrays these are."""
+        structs, rest = eqx.partition(self.template, _is_array)
+        tree = jax.tree_util.tree_structure(structs)
+        return eqx.combine(jax.tree_util.tree_unflatten(tree, list(arrays)), rest)
+
+
+def _is_array(leaf: Any) -> bool:
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def _is_parameter(leaf: Any) -> bool:
+    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
