@@ -1,0 +1,84 @@
+"""Language modelling: predict each token from those before it, whatever the architecture.
+
+    loss = sum_t w_t (logsumexp(z_t) - z_t[token_(t+1)]) / sum_t w_t        z = logits, w = weights
+
+The two sums are returned apart: a step divides once, after the sums of all microbatches, or a
+ragged batch would count short rows twice. Everything from the logits on is float32.
+"""
+
+from typing import Protocol, runtime_checkable
+
+import equinox as eqx
+import jax.numpy as jnp
+from jaxtyping import Array, PRNGKeyArray
+
+import haliax as hax
+from haliax import Axis, AxisSelector, NamedArray
+from modeling.models.config import ModelConfig
+from modeling.models.gpt2 import Gpt2LmHeadModel, logits
+
+
+@runtime_checkable
+class LanguageModel(Protocol):
+    """What training, evaluation and generation ask of a model."""
+
+    Vocab: Axis
+    Pos: Axis
+
+    @property
+    def head(self) -> NamedArray:
+        """The matrix over `Vocab` whose product with an activation gives logits."""
+        ...
+
+    def activations(self, input_ids: NamedArray, *, key: PRNGKeyArray | None = None) -> NamedArray:
+        """Returns what the head is applied to."""
+        ...
+
+    def __call__(self, input_ids: NamedArray, *, key: PRNGKeyArray | None = None) -> NamedArray:
+        """Returns float32 logits over `Vocab`."""
+        ...
+
+
+class LmExample(eqx.Module):
+    """Rows of tokens, and how much the prediction made *at* each position counts."""
+
+    tokens: NamedArray
+    loss_weight: NamedArray
+
+    @classmethod
+    def causal(cls, tokens: NamedArray, Pos: AxisSelector = "position") -> "LmExample":
+        """Returns rows in which every token but the first is predicted, all counting alike."""
+        row = tokens.resolve_axis(Pos)
+        counts = (hax.arange(row) < row.size - 1).astype(jnp.float32)
+        return cls(tokens, counts.broadcast_to(tokens.axes))
+
+
+def build_model(
+    config: ModelConfig, Vocab: Axis, Pos: Axis, *, key: PRNGKeyArray
+) -> Gpt2LmHeadModel:
+    """Returns a model with random weights for rows of at most `Pos.size` ids of `Vocab`."""
+    return Gpt2LmHeadModel.init(Vocab, Pos, config, key=key)
+
+
+def next_token_loss(
+    model: LanguageModel, example: LmExample, *, key: PRNGKeyArray | None = None
+) -> tuple[Array, Array]:
+    """Returns the weighted sum of losses in nats and the sum of weights, both float32 scalars.
+
+    Dropout acts when `key` is given.
+    """
+    weights = example.loss_weight.astype(jnp.float32)
+    losses = token_losses(model, example.tokens, key=key) * weights
+    return hax.sum(losses).scalar(), hax.sum(weights).scalar()
+
+
+def token_losses(
+    model: LanguageModel, tokens: NamedArray, *, key: PRNGKeyArray | None = None
+) -> NamedArray:
+    """Returns the loss in nats of the prediction made at each position.
+
+    The last one, with nothing to predict, is compared with the row's first token; weigh it 0.
+    """
+    targets = hax.roll(tokens, -1, model.Pos.name)
+    z = logits(model.activations(tokens, key=key), model.head)
+    return hax.nn.cross_entropy_loss(z, model.Vocab, targets, reduction=None)

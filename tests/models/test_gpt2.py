@@ -1,0 +1,362 @@
+"""GPT-2 against the same equations written in raw `jax.numpy`, and the properties it must have."""
+
+import dataclasses
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import haliax as hax
+from haliax import Axis
+from modeling.models.config import MODEL_PRESETS, Gpt2Config
+from modeling.models.gpt2 import Gpt2LmHeadModel
+from modeling.models.lm import LmExample, next_token_loss
+
+Vocab, Pos, Batch = Axis("vocab", 29), Axis("position", 12), Axis("batch", 3)
+TINY = Gpt2Config(hidden_dim=24, num_layers=3, num_heads=4)
+# XLA's CPU matrix products are float32 throughout, accelerators' are not.
+pytestmark = pytest.mark.usefixtures("highest_precision")
+
+
+@pytest.fixture
+def highest_precision():
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+def random_model(config=TINY, seed=0):
+    """A model whose every parameter, biases and norms too, is far from its initial value."""
+    model = Gpt2LmHeadModel.init(Vocab, Pos, config, key=jax.random.key(seed))
+    leaves, structure = jax.tree.flatten(model)
+    keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+    noise = [0.2 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, [x + n for x, n in zip(leaves, noise, strict=True)])
+
+
+def random_ids(seed=0, batch=Batch, pos=Pos):
+    raw_ids = np.random.default_rng(seed).integers(0, Vocab.size, (batch.size, pos.size))
+    return hax.named(jnp.asarray(raw_ids, jnp.int32), (batch, pos))
+
+
+def raw(named, *axes):
+    """The raw array of `named` with its axes in the given order."""
+    return named.rearrange(axes).array
+
+
+def oracle_logits(model, ids, *, upcast=False):
+    """Logits `[batch, position, vocab]` of raw `ids` `[batch, position]`."""
+    config, (batch, length) = model.config, ids.shape
+    heads, width = config.num_heads, config.hidden_dim
+    wte = raw(model.embeddings.token_embeddings.weight, "vocab", "embed")
+    wpe = raw(model.embeddings.position_embeddings.weight, "position", "embed")
+    block = model.transformer.blocks.stacked
+    w_qkv = raw(block.attn.c_attn.weight, "layers", "embed", "qkv", "heads", "head_size")
+    b_qkv = raw(block.attn.c_attn.bias, "layers", "qkv", "heads", "head_size")
+    w_out = raw(block.attn.c_proj.weight, "layers", "heads", "head_size", "embed")
+    w_fc = raw(block.mlp.c_fc.weight, "layers", "embed", "mlp")
+    w_proj = raw(block.mlp.c_proj.weight, "layers", "mlp", "embed")
+
+    h = wte[ids] + wpe[:length]
+    for i in range(config.num_layers):
+        x = norm(h, block.ln_1.weight.array[i], block.ln_1.bias.array[i], config)
+        qkv = x @ w_qkv[i].reshape(width, 3 * width) + b_qkv[i].reshape(3 * width)
+        q, k, v = (
+            part.reshape(batch, length, heads, -1).transpose(0, 2, 1, 3)
+            for part in jnp.split(qkv, 3, axis=-1)
+        )
+        if upcast:
+            q, k = q.astype(jnp.float32), k.astype(jnp.float32)
+        scores = q @ k.transpose(0, 1, 3, 2) / (width // heads) ** 0.5
+        if config.scale_attn_by_inverse_layer_idx:
+            scores = scores / (i + 1)
+        scores = jnp.where(np.tri(length, dtype=bool), scores, -jnp.inf)
+        mixed = jax.nn.softmax(scores, axis=-1).astype(v.dtype) @ v
+        mixed = mixed.transpose(0, 2, 1, 3).reshape(batch, length, width)
+        h = h + mixed @ w_out[i].reshape(width, width) + block.attn.c_proj.bias.array[i]
+        x = norm(h, block.ln_2.weight.array[i], block.ln_2.bias.array[i], config)
+        x = x @ w_fc[i] + block.mlp.c_fc.bias.array[i]
+        gelu = 0.5 * x * (1 + jnp.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+        h = h + gelu @ w_proj[i] + block.mlp.c_proj.bias.array[i]
+    ln_f = model.transformer.ln_f
+    return norm(h, ln_f.weight.array, ln_f.bias.array, config) @ wte.T
+
+
+def norm(x, weight, bias, config):
+    """Layer normalization over the last dimension."""
+    mean = x.mean(-1, keepdims=True)
+    variance = ((x - mean) ** 2).mean(-1, keepdims=True)
+    return (x - mean) / jnp.sqrt(variance + config.layer_norm_epsilon) * weight + bias
+
+
+def oracle_loss(model, ids):
+    """Mean nats a predicted token."""
+    log_probabilities = jax.nn.log_softmax(oracle_logits(model, ids)[:, :-1])
+    return -jnp.take_along_axis(log_probabilities, ids[:, 1:, None], axis=-1).mean()
+
+
+VARIANTS = {
+    "plain": TINY,
+    "inverse_layer": dataclasses.replace(TINY, scale_attn_by_inverse_layer_idx=True),
+    "one_head": dataclasses.replace(TINY, num_heads=1),
+    "wide_mlp": dataclasses.replace(TINY, mlp_scale=5, layer_norm_epsilon=1e-2),
+    "no_recomputation": dataclasses.replace(TINY, gradient_checkpointing=False),
+}
+
+
+@pytest.mark.parametrize("config", VARIANTS.values(), ids=VARIANTS)
+def test_logits_and_gradients_equal_the_plain_equations(config):
+    model, ids = random_model(config), random_ids()
+    expected = oracle_logits(model, ids.array)
+    assert float(expected.std()) > 0.5
+    logits = hax.named_jit(model)(ids)
+    assert logits.axes == (Batch, Pos, Vocab)
+    np.testing.assert_allclose(logits.array, expected, rtol=0, atol=2e-5)
+
+    def loss(model):
+        total, weight = next_token_loss(model, LmExample.causal(ids))
+        return total / weight
+
+    value, gradient = eqx.filter_jit(eqx.filter_value_and_grad(loss))(model)
+    oracle = eqx.filter_jit(eqx.filter_value_and_grad(oracle_loss))
+    expected_value, expected_gradient = oracle(model, ids.array)
+    assert float(value) == pytest.approx(float(expected_value), abs=1e-6)
+    paired = zip(
+        jax.tree.leaves_with_path(expected_gradient), jax.tree.leaves(gradient), strict=True
+    )
+    for (path, wanted), found in paired:
+        scale = float(jnp.abs(wanted).max())
+        assert scale > 1e-4, f"{jax.tree_util.keystr(path)} has no gradient to compare"
+        np.testing.assert_allclose(
+            found, wanted, rtol=0, atol=1e-5 * max(scale, 1.0), err_msg=jax.tree_util.keystr(path)
+        )
+
+
+def test_gpt2_sizes_have_the_published_number_of_parameters():
+    published = {
+        "gpt2-small": 124_439_808,
+        "gpt2-medium": 354_823_168,
+        "gpt2-large": 774_030_080,
+        "gpt2-xl": 1_557_611_200,
+    }
+    for name, count in published.items():
+        model = eqx.filter_eval_shape(
+            lambda key, name=name: Gpt2LmHeadModel.init(
+                Axis("vocab", 50257), Axis("position", 1024), MODEL_PRESETS[name], key=key
+            ),
+            jax.random.key(0),
+        )
+        assert sum(leaf.size for leaf in jax.tree.leaves(model)) == count, name
+
+
+def test_a_later_token_changes_nothing_before_it():
+    model, ids = random_model(), random_ids()
+    run = hax.named_jit(model)
+    before = run(ids).array
+    for position in (0, 5, Pos.size - 1):
+        changed = ids.at[Pos, position].set((ids[Pos, position] + 1) % Vocab.size)
+        after = run(changed).array
+        np.testing.assert_array_equal(after[:, :position], before[:, :position])
+        assert (after[:, position:] != before[:, position:]).any(axis=-1).all()
+
+
+def test_shorter_rows_give_the_prefix_of_the_logits():
+    model, ids = random_model(), random_ids()
+    short = ids[Pos, 0:7]
+    np.testing.assert_allclose(model(short).array, model(ids).array[:, :7], rtol=0, atol=1e-5)
+
+
+def test_rows_longer_than_the_model_are_refused():
+    ids = random_ids(pos=Pos.resize(13))
+    with pytest.raises(ValueError, match="'position' has size 13, but the model knows 12"):
+        random_model()(ids)
+
+
+def test_any_axes_besides_position_are_carried_along():
+    model = random_model()
+    A, B = Axis("a", 2), Axis("b", 3)
+    raw_ids = random_ids(batch=Axis("batch", 6)).array
+    named = hax.named(raw_ids.reshape(2, 3, 12), (A, B, Pos))
+    together = model(named).rearrange((A, B, Pos, Vocab)).array.reshape(6, 12, -1)
+    np.testing.assert_allclose(together, oracle_logits(model, raw_ids), rtol=0, atol=2e-5)
+    single = model(named[A, 1, B, 2])
+    assert single.axes == (Pos, Vocab)
+    np.testing.assert_allclose(single.array, together[5], rtol=0, atol=1e-5)
+
+
+def test_axes_of_vocabulary_and_position_may_have_any_name():
+    V, P = Axis("ids", 29), Axis("time", 12)
+    model = Gpt2LmHeadModel.init(V, P, TINY, key=jax.random.key(0))
+    usual = Gpt2LmHeadModel.init(Vocab, Pos, TINY, key=jax.random.key(0))
+    ids = random_ids()
+    renamed = model(ids.rename({"position": "time"}))
+    assert renamed.axes == (Batch, P, V)
+    np.testing.assert_array_equal(renamed.array, usual(ids).array)
+
+
+def test_weights_start_as_the_paper_has_them():
+    config = Gpt2Config(hidden_dim=64, num_layers=4, num_heads=4, initializer_range=0.02)
+    model = Gpt2LmHeadModel.init(
+        Axis("vocab", 500), Axis("position", 64), config, key=jax.random.key(3)
+    )
+    block = model.transformer.blocks.stacked
+    residual = 0.02 / np.sqrt(2 * 4)
+    expected = {
+        "token": (model.embeddings.token_embeddings.weight, 0.02),
+        "position": (model.embeddings.position_embeddings.weight, 0.02),
+        "c_attn": (block.attn.c_attn.weight, 0.02),
+        "attn.c_proj": (block.attn.c_proj.weight, residual),
+        "c_fc": (block.mlp.c_fc.weight, 0.02),
+        "mlp.c_proj": (block.mlp.c_proj.weight, residual),
+    }
+    for name, (weight, std) in expected.items():
+        values = np.asarray(weight.array)
+        assert values.std() == pytest.approx(std, rel=0.05), name
+        assert abs(values.mean()) < 0.05 * std, name
+        # A normal distribution: four times in a hundred thousand beyond 4.1 deviations.
+        assert 3.0 < np.abs(values).max() / std < 6.0, name
+    for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+        assert not linear.bias.array.any()
+    for norm_ in (block.ln_1, block.ln_2, model.transformer.ln_f):
+        assert (norm_.weight.array == 1).all()
+        assert not norm_.bias.array.any()
+    per_layer = np.asarray(block.mlp.c_fc.weight.array)
+    assert not np.array_equal(per_layer[0], per_layer[1])
+
+
+def test_weights_do_not_depend_on_the_mesh_they_are_made_on():
+    def init():
+        return Gpt2LmHeadModel.init(Vocab, Pos, TINY, key=jax.random.key(0))
+
+    alone = jax.jit(init)()
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    mapping = {"embed": "data", "heads": "model", "mlp": "model"}
+    with jax.set_mesh(mesh):
+        sharded = hax.named_jit(init, axis_resources=mapping)()
+    weight = sharded.transformer.blocks.stacked.mlp.c_fc.weight.array
+    assert len({shard.index for shard in weight.addressable_shards}) == 4
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(sharded), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    "mapping",
+    [{"batch": "data", "embed": "data"}, {"batch": "data", "heads": "model", "mlp": "model"}],
+    ids=["fsdp", "tensor_parallel"],
+)
+def test_layouts_over_devices_give_the_same_logits(mapping):
+    model, ids = random_model(), random_ids(batch=Axis("batch", 4))
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    compute = {k: v for k, v in mapping.items() if k != "embed"}
+    with jax.set_mesh(mesh):
+        placed = hax.shard(model, mapping)
+        logits = hax.named_jit(lambda m, x: m(x), axis_resources=compute)(placed, ids)
+    np.testing.assert_allclose(logits.array, model(ids).array, rtol=0, atol=2e-5)
+
+
+def test_without_a_key_nothing_is_dropped():
+    config = dataclasses.replace(TINY, embed_pdrop=0.5, resid_pdrop=0.5, attn_pdrop=0.5)
+    model = random_model(config)
+    ids = random_ids()
+    np.testing.assert_allclose(model(ids).array, oracle_logits(model, ids.array), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("place", ["embed_pdrop", "resid_pdrop", "attn_pdrop"])
+def test_each_dropout_acts_by_its_key_alone(place):
+    model, ids = random_model(dataclasses.replace(TINY, **{place: 0.5})), random_ids()
+    run = hax.named_jit(lambda model, ids, key: model(ids, key=key))
+    first, second = jax.random.split(jax.random.key(5))
+    dropped = run(model, ids, first).array
+    np.testing.assert_array_equal(run(model, ids, first).array, dropped)
+    assert (run(model, ids, second).array != dropped).any(axis=(-1, -2)).all()
+    kept = model(ids).array
+    # The first position attends to itself alone, so attention may keep all it has there.
+    assert (dropped[:, 1:] != kept[:, 1:]).any(axis=-1).mean() > 0.9
+
+
+def test_dropout_probability_zero_with_a_key_drops_nothing():
+    model, ids = random_model(), random_ids()
+    np.testing.assert_array_equal(model(ids, key=jax.random.key(0)).array, model(ids).array)
+
+
+def test_layers_draw_different_dropout():
+    config = dataclasses.replace(TINY, resid_pdrop=0.5, num_layers=2)
+    model = random_model(config)
+    # With every branch a constant 1, the residual stream counts how often a feature was kept.
+    block = model.transformer.blocks.stacked
+    model = eqx.tree_at(
+        lambda m: (
+            m.transformer.blocks.stacked.attn.c_proj.weight.array,
+            m.transformer.blocks.stacked.attn.c_proj.bias.array,
+            m.transformer.blocks.stacked.mlp.c_proj.weight.array,
+            m.transformer.blocks.stacked.mlp.c_proj.bias.array,
+        ),
+        model,
+        (
+            jnp.zeros_like(block.attn.c_proj.weight.array),
+            jnp.ones_like(block.attn.c_proj.bias.array),
+            jnp.zeros_like(block.mlp.c_proj.weight.array),
+            jnp.ones_like(block.mlp.c_proj.bias.array),
+        ),
+    )
+    zero = hax.zeros((Axis("batch", 40), Pos, Axis("embed", 24)))
+    keys = jax.random.split(jax.random.key(1), 2)
+    blocks = model.transformer.blocks
+    counts = blocks.fold(zero, Pos, hax.arange(Axis("layers", 2)), key=keys)
+    kept = np.round(np.asarray(counts.array) / 2).astype(int)  # of four draws, each kept half
+    shares = np.bincount(kept.ravel(), minlength=5) / kept.size
+    np.testing.assert_allclose(shares, [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16], atol=0.02)
+
+
+def test_upcast_attention_keeps_scores_in_float32():
+    def errors(upcast):
+        config = dataclasses.replace(TINY, upcast_attn=upcast)
+        exact = random_model(config)
+        rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), exact)
+        ids = random_ids()
+        rounded32 = jax.tree.map(lambda x: x.astype(jnp.float32), rounded)
+        expected = oracle_logits(rounded32, ids.array)
+        return np.abs(np.asarray(rounded(ids).array) - np.asarray(expected)).mean()
+
+    assert errors(True) < errors(False)
+
+
+@pytest.mark.parametrize("upcast", [False, True])
+def test_scores_have_the_dtype_that_upcast_says(upcast):
+    config = dataclasses.replace(TINY, upcast_attn=upcast)
+    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_model(config))
+    exponentials = {
+        eqn.outvars[0].aval.dtype.name
+        for eqn in equations(jax.make_jaxpr(lambda m, x: m.activations(x))(model, random_ids()))
+        if eqn.primitive.name == "exp"
+    }
+    assert exponentials == {"float32" if upcast else "bfloat16"}
+
+
+def equations(jaxpr):
+    """Every equation, those of inner programs included."""
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for value in eqn.params.values():
+            for inner in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(inner, "eqns"):
+                    yield from equations(inner)
+                elif hasattr(inner, "jaxpr"):
+                    yield from equations(inner.jaxpr)
+
+
+def test_the_program_does_not_grow_with_the_number_of_layers():
+    def num_equations(num_layers):
+        config = dataclasses.replace(TINY, num_layers=num_layers)
+        model = random_model(config)
+        return sum(1 for _ in equations(jax.make_jaxpr(lambda m, x: m(x))(model, random_ids())))
+
+    assert num_equations(2) == num_equations(7)
+
+
+def test_logits_are_float32_whatever_the_compute_dtype():
+    model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_model())
+    assert model.activations(random_ids()).dtype == jnp.bfloat16
+    assert model(random_ids()).dtype == jnp.float32
