@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 
@@ -28,9 +28,9 @@ from modeling.data.config import FilesSource, PyStdlibSource, Source, Validation
 from modeling.data.sources import (
     FoundFile,
     SourceError,
+    StoredFile,
     UndecodableError,
     find_files,
-    open_file,
     read_documents,
 )
 from modeling.merkle import MerkleHasher
@@ -42,7 +42,6 @@ FILES_FILE = "files.json"
 SCHEMA = pa.schema([("doc_id", pa.string()), ("split", pa.string()), ("text", pa.large_string())])
 _BATCH_TEXT_BYTES = 32 * 1024 * 1024
 _BATCH_DOCUMENTS = 65536
-_PIECE_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,9 @@ def scan(source: Source, *, validation: ValidationConfig) -> Listing:
     """
     files = []
     for found in find_files(source):
-        size, sha256 = _digest(found)
+        with StoredFile(found) as stored:
+            stored.drain()
+        size, sha256 = stored.num_bytes, stored.sha256.hexdigest()
         if size == 0 and isinstance(source, FilesSource):
             raise SourceError(f"{found.location}: empty; take it out of `source.paths`.")
         one_document = isinstance(source, PyStdlibSource) or source.format == "text"
@@ -182,32 +183,6 @@ class _Tally:
         }
 
 
-class _DigestingReader(io.RawIOBase):
-    """Digests what passes through, so that reading a file once both decodes and checks it."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self._stream = stream
-        self.sha256 = hashlib.sha256()
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        piece = self._stream.read(len(buffer))
-        self.sha256.update(piece)
-        buffer[: len(piece)] = piece
-        return len(piece)
-
-
-def _digest(found: FoundFile) -> tuple[int, str]:
-    with open_file(found) as stream:
-        sha256, size = hashlib.sha256(), 0
-        while piece := stream.read(_PIECE_BYTES):
-            sha256.update(piece)
-            size += len(piece)
-    return size, sha256.hexdigest()
-
-
 def _listed_documents(
     source: Source, listing: Listing, tally: _Tally, meter: Meter
 ) -> Iterator[Document]:
@@ -227,22 +202,20 @@ def _unchanged_documents(
     source: Source, file: SourceFile, tally: _Tally
 ) -> Iterator[tuple[str, str]]:
     """Yields a file's documents; what fails to decode is left out of the standard library alone."""
-    with open_file(FoundFile(file.logical_path, file.location)) as stored:
-        reader = _DigestingReader(stored)
-        stream = io.BufferedReader(reader, _PIECE_BYTES)
+    found = FoundFile(file.logical_path, file.location)
+    with StoredFile(found) as stored, io.BufferedReader(stored) as stream:
         try:
-            yield from read_documents(source, FoundFile(file.logical_path, file.location), stream)
+            yield from read_documents(source, found, stream)
         except UndecodableError:
             if not isinstance(source, PyStdlibSource):
                 raise
             tally.undecodable.append(file.logical_path)
-        while stream.read(_PIECE_BYTES):
-            pass
-        if reader.sha256.hexdigest() != file.sha256:
-            raise SourceError(
-                f"{file.location}: changed while the corpus was being built (SHA-256 "
-                f"{reader.sha256.hexdigest()[:12]}, scanned as {file.sha256[:12]}). Run again."
-            )
+        stored.drain()
+    if stored.sha256.hexdigest() != file.sha256:
+        raise SourceError(
+            f"{file.location}: changed while the corpus was being built (SHA-256 "
+            f"{stored.sha256.hexdigest()[:12]}, scanned as {file.sha256[:12]}). Run again."
+        )
 
 
 def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:

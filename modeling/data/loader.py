@@ -7,7 +7,6 @@ consumed: a run that resumes at step k draws what the uninterrupted run drew.
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
 
 import numpy as np
 from jaxtyping import Int32
@@ -68,7 +67,7 @@ class BatchStream:
         """Rows consumed: all that is needed to go on from here."""
         return self._loader.cursor(self.step)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "BatchStream":
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
         self._fill(self._worker)
         return self
@@ -84,7 +83,7 @@ class BatchStream:
             self._worker = None
             self._pending.clear()
 
-    def __iter__(self) -> Self:
+    def __iter__(self) -> "BatchStream":
         return self
 
     def __next__(self) -> Batch:

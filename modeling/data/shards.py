@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32, Integer
 
-Ids = Integer[np.ndarray, " tokens"]
+Ids = Integer[np.ndarray, "_"]
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

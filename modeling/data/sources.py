@@ -4,6 +4,7 @@ A file's *logical path* is its path below what the configuration names: below th
 below a directory, below the fixed part of a glob. It identifies the file; where it lies does not.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -12,14 +13,16 @@ import tokenize
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
 from modeling.data.config import FilesSource, PyStdlibSource, Source
 
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 _MAGIC = set("*?[")
+_PIECE_BYTES = 1024 * 1024
 
 
 class SourceError(ValueError):
@@ -61,20 +64,50 @@ def find_files(source: Source) -> list[FoundFile]:
     return [by_path[path] for path in sorted(by_path)]
 
 
-def open_file(file: FoundFile) -> BinaryIO:
-    """Opens a file's stored bytes, local or remote.
+class StoredFile(io.RawIOBase):
+    """A file's stored bytes, local or remote, digested as they pass: reading is checking.
 
     Raises:
-        SourceError: it cannot be opened.
+        SourceError: the file cannot be opened.
     """
-    try:
-        fs, path = fsspec.url_to_fs(file.location)
-        return fs.open(path, "rb")
-    except OSError as error:
-        raise SourceError(f"{file.location}: cannot be read: {error}.") from error
+
+    def __init__(self, file: FoundFile) -> None:
+        """Opens `file`; close it, best in a `with` statement."""
+        try:
+            fs, path = fsspec.url_to_fs(file.location)
+            self._stored = fs.open(path, "rb")
+        except OSError as error:
+            raise SourceError(f"{file.location}: cannot be read: {error}.") from error
+        self.sha256 = hashlib.sha256()
+        self.num_bytes = 0
+
+    def readable(self) -> bool:
+        """Yes, as `io` asks."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills `buffer`, as far as the file goes."""
+        piece = self._stored.read(len(buffer))
+        self.sha256.update(piece)
+        self.num_bytes += len(piece)
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def drain(self) -> None:
+        """Reads to the end, so that the digest covers the whole file."""
+        while self.read(_PIECE_BYTES):
+            pass
+
+    def close(self) -> None:
+        """Closes the file beneath too."""
+        if not self.closed:
+            self._stored.close()
+        super().close()
 
 
-def read_documents(source: Source, file: FoundFile, stream: BinaryIO) -> Iterator[tuple[str, str]]:
+def read_documents(
+    source: Source, file: FoundFile, stream: io.BufferedIOBase
+) -> Iterator[tuple[str, str]]:
     """Yields (document id, text) of one file from its open stream, to the last byte.
 
     Raises:
@@ -119,8 +152,10 @@ def _matching_files(pattern: str) -> Iterator[FoundFile]:
         raise SourceError(f"{pattern}: no such file or directory; correct `source.paths`.")
     if not paths:
         raise SourceError(f"{pattern}: matches no file; correct `source.paths`.")
+    is_local = isinstance(fs, LocalFileSystem)
     for match in paths:
-        yield FoundFile(match[len(base) :].lstrip("/"), str(fs.unstrip_protocol(match)))
+        location = match if is_local else str(fs.unstrip_protocol(match))
+        yield FoundFile(match[len(base) :].lstrip("/"), location)
 
 
 def _is_hidden(relative_path: str) -> bool:
