@@ -3,7 +3,7 @@
 import base64
 import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,13 @@ def checkpoint_assets(
             "token_cache": store.files(token_cache),
             "tokenized_corpus": store.files(store.input_of(token_cache, "tokenized_corpus")),
         }
+        numerics = launcher.numerics(experiment)
         return store.materialize(
             recipes.checkpoint_recipe(experiment, token_cache),
             lambda space: launcher.build(
-                context, launcher.job("train", name, experiment, space, **files)
+                context, launcher.job("train", name, experiment, space, numerics=numerics, **files)
             ),
-            numerics=launcher.numerics(experiment),
+            numerics=numerics,
             show=_loss_plot,
         )
 
@@ -87,33 +88,33 @@ def _leaf_faults(artifact: Artifact, files: Path, store: StoreResource) -> Itera
 
 
 def _loss_faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:
-    losses = _losses(files)
-    if not losses:
-        yield "no loss is on record."
-        return
-    yield from (f"loss after step {step} is {x}." for step, x in losses if not math.isfinite(x))
-    if losses[-1][1] >= losses[0][1]:
-        yield f"the last loss, {losses[-1][1]:.4f}, is not below the first, {losses[0][1]:.4f}."
+    from modeling.training.history import read_losses
 
-
-def _losses(files: Path) -> Sequence[tuple[int, float]]:
-    raise NotImplementedError
+    losses = read_losses(files)
+    if len(losses) != artifact.facts["steps"]:
+        yield f"{len(losses)} losses are on record for {artifact.facts['steps']} steps."
+    bad = [f"the loss of step {n} is {x}." for n, x in enumerate(losses, 1) if not math.isfinite(x)]
+    yield from bad
+    if len(losses) > 1 and not bad and losses[-1] >= losses[0]:
+        yield f"the last loss, {losses[-1]:.4f}, is not below the first, {losses[0]:.4f}."
 
 
 def _loss_plot(artifact: Artifact, files: Path) -> Mapping[str, Any]:
     """Returns the loss curve as a picture that the metadata panel shows in place."""
-    return {"loss_curve": dg.MetadataValue.md(f"![loss](data:image/png;base64,{_png(files)})")}
+    return {"loss": dg.MetadataValue.md(f"![loss](data:image/png;base64,{_png(files)})")}
 
 
 def _png(files: Path) -> str:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    steps, losses = zip(*_losses(files), strict=True)
+    from modeling.training.history import read_losses
+
+    losses = read_losses(files)
     figure = Figure(figsize=(6, 3), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    axes.plot(steps, losses)
+    axes.plot(range(1, len(losses) + 1), losses)
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     written = io.BytesIO()

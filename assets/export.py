@@ -51,7 +51,7 @@ def export_assets(
             lambda space: launcher.build(
                 context, launcher.job("export", name, experiment, space, **arguments)
             ),
-            show=lambda _, files: {"files": _table(files)},
+            show=lambda _, files: {"inventory": _table(files)},
         )
 
     description = (

@@ -38,7 +38,6 @@ from pydantic import Field
 from modeling.artifacts import Built, Workspace
 from modeling.experiment import ExperimentConfig
 from modeling.numerics import environment, numerics_class
-from resources.worker import PREEMPTED
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 _ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -191,12 +190,14 @@ class LauncherResource(dg.ConfigurableResource):
             child.wait()
 
     def _failure(self, job: Job, code: int, last_lines: list[str]) -> Exception:
+        from modeling.training.preemption import EXIT_CODE
+
         output = "\n".join(last_lines) or "(it printed nothing)"
         metadata = {
             "exit_code": dg.MetadataValue.int(code),
             "last_lines": dg.MetadataValue.md(f"```\n{output}\n```"),
         }
-        if code == PREEMPTED or -code in _ASKED_TO_STOP:
+        if code == EXIT_CODE or -code in _ASKED_TO_STOP:
             return dg.Failure(
                 f"{job.entry} was asked to stop (exit code {code}). What it had committed is kept: "
                 f"materialize again to resume.\n{output}",

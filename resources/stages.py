@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from modeling.artifacts import Workspace
 from modeling.experiment import ExperimentConfig, validate
+from resources import provenance
+from resources.tracker import Tracker, open_tracker
 from resources.worker import Channel
 
 if TYPE_CHECKING:
     from modeling.data.cache import TokenCache
+    from modeling.training.observer import RunStart, StepReport
 
 Arguments = Mapping[str, Any]
 PARITY_ROWS = 4
@@ -21,7 +24,64 @@ PARITY_ROWS = 4
 
 def train(arguments: Arguments, workspace: Workspace | None, channel: Channel) -> Mapping[str, Any]:
     """Trains, or goes on training, to the last step."""
-    raise NotImplementedError
+    from modeling.training import trainer
+
+    assert workspace is not None
+    experiment = _experiment(arguments)
+    config = {
+        "experiment": arguments["experiment"],
+        "numerics": arguments["numerics"],
+        "git": provenance.git_state(provenance.CHECKOUT),
+    }
+    with open_tracker(arguments["name"], config) as tracker:
+        observer = TrainingObserver(channel, tracker)
+        built = trainer.train(experiment, _cache(arguments), workspace, observer=observer)
+    return dataclasses.asdict(built)
+
+
+class TrainingObserver:
+    """Tells a training run's progress to the terminal, the run's event log, and the tracker."""
+
+    def __init__(self, channel: Channel, tracker: Tracker) -> None:
+        """Sends what it hears to both."""
+        self._channel = channel
+        self._tracker = tracker
+
+    def resumed(self, step: int, directory: str) -> None:
+        """Says that earlier work is gone on with."""
+        self._channel.say(f"Going on from step {step}, found in {directory}.")
+
+    def started(self, start: "RunStart") -> None:
+        """Says what begins."""
+        self._channel.say(
+            f"{start.num_parameters:,} parameters on {start.num_devices} {start.device_kind} "
+            f"devices; compiled in {start.compile_s:.1f} s; steps {start.first_step:,} to "
+            f"{start.num_steps:,}."
+        )
+
+    def step(self, report: "StepReport") -> None:
+        """Shows the line and keeps the numbers."""
+        self._channel.say(report)
+        self._tracker.log(
+            report.step,
+            {
+                "train/loss": report.loss,
+                "train/gradient_norm": report.gradient_norm,
+                "train/learning_rate": report.learning_rate,
+                "train/tokens": report.tokens,
+                "throughput/tokens_per_second": report.tokens_per_second,
+            },
+        )
+
+    def saved(self, step: int, directory: str) -> None:
+        """Says that nothing before this step can be lost any more."""
+        self._channel.say(f"step {step:,} is saved.")
+
+    def finished(self, facts: Mapping[str, Any]) -> None:
+        """Keeps the plain facts as the run's summary."""
+        self._tracker.summarize(
+            {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
+        )
 
 
 def evaluate(

@@ -22,13 +22,7 @@ import dagster_pipes
 
 from modeling.artifacts import Workspace, write_durably
 
-PREEMPTED = 75
-"""The exit code after an entry has saved and stopped because somebody asked (EX_TEMPFAIL)."""
 _PR_SET_PDEATHSIG = 1
-
-
-class Preempted(Exception):
-    """An entry raises this after it has saved and stopped because it was asked to."""
 
 
 class Channel:
@@ -54,13 +48,15 @@ def main(job_path: str) -> int:
     tie_to_parent(job["parent"], job["grace_s"])
     workspace = job["workspace"] and Workspace(**{k: Path(v) for k, v in job["workspace"].items()})
     with _exclusive(workspace), _channel() as channel:
+        from modeling.training.preemption import EXIT_CODE, Preempted
+
         module, _, function = job["entry"].partition(":")
         entry: Entry = getattr(importlib.import_module(module), function)
         try:
             result = entry(job["arguments"], workspace, channel)
         except Preempted as stop:
             channel.say(f"Stopped: {stop}")
-            return PREEMPTED
+            return EXIT_CODE
         write_durably(Path(job["result"]), result)
     return 0
 
@@ -77,7 +73,8 @@ def tie_to_parent(parent: int, grace_s: float) -> None:
 def _watch(parent: int, grace_s: float) -> None:
     while os.getppid() == parent:
         time.sleep(0.5)
-    os.kill(os.getpid(), signal.SIGTERM)
+    if sys.platform != "linux":  # There the kernel has sent it, and a second one would not wait.
+        os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_s)
     # Still here: saving takes too long, or native code never returns to the interpreter.
     if os.getpgrp() == os.getpid():
@@ -110,5 +107,4 @@ def _channel() -> Iterator[Channel]:
 
 
 if __name__ == "__main__":
-    # By its real name, so that entries raise the same `Preempted` that `main` catches.
-    sys.exit(importlib.import_module("resources.worker").main(sys.argv[1]))
+    sys.exit(main(sys.argv[1]))

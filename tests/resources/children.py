@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from resources.worker import Preempted
+from modeling.training.preemption import Preempted
 
 
 def write_and_return(arguments, workspace, channel):
@@ -65,4 +65,4 @@ def stop_when_asked(arguments, workspace, channel):
     grandchild.kill()
     grandchild.wait()
     (notes / "saved").touch()
-    raise Preempted("saved at step 7")
+    raise Preempted(7)

@@ -1,0 +1,70 @@
+"""Weights & Biases: offline unless `WANDB_MODE` says otherwise, and told nothing but numbers.
+
+Runs are written below `WANDB_DIR`, else `DAGSTER_HOME`, in W&B's own format; `wandb sync` sends
+them later. Its collection of surroundings (arguments, host, user, code, git) is off: a run says
+what it is by the configuration given here, without secrets. `WANDB_MODE=disabled` imports nothing.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+MODES = ("online", "offline", "disabled")
+PROJECT = "levanter"
+
+
+class Tracker:
+    """One run's numbers by step, and its summary."""
+
+    def __init__(self, run: Any) -> None:
+        """Takes a W&B run, or None to keep nothing."""
+        self._run = run
+
+    def log(self, step: int, numbers: Mapping[str, float]) -> None:
+        """Adds the numbers of one step."""
+        if self._run is not None:
+            self._run.log(dict(numbers), step=step)
+
+    def summarize(self, facts: Mapping[str, Any]) -> None:
+        """Sets what the run has come to."""
+        if self._run is not None:
+            self._run.summary.update(dict(facts))
+
+
+@contextlib.contextmanager
+def open_tracker(name: str, config: Mapping[str, Any]) -> Iterator[Tracker]:
+    """Opens a run of the experiment `name`; it ends with the block, as failed if that raises."""
+    mode = os.environ.get("WANDB_MODE") or "offline"
+    if mode not in MODES:
+        raise ValueError(f"WANDB_MODE: {mode!r} is not one of {list(MODES)}.")
+    if mode == "disabled":
+        yield Tracker(None)
+        return
+    # Read at import: without it, errors inside W&B are reported to its makers.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+    import wandb
+
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT") or PROJECT,
+        group=name,
+        config=dict(config),
+        dir=os.environ.get("WANDB_DIR") or os.environ.get("DAGSTER_HOME"),
+        mode=mode,
+        settings=wandb.Settings(
+            silent=True,
+            console="off",
+            save_code=False,
+            disable_code=True,
+            disable_git=True,
+            disable_job_creation=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+        ),
+    )
+    try:
+        yield Tracker(run)
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()
