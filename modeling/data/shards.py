@@ -28,7 +28,12 @@ def write_shard(path: Path, tokens: Ids, lengths: Integer[np.ndarray, " document
     schema = _schema(tokens.dtype)
     offsets = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=offsets[1:])
-    rows = pa.ListArray.from_arrays(pa.array(offsets), pa.array(tokens))
+    # Buffers, not `pa.array` or `to_numpy`: those import pandas, which takes seconds.
+    ids_type = schema.field("tokens").type
+    ids_buffers = [None, pa.py_buffer(np.ascontiguousarray(tokens))]
+    ids = pa.Array.from_buffers(ids_type.value_type, len(tokens), ids_buffers)
+    rows_buffers = [None, pa.py_buffer(offsets)]
+    rows = pa.Array.from_buffers(ids_type, len(lengths), rows_buffers, children=[ids])
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.record_batch([rows], schema=schema))
     with path.open("rb") as written:
@@ -53,7 +58,6 @@ def map_shard(path: Path, dtype: np.dtype) -> tuple[Ids, Int32[np.ndarray, " end
         rows = reader.get_batch(0)
         rows.validate()
         column = rows.column(0)
-    # Buffers, not `to_numpy`: that imports pandas, which takes seconds.
     _, offsets, _, tokens = column.buffers()
     bounds = np.frombuffer(offsets, np.int32, len(column) + 1)
     return np.frombuffer(tokens, dtype, int(bounds[-1])), bounds

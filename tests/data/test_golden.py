@@ -1,4 +1,4 @@
-"""Content ids of a fixed corpus. A change here needs a new version in `modeling.recipes.VERSIONS`."""
+"""Content ids of a fixed corpus; when one changes, so must `modeling.recipes.VERSIONS`."""
 
 from modeling.data import cache, corpus, tokenized, tokenizer
 from modeling.data.config import (

@@ -89,19 +89,21 @@ def test_validation_documents_train_nothing(tmp_path, make_workspace):
 
 BUILD = """
 import pathlib, sys
+import modeling.data.loader
 from modeling.artifacts import Workspace
-from modeling.data import tokenizer
-from modeling.data.config import BpeTokenizerConfig
-corpus_dir, output = map(pathlib.Path, sys.argv[1:])
-output.mkdir()
-built = tokenizer.build(
-    BpeTokenizerConfig(type="bpe", vocab_size=1500), corpus_dir, Workspace(output, output)
-)
-print(built.content_id)
+from modeling.data import tokenized, tokenizer
+from modeling.data.config import BpeTokenizerConfig, TokenizationConfig
+corpus_dir, output, tokens = map(pathlib.Path, sys.argv[1:])
+config = BpeTokenizerConfig(type="bpe", vocab_size=1500)
+print(tokenizer.build(config, corpus_dir, Workspace(output, output)).content_id)
+workspace = Workspace(output, tokens)
+print(tokenized.build(TokenizationConfig(), corpus_dir, output, workspace).content_id)
+slow = {"jax", "pandas", "dagster", "datasets", "transformers"} & set(sys.modules)
+assert not slow, f"{slow} are imported for nothing"
 """
 
 
-def test_the_same_tokenizer_in_any_process_with_any_threads(tmp_path, make_workspace):
+def test_the_same_tokenizer_and_tokens_in_any_process_with_any_threads(tmp_path, make_workspace):
     draw = random.Random(1)
     lexicon = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 7))) for _ in range(3000)]
     texts = [" ".join(draw.choices(lexicon, k=60)) for _ in range(2000)]  # many equal counts
@@ -114,8 +116,8 @@ def test_the_same_tokenizer_in_any_process_with_any_threads(tmp_path, make_works
     ]
     ids, files = set(), set()
     for index, extra in enumerate(surroundings):
-        output = tmp_path / f"out{index}"
-        arguments = [sys.executable, "-c", BUILD, str(directory), str(output)]
+        output, tokens = make_workspace(f"out{index}").output, make_workspace(f"t{index}").output
+        arguments = [sys.executable, "-c", BUILD, *map(str, (directory, output, tokens))]
         done = subprocess.run(
             arguments, env=os.environ | extra, capture_output=True, text=True, check=True
         )
