@@ -6,7 +6,7 @@ The first SIGTERM or SIGINT asks; a second one ends the process at once, by the 
 import signal
 import threading
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 EXIT_CODE = 75
 """What a process exits with when it was preempted: `EX_TEMPFAIL` of sysexits.h, "try again"."""
@@ -32,7 +32,7 @@ class PreemptionNotice:
         self.given = False
         self._before: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "PreemptionNotice":
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
                 self._before[number] = signal.signal(number, self._hear)

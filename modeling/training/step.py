@@ -75,7 +75,7 @@ def compile_step(
         example = LmExample.causal(NamedArray(tokens, (Batch, Pos)), Pos)
         key = jax.random.fold_in(state.key, state.step)
         with axis_mapping(layout.compute):
-            total, weight, gradients = _summed(
+            total, weight, gradients = summed(
                 state.model, example, policy, layout, key,
                 Batch=Batch, num_microbatches=num_microbatches,
             )  # fmt: skip
@@ -104,7 +104,7 @@ def compile_step(
     return Step(compiled, compiled, batch_sharding, names)
 
 
-def _summed(
+def summed(
     model: Any,
     example: LmExample,
     policy: Policy,
@@ -114,7 +114,7 @@ def _summed(
     Batch: Axis,
     num_microbatches: int,
 ) -> tuple[Array, Array, Any]:
-    """Returns the sums of losses and weights, and the gradient of the former."""
+    """Returns the sums of losses and of weights, and the gradient of the former."""
     params, rest = trainable(model)
 
     def sums(params: Any, example: LmExample, key: Any) -> tuple[Array, Array]:

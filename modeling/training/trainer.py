@@ -78,7 +78,7 @@ def train(
     """
     if compile_cache is not None:
         _use_compile_cache(compile_cache)
-    plan = _plan(experiment, cache)
+    plan = make_plan(experiment, cache)
     keep = experiment.trainer.keep_checkpoints
     with (
         PreemptionNotice() as notice,
@@ -94,7 +94,7 @@ def train(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Plan:
+class Plan:
     """What follows from the experiment and the cache alone."""
 
     experiment: ExperimentConfig
@@ -112,14 +112,17 @@ class _Plan:
 
     @property
     def num_steps(self) -> int:
+        """Updates in all."""
         return self.experiment.trainer.num_train_steps
 
     @property
     def tokens_per_step(self) -> int:
+        """Those of one batch."""
         return self.Batch.size * self.Pos.size
 
 
-def _plan(experiment: ExperimentConfig, cache: TokenCache) -> _Plan:
+def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
+    """Returns the plan of a run; nothing is computed yet."""
     if cache.sequence_length != experiment.sequence_length:
         raise ValueError(
             f"sequence_length: the experiment asks for {experiment.sequence_length}, but the token "
@@ -135,7 +138,7 @@ def _plan(experiment: ExperimentConfig, cache: TokenCache) -> _Plan:
 
     make = partial(initial_state, make_model, optimizer, policy)
     science = [recipes.checkpoint_params(experiment), cache.content_id]
-    return _Plan(
+    return Plan(
         experiment=experiment,
         vocab_size=cache.vocab_size,
         science=canonical.digest("training/1", science),
@@ -155,7 +158,7 @@ class _Run:
 
     def __init__(
         self,
-        plan: _Plan,
+        plan: Plan,
         loader: TrainLoader,
         checkpoints: Checkpoints,
         observer: Observer,
@@ -373,7 +376,7 @@ def _require_finite(update: int, metrics: Metrics, names: tuple[str, ...]) -> No
     )
 
 
-def _publish(plan: _Plan, last: Path, output: Path, run: _Run) -> Built:
+def _publish(plan: Plan, last: Path, output: Path, run: _Run) -> Built:
     """Copies the last checkpoint to `output` and says what it is."""
     shutil.copytree(last, output, dirs_exist_ok=True)
     experiment = dataclasses.asdict(plan.experiment)

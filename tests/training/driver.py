@@ -1,0 +1,101 @@
+"""Runs training cases one after another in a process of their own, as the launcher would.
+
+    python driver.py CASES.json    prints one JSON line a case
+
+A case is `{"workspace": directory, "experiment": fields, "fault": optional}`. The rows are made up
+by arithmetic, so that no corpus is needed: each one counts up from a start and a stride of its own,
+which a tiny model can learn.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from modeling.artifacts import Workspace
+from modeling.data.cache import Index, SplitIndex, TokenCache
+from modeling.data.shards import FlatTokens
+from modeling.experiment import ExperimentConfig, validate
+
+VOCAB, LENGTH, ROWS = 61, 16, 200
+
+TINY: dict[str, Any] = {
+    "dataset": "counting",
+    "sequence_length": LENGTH,
+    "model": {"type": "gpt2", "hidden_dim": 32, "num_layers": 2, "num_heads": 2},
+    "optimizer": {"type": "adamw", "learning_rate": 1e-2, "schedule": {"warmup": 2}},
+    "trainer": {
+        "num_train_steps": 6,
+        "train_batch_size": 8,
+        "mp": "p=f32,c=f32",
+        "save_every_steps": 2,
+        "log_every_steps": 2,
+        "data_order": {"era_rows": 64},
+    },
+}
+
+
+def merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns `base` with nested fields replaced by those of `changes`; mappings as a whole."""
+    result = dict(base)
+    for key, value in changes.items():
+        whole = key in ("mesh", "axis_resources", "parameter_axis_resources")
+        nested = isinstance(value, Mapping) and not whole
+        result[key] = merged(result.get(key, {}), value) if nested else value
+    return result
+
+
+def experiment(**changes: Any) -> ExperimentConfig:
+    return validate(ExperimentConfig, merged(TINY, changes), "tiny")
+
+
+def counting_cache(length: int = LENGTH, rows: int = ROWS) -> TokenCache:
+    """Returns a cache whose row r is start + stride * i modulo the vocabulary."""
+    r, i = np.arange(rows)[:, None], np.arange(length)[None, :]
+    tokens = ((7 * r + (r % 3 + 1) * i) % VOCAB).astype(np.uint16).reshape(-1)
+    index = Index(
+        content_id="c0" * 32, sequence_length=length, dtype="uint16", vocab_size=VOCAB, eos_id=0,
+        tokenized_corpus="", tokenizer="", splits={"train": SplitIndex(rows, "")},
+    )  # fmt: skip
+    return TokenCache(index, {"train": FlatTokens([tokens])})
+
+
+def workspace(directory: Path) -> Workspace:
+    """Returns the progress of `directory` and a fresh output."""
+    number = len(list(directory.glob("output-*"))) if directory.exists() else 0
+    space = Workspace(directory / "progress", directory / f"output-{number}")
+    space.progress.mkdir(parents=True, exist_ok=True)
+    space.output.mkdir()
+    return space
+
+
+def run(case: Mapping[str, Any]) -> dict[str, Any]:
+    from modeling.training import history, trainer
+
+    space = workspace(Path(case["workspace"]))
+    built = trainer.train(
+        experiment(**case["experiment"]),
+        counting_cache(),
+        space,
+        compile_cache=Path(case["compile_cache"]) if "compile_cache" in case else None,
+    )
+    losses = history.read_losses(space.output)
+    return dataclasses.asdict(built) | {"losses": [loss.hex() for loss in losses]}
+
+
+def main() -> None:
+    for case in json.loads(Path(sys.argv[1]).read_text()):
+        os.environ.pop("LEVANTER_FAULT", None)
+        if "fault" in case:
+            os.environ["LEVANTER_FAULT"] = case["fault"]
+        sys.stdout.write(json.dumps(run(case)) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
