@@ -91,6 +91,7 @@ from haliax.creation import zeros_like as zeros_like
 from haliax.dslice import dblock as dblock
 from haliax.dslice import ds as ds
 from haliax.dslice import dslice as dslice
+from haliax.einsums import einsum as einsum
 from haliax.elementwise import abs as abs
 from haliax.elementwise import absolute as absolute
 from haliax.elementwise import add as add
@@ -298,18 +299,23 @@ if TYPE_CHECKING:
     from haliax import quantization as quantization
 
 _LAZY_MODULES = ("debug", "fft", "poly", "quantization")
+_LAZY_NAMES = {
+    "fft": "fftfreq fftshift hfft ifft ifftshift ihfft irfft rfft rfftfreq",
+    "poly": "polyadd polyder polydiv polyfit polyint polymul polysub polyval roots",
+}
 
 _METHODS = """
 abs absolute angle arccos arccosh arcsin arcsinh arctan arctanh around bitwise_count bitwise_invert
-bitwise_not cbrt ceil conjugate cos cosh deg2rad degrees exp exp2 expm1 fabs fix floor frexp i0 invert
-iscomplex isfinite isinf isnan isneginf isposinf isreal log log10 log1p log2 logical_not modf
-nan_to_num negative positive rad2deg radians reciprocal rint round rsqrt sign signbit sin sinc sinh sqrt
-square tan tanh trunc
-all amax amin any argmax argmin max mean median min nanargmax nanargmin nanmax nanmean nanmin nanprod
-nanstd nansum nanvar prod product ptp std sum var
+bitwise_not cbrt ceil conjugate cos cosh deg2rad degrees exp exp2 expm1 fabs fix floor frexp i0
+invert iscomplex isfinite isinf isnan isneginf isposinf isreal log log10 log1p log2 logical_not modf
+nan_to_num negative positive rad2deg radians reciprocal rint round rsqrt sign signbit sin sinc sinh
+sqrt square tan tanh trunc
+all amax amin any argmax argmin max mean median min nanargmax nanargmin nanmax nanmean nanmin
+nanprod nanstd nansum nanvar prod product ptp std sum var
 argsort cumprod cumsum nancumprod nancumsum sort top_k
-broadcast_axis broadcast_to clip dot flatten flatten_axes pad pad_left packbits ravel rearrange rename
-repeat roll slice split take tile trace tril triu unbind unflatten_axis unpackbits updated_slice
+broadcast_axis broadcast_to clip dot flatten flatten_axes pad pad_left packbits ravel rearrange
+rename repeat roll slice split take tile trace tril triu unbind unflatten_axis unpackbits
+updated_slice
 """
 
 _OPERATORS = {
@@ -367,4 +373,7 @@ _bind_methods()
 def __getattr__(name: str) -> object:
     if name in _LAZY_MODULES:
         return importlib.import_module(f"haliax.{name}")
+    for module, names in _LAZY_NAMES.items():
+        if name in names.split():
+            return getattr(importlib.import_module(f"haliax.{module}"), name)
     raise AttributeError(f"module 'haliax' has no attribute '{name}'")

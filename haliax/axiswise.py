@@ -15,7 +15,7 @@ from haliax.axis import (
     check_unique,
     single_position,
 )
-from haliax.core import NamedArray, trusted
+from haliax.core import NamedArray, honest, trusted
 from haliax.reductions import logsumexp as logsumexp
 
 
@@ -24,7 +24,7 @@ def _along(fn: Callable[..., Any], name: str) -> Callable[..., NamedArray]:
         """Works along the given axis and keeps it; `axis` may be left out if there is only one."""
         selected = a.axes if axis is None else axis
         at = single_position(name, a.axes, selected)
-        return trusted(fn(a.array, axis=at, **kwargs), a.axes)
+        return trusted(fn(honest(name, a), axis=at, **kwargs), a.axes)
 
     op.__name__ = op.__qualname__ = name
     return op
@@ -44,9 +44,9 @@ def argsort(a: NamedArray, axis: AxisSelector | None = None, *, stable: bool = T
     """
     if axis is None and a.ndim != 1:
         flat = Axis("_".join(x.name for x in a.axes) or "index", a.array.size)
-        return trusted(jnp.argsort(a.array, axis=None, stable=stable), (flat,))
+        return trusted(jnp.argsort(honest("argsort", a), axis=None, stable=stable), (flat,))
     at = 0 if axis is None else single_position("argsort", a.axes, axis)
-    return trusted(jnp.argsort(a.array, axis=at, stable=stable), a.axes)
+    return trusted(jnp.argsort(honest("argsort", a), axis=at, stable=stable), a.axes)
 
 
 def softmax(a: NamedArray, axis: AxisSelection | None = None, *, where: Any = None) -> NamedArray:
@@ -67,9 +67,9 @@ def _normalizing(
     positions = tuple(range(a.ndim)) if axis is None else axis_positions(name, a.axes, axis)
     at = positions[0] if len(positions) == 1 else positions
     if where is None:
-        return trusted(fn(a.array, axis=at), a.axes)
+        return trusted(fn(honest(name, a), axis=at), a.axes)
     mask = where.broadcast_to(a.axes).array
-    return trusted(fn(a.array, axis=at, where=mask), a.axes)
+    return trusted(fn(honest(name, a), axis=at, where=mask), a.axes)
 
 
 def top_k(
@@ -95,7 +95,7 @@ def top_k(
     )
     axes = (*arr.axes[:at], Axis(name, k), *arr.axes[at + 1 :])
     check_unique("top_k", axes)
-    values, indices = lax.top_k(jnp.moveaxis(arr.array, at, -1), k)
+    values, indices = lax.top_k(jnp.moveaxis(honest("top_k", arr), at, -1), k)
     return (
         trusted(jnp.moveaxis(values, -1, at), axes),
         trusted(jnp.moveaxis(indices, -1, at), axes),

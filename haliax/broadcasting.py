@@ -150,7 +150,7 @@ def _sized(operation: str, own: tuple[Axis, ...], axes: AxisSelection) -> tuple[
 
 
 def broadcast_axis(a: NamedArray, axis: AxisSpec) -> NamedArray:
-    """`a` with the axes added in front, in their order; axes that `a` has are left where they are."""
+    """`a` with the axes added in front, in their order; those `a` has stay where they are."""
     return broadcast_to(
         a, axis_spec_to_tuple(axis), ensure_order=False, enforce_no_extra_axes=False
     )

@@ -41,7 +41,7 @@ class ScanCheckpointPolicy:
 
     @staticmethod
     def from_bool_or_str(remat: "bool | str | ScanCheckpointPolicy") -> "ScanCheckpointPolicy":
-        """The policy of a short name: a bool, `offload`, `recompute`/`full`, `save_all`, `nested`."""
+        """The policy of a name: a bool, `offload`, `recompute`/`full`, `save_all`, `nested`."""
         if isinstance(remat, ScanCheckpointPolicy):
             return remat
         if isinstance(remat, bool):

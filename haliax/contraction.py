@@ -22,7 +22,7 @@ from haliax.axis import (
     pairs,
     rearrange_for_partial_order,
 )
-from haliax.core import NamedArray, trusted
+from haliax.core import NamedArray, honest, trusted
 from haliax.errors import axis_not_found, describe, size_mismatch
 from haliax.partitioning import auto_sharded
 
@@ -45,6 +45,8 @@ def dot(
     """
     if axis is _MISSING or not all(isinstance(a, NamedArray) for a in arrays):
         arrays, axis = _from_old_order(arrays, axis)
+    for a in arrays:
+        honest("dot", a)
     axes = matched_axes("dot", [a.axes for a in arrays])
     contracted = {a.name for a in axes} if axis is None else _to_contract("dot", axes, axis)
     kept = tuple(a for a in axes if a.name not in contracted)
@@ -115,7 +117,7 @@ def contract(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> NamedArray:
-    """The product of the arrays, summed over every axis that is not in `out`, in the order of `out`."""
+    """The product of the arrays, summed over every axis not in `out`, in the order of `out`."""
     if not arrays:
         raise ValueError("dot: there is nothing to multiply. Pass at least one array.")
     kept = {axis.name for axis in out}

@@ -119,7 +119,7 @@ class NamedArray(Methods):
     def axis_indices(self, axis: Sequence[AxisSelector]) -> tuple[int | None, ...]: ...
     def axis_indices(
         self, axis: AxisSelector | Sequence[AxisSelector]
-    ) -> int | None | tuple[int | None, ...]:
+    ) -> int | tuple[int | None, ...] | None:
         """The position of an axis, or `None`; an `Axis` of another size is a RuntimeError."""
         if isinstance(axis, (Axis, str)):
             return _position(self.axes, axis)
@@ -133,7 +133,7 @@ class NamedArray(Methods):
         )
 
     def matches_axes(self, spec: Any) -> bool:
-        """Whether names, order and dtype fit an annotation such as `NamedArray["batch embed ..."]`."""
+        """Whether names, order and dtype fit an annotation like `NamedArray["batch embed ..."]`."""
         if hasattr(spec, "__metadata__"):
             spec = next((m for m in spec.__metadata__ if isinstance(m, NamedArrayAxes)), spec)
         wanted = parse_axes_pattern(spec)
@@ -255,7 +255,7 @@ _set_axes: Callable[[Any, Any], None] = NamedArray.__dict__["axes"].__set__
 
 
 def trusted(array: Any, axes: tuple[Axis, ...]) -> NamedArray:
-    """A `NamedArray` from parts known to fit; several times cheaper than the checked constructor."""
+    """A `NamedArray` from parts known to fit; much cheaper than the checked constructor."""
     fresh = _new(NamedArray)
     _set_array(fresh, array)
     _set_axes(fresh, axes)

@@ -14,7 +14,7 @@ from haliax.core import NamedArray
 
 
 class DtypeFamily:
-    """A dtype, or a family of them, to be indexed by `[NamedArray, axes]`, `[axes]` or `[Array, dims]`."""
+    """A dtype or family of them, indexed by `[NamedArray, axes]`, `[axes]` or `[Array, dims]`."""
 
     def __init__(self, name: str, dtype: Any) -> None:
         self._name = name

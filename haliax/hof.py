@@ -34,7 +34,7 @@ def is_named_or_shaped_array_like(x: object) -> bool:
 
 @dataclass(frozen=True)
 class _Mapped:
-    """The place of a leaf that comes in slices, with the axes of a slice (`None`: a plain array)."""
+    """Where a leaf comes in slices, and the axes of a slice (`None`: a plain array)."""
 
     slot: int
     axes: Axes | None
@@ -63,7 +63,7 @@ class _Arguments:
 def _take_apart(
     operation: str, f: Any, axis: AxisSelector, tree: Any, wants: Callable[[Any], Any]
 ) -> tuple[_Arguments, Axis]:
-    """Finds what to map over. `wants(leaf)` is a dimension for plain arrays, or `None` to leave it."""
+    """Finds what to map over; `wants(leaf)` is a dimension of plain arrays, or `None`."""
     [(name, size)] = pairs(axis)
     with_paths, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_named_array)
     mapped: list[Any] = []
@@ -236,7 +236,7 @@ def _run(
 
 
 class _Carry:
-    """A carry as raw arrays. Its structure must stay; the order of a named array's axes may vary."""
+    """A carry as raw arrays. Its structure must stay; the order of axes may vary."""
 
     def __init__(self, init: Any) -> None:
         leaves, self._treedef = jax.tree_util.tree_flatten(init, is_leaf=is_named_array)

@@ -1,4 +1,4 @@
-"""Indexing by name: `x["batch", 0, "pos", 1:3]`, `x[{"vocab": targets}]`, `x.at[...]`, `take`, `slice`.
+"""Indexing by name: `x["batch", 0, "pos", 1:3]`, `x[{"vocab": ids}]`, `x.at[...]`, `take`, `slice`.
 
 The rules are NumPy's, with names in the place of positions:
 
@@ -29,7 +29,7 @@ from haliax.axis import (
     single_position,
 )
 from haliax.broadcasting import aligned, broadcast_to, contains, joint_axes, permuted
-from haliax.core import NamedArray, trusted
+from haliax.core import NamedArray, honest, trusted
 from haliax.dslice import dslice
 from haliax.errors import axis_not_found, describe, size_mismatch
 
@@ -86,6 +86,7 @@ def _some(array: NamedArray) -> str:
 
 
 def _plan(operation: str, array: NamedArray, slices: Mapping[Any, Any]) -> _Plan:
+    honest(operation, array)
     by_position: dict[int, Any] = {}
     for axis, value in slices.items():
         at = _indexed_position(operation, array, axis)
@@ -157,7 +158,7 @@ def _check_bounds(operation: str, axis: Axis, value: int) -> None:
 
 
 def _without_mask(operation: str, axis: Axis, value: NamedArray) -> NamedArray:
-    """A boolean mask as the positions where it holds; its size depends on data, so not under `jit`."""
+    """A boolean mask as the positions where it holds; not under `jit`: its size depends on data."""
     if value.dtype != bool:
         return value
     if isinstance(value.array, Tracer):
@@ -229,7 +230,7 @@ def _same_rank(entries: Sequence[Any], rank: int) -> list[Any]:
 
 
 def _spliced(slots: Sequence[Axis | None], new: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    """Result axes: `None` slots were gathered. Neighbours are replaced in place, others in front."""
+    """Result axes: `None` slots were gathered; neighbours are replaced in place."""
     gathered = [i for i, slot in enumerate(slots) if slot is None]
     kept = [slot for slot in slots if slot is not None]
     first, last = gathered[0], gathered[-1]
@@ -242,7 +243,7 @@ def _spliced(slots: Sequence[Axis | None], new: tuple[Axis, ...]) -> tuple[Axis,
 def _gather_plan(
     operation: str, array: NamedArray, by_position: dict[int, Any], gathers: dict[int, Any]
 ) -> _Plan:
-    """At least one named array of integers: broadcast them by name, pair the axes that are shared."""
+    """Named arrays of integers are broadcast by name; shared axes are paired."""
     blocks = {
         i: NamedArray(v.positions(), (array.axes[i].resize(v.size),))
         if isinstance(v, dslice)
@@ -406,7 +407,7 @@ def _sliced(
 
 
 def updated_slice(array: NamedArray, start: Mapping[Any, Any], update: NamedArray) -> NamedArray:
-    """`array` with a block replaced; each start may be traced, or a named array of one start per row.
+    """`array` with a block replaced; a start may be traced, or a named array of starts.
 
     Axes of a named start are matched with those of the array and the update.
     """

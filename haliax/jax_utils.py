@@ -1,4 +1,4 @@
-"""Small additions to JAX that know nothing of names: keys that may be absent, scopes, predicates."""
+"""Small additions to JAX that know no names: keys that may be absent, scopes, predicates."""
 
 import functools
 from collections.abc import Callable, Sequence

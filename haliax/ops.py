@@ -143,7 +143,7 @@ def raw_array_or_scalar(x: Any) -> Any:
 def searchsorted(
     a: NamedArray, v: Any, *, side: str = "left", sorter: Any = None, method: str = "scan"
 ) -> NamedArray:
-    """Where each of `v` would go in the sorted one-axis array `a`; the result has the axes of `v`."""
+    """Where each of `v` would go in the sorted one-axis array `a`, in the axes of `v`."""
     if a.ndim != 1:
         raise ValueError(
             f"searchsorted: the sorted array must have one axis, got {describe(a.axes)}."

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from haliax.axis import AxisSelection, axis_positions, single_position, without_selected
 from haliax.broadcasting import aligned, cannot_broadcast, contains
-from haliax.core import NamedArray, trusted
+from haliax.core import NamedArray, honest, trusted
 from haliax.jax_utils import is_jax_array_like
 
 
@@ -69,7 +69,7 @@ def reduction(fn: Callable[..., Any], name: str, *options: str) -> ReductionFunc
         else:
             positions = axis_positions(name, array.axes, axis)
         kwargs["where"] = _mask(name, array, kwargs.get("where"))
-        result = fn(array.array, axis=positions, **_given(kwargs))
+        result = fn(honest(name, array), axis=positions, **_given(kwargs))
         return trusted(result, without_selected(array.axes, positions))
 
     return _named_like(op, name, fn)
@@ -101,9 +101,9 @@ def single_axis_reduction(fn: Callable[..., Any], name: str) -> ReductionFunctio
         if not isinstance(array, NamedArray):
             return fn(array, axis=axis, **kwargs)
         if axis is None:
-            return trusted(fn(array.array, axis=None, **kwargs), ())
+            return trusted(fn(honest(name, array), axis=None, **kwargs), ())
         position = single_position(name, array.axes, axis)
-        result = fn(array.array, axis=position, **kwargs)
+        result = fn(honest(name, array), axis=position, **kwargs)
         return trusted(result, without_selected(array.axes, (position,)))
 
     return _named_like(op, name, fn)

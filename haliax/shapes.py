@@ -28,7 +28,7 @@ from haliax.axis import (
     single_position,
 )
 from haliax.broadcasting import permuted
-from haliax.core import NamedArray, trusted
+from haliax.core import NamedArray, honest, trusted
 from haliax.errors import axis_not_found, describe, size_mismatch
 from haliax.partitioning import auto_sharded
 
@@ -47,7 +47,7 @@ def rearrange(array: NamedArray, axes: PartialAxisSpec | str, **bindings: Any) -
     if isinstance(axes, Axis):
         axes = (axes,)
     order = rearrange_for_partial_order(axes, array.axes)
-    return trusted(permuted(array.array, array.axes, order), order)
+    return trusted(permuted(honest("rearrange", array), array.axes, order), order)
 
 
 def rename(array: NamedArray, renames: Mapping[Any, Any]) -> NamedArray:
@@ -74,7 +74,7 @@ def flatten_axes(array: Any, old_axes: AxisSelection, new_axis: AxisSelector) ->
         flat = _flattened(axis_spec_to_tuple(array), old_axes, new_axis)[1]
         return {axis.name: axis.size for axis in flat} if isinstance(array, Mapping) else flat
     before, after = _flattened(array.axes, old_axes, new_axis)
-    raw = permuted(array.array, array.axes, before)
+    raw = permuted(honest("flatten_axes", array), array.axes, before)
     return trusted(jnp.reshape(raw, [axis.size for axis in after]), after)
 
 
@@ -100,12 +100,12 @@ def _flattened(
 
 
 def unflatten_axis(array: NamedArray, axis: AxisSelector, new_axes: AxisSelection) -> NamedArray:
-    """Splits an axis into several, row-major; one size may be left out. `()` drops a size-1 axis."""
+    """Splits an axis into several, row-major; one size may be left out. `()` drops size 1."""
     at = single_position("unflatten_axis", array.axes, axis)
     new = _complete("unflatten_axis", array.axes[at], new_axes)
     axes = (*array.axes[:at], *new, *array.axes[at + 1 :])
     check_unique("unflatten_axis", axes)
-    return trusted(jnp.reshape(array.array, [a.size for a in axes]), axes)
+    return trusted(jnp.reshape(honest("unflatten_axis", array), [a.size for a in axes]), axes)
 
 
 def _complete(operation: str, old: Axis, new_axes: AxisSelection) -> tuple[Axis, ...]:
@@ -143,7 +143,7 @@ def split(a: NamedArray, axis: AxisSelector, new_axes: Sequence[Axis]) -> Sequen
             f"{a.axes[at]} of "
             f"{describe(a.axes)} has size {a.axes[at].size}."
         )
-    pieces = lax.split(jnp.asarray(a.array), [new.size for new in new_axes], axis=at)
+    pieces = lax.split(jnp.asarray(honest("split", a)), [new.size for new in new_axes], axis=at)
     found = []
     for piece, new in zip(pieces, new_axes, strict=True):
         axes = (*a.axes[:at], new, *a.axes[at + 1 :])
@@ -253,7 +253,7 @@ def roll(array: NamedArray, shift: Any, axis: AxisSelection) -> NamedArray:
             )
         shift = shift.array
     shifts = [shift] * len(positions) if jnp.ndim(shift) == 0 else list(shift)
-    rolled = array.array
+    rolled = honest("roll", array)
     for at, amount in zip(positions, shifts, strict=True):
         rolled = jnp.roll(rolled, amount, at)
     return trusted(rolled, array.axes)
@@ -281,7 +281,7 @@ def pad(
         axes[at] = axes[at].resize(axes[at].size + left + right)
     if mode == "constant":
         kwargs["constant_values"] = getattr(constant_values, "array", constant_values)
-    return trusted(jnp.pad(array.array, widths, mode=mode, **kwargs), tuple(axes))
+    return trusted(jnp.pad(honest("pad", array), widths, mode=mode, **kwargs), tuple(axes))
 
 
 def pad_left(array: NamedArray, axis: AxisSelector, new_axis: Axis, value: Any = 0) -> NamedArray:

@@ -28,6 +28,7 @@ class StringHolderEnum:
     """A namespace of string constants: `ResourceAxis.DATA == "data"`, and that is a `str`."""
 
     def __new__(cls) -> "StringHolderEnum":
+        """There are no instances."""
         raise TypeError(f"{cls.__name__} only holds constants; use them as `{cls.__name__}.NAME`.")
 
 

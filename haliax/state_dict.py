@@ -1,4 +1,4 @@
-"""State dicts: flat `{"transformer.h.0.attn.weight": array}` views of module trees, as PyTorch has them.
+"""State dicts: flat `{"h.0.attn.weight": array}` views of module trees, as PyTorch has them.
 
 Keys follow field names, list positions and dict keys, joined by dots; `_state_dict_key_map` renames
 a field or, with `None`, leaves it out of the key. Named arrays become plain ones. `from_state_dict`
@@ -236,7 +236,7 @@ def from_torch_compatible_state_dict(
 
 
 def to_numpy_state_dict(tree: Any, prefix: str | None = None) -> dict[str, np.ndarray]:
-    """`to_state_dict` as NumPy arrays; sharded arrays are gathered, so every process must call it."""
+    """`to_state_dict` as NumPy arrays; sharded arrays are gathered, so call it in all processes."""
 
     def fetched(array: Any) -> np.ndarray:
         if isinstance(array, jax.Array) and not array.is_fully_addressable:

@@ -64,7 +64,7 @@ def dot_product_attention(
     attention_dtype: Any = None,
     precision: Any = None,
 ) -> NamedArray:
-    """The values averaged by attention weights: `KPos` is gone, every other axis is carried along."""
+    """The values averaged by attention weights: `KPos` is gone, all other axes are kept."""
     for name, size in pairs(KPos):
         found = next((axis for axis in value.axes if axis.name == name), None)
         if found is None:
@@ -113,7 +113,7 @@ def _compared(a: NamedArray, b: NamedArray, fn: Any) -> NamedArray:
 
 
 def causal_mask(QPos: Axis, KPos: Axis, q_start: Any = 0, k_start: Any = 0) -> NamedArray:
-    """True where the query is at or after the key; starts may be traced, or have axes of their own."""
+    """True where the query is at or after the key; starts may be traced, or have axes."""
     return _compared(_positions(QPos, q_start), _positions(KPos, k_start), lambda q, k: q >= k)
 
 
@@ -151,7 +151,7 @@ def mask_to_bias(mask: NamedArray, mask_value: float = -1e9) -> NamedArray:
 def forgetful_causal_mask(
     KPos: Axis, mask_prob: float, sample_prob: bool = True, *, key: Any
 ) -> NamedArray:
-    """Hides random keys, but never the first (Liu et al., arXiv:2210.13432); combine with a causal mask.
+    """Hides random keys, but never the first (Liu et al., arXiv:2210.13432).
 
     With `sample_prob`, the probability itself is drawn uniformly up to `mask_prob`.
     """

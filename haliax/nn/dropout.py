@@ -20,7 +20,7 @@ def dropout(
     inference: bool = False,
     key: Any = None,
 ) -> NamedArray:
-    """Zeroes each element with probability `pdrop`; whole slices along `broadcast_axes` together."""
+    """Zeroes each element with probability `pdrop`; slices along `broadcast_axes` together."""
     if inference or (isinstance(pdrop, (int, float)) and pdrop == 0):
         return x
     if key is None:

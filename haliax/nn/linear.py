@@ -23,7 +23,7 @@ from haliax.state_dict import ModuleWithStateDictSerialization
 
 
 class Linear(ModuleWithStateDictSerialization):
-    """`inputs @ weight + bias`, from the axes `In` to the axes `Out`; all others are carried along."""
+    """`inputs @ weight + bias`, from the axes `In` to `Out`; all others are carried along."""
 
     weight: NamedArray
     bias: NamedArray | None

@@ -121,7 +121,7 @@ def maybe_reduce_loss(
     reduction_axis: AxisSelection | None = None,
     where: NamedArray | None = None,
 ) -> NamedArray:
-    """`reduce_loss`; with `reduction=None`, the losses as they are, and 0 where `where` is false."""
+    """`reduce_loss`; with `reduction=None`, the losses themselves, 0 where `where` is false."""
     if reduction is None:
         if reduction_axis is not None:
             raise ValueError(

@@ -19,7 +19,7 @@ from haliax.state_dict import ModuleWithStateDictSerialization
 
 
 class LayerNorm(ModuleWithStateDictSerialization):
-    """`(x - mean) / sqrt(var + eps) * weight + bias` over `axis` (Ba et al., arXiv:1607.06450)."""
+    """`(x - mean) / sqrt(var + eps) * weight + bias` over `axis` (arXiv:1607.06450)."""
 
     axis: AxisSpec = eqx.field(static=True)
     weight: NamedArray | None
@@ -52,7 +52,7 @@ class LayerNorm(ModuleWithStateDictSerialization):
 
 
 class RmsNorm(ModuleWithStateDictSerialization):
-    """`x / sqrt(mean(x**2) + eps) * weight + bias` over `axis` (Zhang, Sennrich, arXiv:1910.07467)."""
+    """`x / sqrt(mean(x**2) + eps) * weight + bias` over `axis` (arXiv:1910.07467)."""
 
     axis: AxisSpec = eqx.field(static=True)
     weight: NamedArray | None

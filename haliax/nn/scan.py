@@ -1,4 +1,4 @@
-"""Depth as an axis: `Stacked` runs one block many times with stacked parameters, `BlockSeq` unrolls.
+"""Depth as an axis: `Stacked` runs one block with stacked parameters, `BlockSeq` unrolls.
 
 `Stacked` compiles its block once, whatever the depth, and its parameters are arrays with a `Block`
 axis that can be sharded, checkpointed and optimized like any other. Both have the same methods, and
@@ -74,7 +74,7 @@ class Stacked(ModuleWithStateDictSerialization, Generic[M]):
         )
 
     def fold(self, init: Any, *args: Any, unroll: int = 1, **kwargs: Any) -> Any:
-        """`x = block(x, *args, **kwargs)` for each block; arguments with the axis come in slices."""
+        """`x = block(x, *args, **kwargs)` for each block; arguments with the axis are sliced."""
         return self.fold_via(_call, unroll=unroll)(init, *args, **kwargs)
 
     def scan(self, init: Any, *extra_args: Any, unroll: int = 1, **extra_kwargs: Any) -> Any:
@@ -171,7 +171,7 @@ def _join(prefix: str | None, index: int, key: str) -> str:
 
 
 class BlockSeq(ModuleWithStateDictSerialization, Generic[M]):
-    """`Stacked` as a Python loop over a list of blocks: slower to compile, and blocks may differ."""
+    """`Stacked` as a Python loop over blocks: slower to compile, and they may differ."""
 
     blocks: list[M]
     Block: Axis = eqx.field(static=True)
@@ -269,7 +269,7 @@ class BlockSeq(ModuleWithStateDictSerialization, Generic[M]):
 
 
 def _slices(Block: Axis, tree: Any, i: int) -> Any:
-    """Arguments of block `i`: a slice of what has the axis, plain arrays by their first dimension."""
+    """Arguments of block `i`: slices of what has the axis, and of plain arrays."""
 
     def piece(leaf: Any) -> Any:
         if isinstance(leaf, NamedArray):
