@@ -154,6 +154,15 @@ def documents(directory: Path, split: str | None = None) -> Iterator[Document]:
                 yield Document(doc_id, document_split, text)
 
 
+def texts(directory: Path, split: str) -> Iterator[bytes]:
+    """Yields the UTF-8 text of each document of one split, in order."""
+    for batch in record_batches(directory):
+        contents = batch.column("text").cast(pa.large_binary()).to_pylist()
+        for text_split, text in zip(batch.column("split").to_pylist(), contents, strict=True):
+            if text_split == split:
+                yield text
+
+
 def num_documents(directory: Path, split: str) -> int:
     """Returns how many documents one split of a built corpus has."""
     return json.loads((directory / FILES_FILE).read_text(encoding="utf-8"))["documents"][split]

@@ -16,7 +16,7 @@ import json
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from itertools import chain, count, islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from modeling import canonical
 from modeling.artifacts import Built, DamagedArtifactError, Workspace, file_sha256, write_durably
 from modeling.data import corpus
 from modeling.data.config import TokenizationConfig
+from modeling.data.encoding import LibraryEncoder, WordEncoder, encoder_for
 from modeling.data.shards import FlatTokens, map_shard, token_dtype, write_shard
 from modeling.data.tokenizer import Tokenizer
 from modeling.merkle import MerkleHasher
@@ -34,7 +35,7 @@ from modeling.progress import Meter, Report, ignore
 MANIFEST_FILE = "manifest.json"
 FORMAT = "tokenized_corpus/1"
 SHARD_TOKENS = 1 << 24
-_BATCH_TEXT_CHARS = 4 * 1024 * 1024
+_BATCH_BYTES = 4 * 1024 * 1024
 _BATCH_DOCUMENTS = 4096
 
 
@@ -112,6 +113,7 @@ def build(
     """
     tokenizer = Tokenizer.load(tokenizer_dir)
     dtype = token_dtype(tokenizer.vocab_size)
+    encoder = encoder_for(tokenizer.backend, dtype)
     total = sum(corpus.num_documents(corpus_dir, split) for split in corpus.SPLITS)
     meter = Meter(report, "tokenized corpus", total, "documents")
     splits = {}
@@ -120,8 +122,8 @@ def build(
         for shard in _committed_shards(workspace.progress, split):
             digests.add(shard, *map_shard(workspace.progress / shard.file, dtype))
             meter.skip(shard.documents)
-        texts = (document.text for document in corpus.documents(corpus_dir, split))
-        batches = _encode(config, tokenizer, dtype, islice(texts, digests.documents, None), meter)
+        texts = islice(corpus.texts(corpus_dir, split), digests.documents, None)
+        batches = _encode(config, tokenizer, encoder, texts, meter)
         for documents in _cut(batches, shard_tokens):
             shard = _commit(documents, workspace.progress, _shard_name(split, len(digests.shards)))
             digests.add(shard, *map_shard(workspace.progress / shard.file, dtype))
@@ -131,22 +133,22 @@ def build(
         _link(workspace.progress / shard.file, workspace.output / shard.file)
     manifest = Manifest(dtype.name, tokenizer.vocab_size, tokenizer.eos_id, splits)
     write_durably(workspace.output / MANIFEST_FILE, {"format": FORMAT} | asdict(manifest))
-    return _built(manifest)
+    return _built(manifest, encoder.name)
 
 
 @dataclass(frozen=True)
-class _Encoded:
-    """Consecutive documents as ids: their tokens end to end, their lengths in tokens and bytes."""
+class _Documents:
+    """Consecutive documents: their tokens end to end, their lengths in tokens and bytes."""
 
     tokens: np.ndarray
     lengths: np.ndarray
     text_bytes: np.ndarray
 
-    def split_at(self, document: int) -> tuple["_Encoded", "_Encoded"]:
+    def split_at(self, document: int) -> tuple["_Documents", "_Documents"]:
         token = int(self.lengths[:document].sum())
         return (
-            _Encoded(self.tokens[:token], self.lengths[:document], self.text_bytes[:document]),
-            _Encoded(self.tokens[token:], self.lengths[document:], self.text_bytes[document:]),
+            _Documents(self.tokens[:token], self.lengths[:document], self.text_bytes[:document]),
+            _Documents(self.tokens[token:], self.lengths[document:], self.text_bytes[document:]),
         )
 
 
@@ -188,34 +190,33 @@ class _SplitDigests:
 def _encode(
     config: TokenizationConfig,
     tokenizer: Tokenizer,
-    dtype: np.dtype,
-    texts: Iterable[str],
+    encoder: WordEncoder | LibraryEncoder,
+    texts: Iterable[bytes],
     meter: Meter,
-) -> Iterator[_Encoded]:
+) -> Iterator[_Documents]:
     """Yields the texts encoded, a few MiB of text at a time."""
-    for batch in _text_batches(texts):
-        ids = tokenizer.encode_batch(batch)
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        tokens = np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum()))
+    for batch in _batches(texts):
+        encoded = encoder.encode(batch)
+        tokens, lengths = encoded.tokens, encoded.lengths
         if config.append_eos:
             tokens, lengths = _inserted(tokens, lengths, lengths.cumsum(), tokenizer.eos_id)
         if config.append_bos:
             starts = lengths.cumsum() - lengths
             tokens, lengths = _inserted(tokens, lengths, starts, tokenizer.bos_id)
-        text_bytes = np.fromiter((len(text.encode()) for text in batch), np.int64, len(batch))
-        yield _Encoded(tokens, lengths, text_bytes)
+        text_bytes = np.fromiter(map(len, batch), np.int64, len(batch))
+        yield _Documents(tokens, lengths, text_bytes)
         meter.advance(len(batch))
 
 
-def _text_batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_chars = 0
+def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
+    batch: list[bytes] = []
+    num_bytes = 0
     for text in texts:
         batch.append(text)
-        num_chars += len(text)
-        if num_chars >= _BATCH_TEXT_CHARS or len(batch) == _BATCH_DOCUMENTS:
+        num_bytes += len(text)
+        if num_bytes >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS:
             yield batch
-            batch, num_chars = [], 0
+            batch, num_bytes = [], 0
     if batch:
         yield batch
 
@@ -226,9 +227,9 @@ def _inserted(
     return np.insert(tokens, positions, token_id), lengths + 1
 
 
-def _cut(batches: Iterable[_Encoded], shard_tokens: int) -> Iterator[_Encoded]:
+def _cut(batches: Iterable[_Documents], shard_tokens: int) -> Iterator[_Documents]:
     """Regroups batches into shards, each closed by the document that fills it."""
-    pending: list[_Encoded] = []
+    pending: list[_Documents] = []
     room = shard_tokens
     for batch in batches:
         rest = batch
@@ -244,8 +245,8 @@ def _cut(batches: Iterable[_Encoded], shard_tokens: int) -> Iterator[_Encoded]:
         yield _joined(pending)
 
 
-def _joined(parts: list[_Encoded]) -> _Encoded:
-    return _Encoded(
+def _joined(parts: list[_Documents]) -> _Documents:
+    return _Documents(
         np.concatenate([part.tokens for part in parts]),
         np.concatenate([part.lengths for part in parts]),
         np.concatenate([part.text_bytes for part in parts]),
@@ -256,7 +257,7 @@ def _shard_name(split: str, index: int) -> str:
     return f"{split}-{index:05d}.arrow"
 
 
-def _commit(documents: _Encoded, directory: Path, name: str) -> Shard:
+def _commit(documents: _Documents, directory: Path, name: str) -> Shard:
     """Writes a shard, and after it its receipt, so that both survive a crash or neither counts."""
     attempt = directory / f".{name}"
     write_shard(attempt, documents.tokens, documents.lengths)
@@ -298,9 +299,13 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _built(manifest: Manifest) -> Built:
+def _built(manifest: Manifest, encoder: str) -> Built:
     leaves = {}
-    facts: dict[str, Any] = {"dtype": manifest.dtype, "vocab_size": manifest.vocab_size}
+    facts: dict[str, Any] = {
+        "dtype": manifest.dtype,
+        "vocab_size": manifest.vocab_size,
+        "encoder": encoder,
+    }
     for name, split in manifest.splits.items():
         leaves[f"{name}/tokens"] = split.tokens_root
         leaves[f"{name}/offsets"] = split.offsets_root
