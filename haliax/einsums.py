@@ -101,9 +101,9 @@ def _lookup(pattern: Pattern, item: Item, letters: Letters, axes: tuple[Axis, ..
 def _unordered(
     pattern: Pattern, axes: tuple[Axis, ...], aliases: dict[str, Any]
 ) -> tuple[Axis, ...]:
-    if len(pattern.operands) > 1:
+    side, *others = pattern.operands
+    if others:
         pattern.fail("One pair of braces holds the axes of all operands.", 0)
-    (side, *_) = pattern.operands
     letters = _by_name(axes, aliases)
     mentioned = {_lookup(pattern, item, letters, axes) for item in side.items if not item.is_dots}
     is_rest_kept = pattern.result.has_dots or not side.has_dots

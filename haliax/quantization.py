@@ -43,11 +43,14 @@ def partition_for_grad_overwrite(grad: T) -> tuple[T, T]:
     def is_overwriting(node: Any) -> bool:
         return isinstance(node, OverwriteWithGradient)
 
+    def is_unit(node: Any) -> bool:
+        return is_overwriting(node) or is_named_array(node)
+
     overwrites = jax.tree_util.tree_map(
-        lambda node: node if is_overwriting(node) else None, grad, is_leaf=is_overwriting
+        lambda node: node if is_overwriting(node) else None, grad, is_leaf=is_unit
     )
     proper = jax.tree_util.tree_map(
-        lambda node: None if is_overwriting(node) else node, grad, is_leaf=is_overwriting
+        lambda node: None if is_overwriting(node) else node, grad, is_leaf=is_unit
     )
     return overwrites, proper
 
