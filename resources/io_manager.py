@@ -10,13 +10,14 @@ other's tokenizer. `scope` tells Dagster instances apart that share a store.
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import fsspec
+from fsspec.implementations.local import LocalFileSystem
 
-from modeling.artifacts import Artifact
+from modeling.artifacts import Artifact, write_durably
 from resources.store import store_url
 
 
@@ -35,30 +36,46 @@ class ReferenceIOManager(dg.IOManager):
                 f"{context.asset_key.to_user_string()}: an asset hands on a "
                 f"`modeling.artifacts.Artifact`, found {type(obj).__name__}."
             )
-        content = json.dumps(dataclasses.asdict(obj), indent=2, sort_keys=True).encode()
-        for path in (self._run_path(context.run_id, context.asset_key.path), self._latest(context)):
-            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            # A reader sees the old reference or the new one; object stores put atomically anyway.
-            with self._fs.transaction, self._fs.open(path, "wb") as handle:
-                handle.write(content)
+        self._write(self._run_path(context.run_id, context.asset_key), obj)
+        self._write(self._latest_path(context.asset_key), obj)
 
     def load_input(self, context: dg.InputContext) -> Artifact:
         """Reads the reference that this run has written, or else the latest one."""
-        own = self._run_path(context.step_context.run_id, context.asset_key.path)
-        path = own if self._fs.exists(own) else self._latest(context)
+        own = self._run_path(context.step_context.run_id, context.asset_key)
+        return self._read(own) if self._fs.exists(own) else self.latest(context.asset_key)
+
+    def latest(self, key: dg.AssetKey) -> Artifact:
+        """Reads the reference that the last run of this asset has left.
+
+        Raises:
+            FileNotFoundError: there was none.
+        """
+        path = self._latest_path(key)
         if not self._fs.exists(path):
-            name = context.asset_key.to_user_string()
+            name = key.to_user_string()
             raise FileNotFoundError(
                 f"{name} has never been materialized here (no {path}). Materialize it first, or "
                 f"select everything upstream: `dagster asset materialize --select '*{name}'`."
             )
+        return self._read(path)
+
+    def _read(self, path: str) -> Artifact:
         return Artifact(**json.loads(self._fs.cat_file(path)))
 
-    def _run_path(self, run_id: str, key: Sequence[str]) -> str:
-        return f"{self._root}/runs/{run_id}/{'/'.join(key)}.json"
+    def _write(self, path: str, artifact: Artifact) -> None:
+        """Replaces the reference as a whole, as object stores do anyway."""
+        content = dataclasses.asdict(artifact)
+        if isinstance(self._fs, LocalFileSystem):
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_durably(Path(path), content)
+        else:
+            self._fs.pipe_file(path, json.dumps(content, indent=2, sort_keys=True).encode())
 
-    def _latest(self, context: dg.InputContext | dg.OutputContext) -> str:
-        return f"{self._root}/latest/{'/'.join(context.asset_key.path)}.json"
+    def _run_path(self, run_id: str, key: dg.AssetKey) -> str:
+        return f"{self._root}/runs/{run_id}/{'/'.join(key.path)}.json"
+
+    def _latest_path(self, key: dg.AssetKey) -> str:
+        return f"{self._root}/latest/{'/'.join(key.path)}.json"
 
 
 class ReferenceIOManagerFactory(dg.ConfigurableIOManagerFactory[ReferenceIOManager]):

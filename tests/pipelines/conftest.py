@@ -1,5 +1,6 @@
 """The tiny catalog, built once a session through a real Dagster instance."""
 
+import contextlib
 import dataclasses
 import json
 import random
@@ -12,13 +13,15 @@ from modeling.artifacts import Artifact, ArtifactStore
 from modeling.experiment import load_catalog
 from pipelines.build import build_defs
 from pipelines.instance import ensure_home
+from resources.io_manager import ReferenceIOManager, scope_of
 from resources.store import open_store
 
 CATALOG = Path(__file__).parent.parent / "catalogs" / "tiny"
 WORDS = (
-    "the a one old young sailor king fox river sea house night light stone bread wind said went "
-    "saw took gave loved lost found over under with and but then when never always again little"
-).split()
+    *("the", "a", "one", "old", "young", "sailor", "king", "fox", "river", "sea", "house"),
+    *("night", "light", "stone", "bread", "wind", "said", "went", "saw", "took", "gave", "loved"),
+    *("lost", "found", "over", "under", "with", "and", "but", "then", "when", "never", "always"),
+)
 
 
 def write_texts(directory: Path) -> None:
@@ -32,64 +35,101 @@ def write_texts(directory: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """A store and a Dagster instance with the tiny catalog over some texts."""
+    """A Dagster instance and a store, with the tiny catalog over some texts."""
 
     home: Path
+    store_directory: Path
     texts: Path
 
-    def overrides(self, *changes: str) -> dict[str, list[str]]:
+    def overrides(self, *changes):
         paths = json.dumps([str(self.texts / "*.txt")])
         return {"tiny": [f"dataset.source.paths={paths}", *changes]}
 
-    def defs(self, *changes: str) -> dg.Definitions:
-        return build_defs(load_catalog(CATALOG, self.overrides(*changes)))
-
-    def run(self, *changes: str, job: str = "tiny") -> dg.ExecuteInProcessResult:
-        with dg.DagsterInstance.get() as instance:
-            resolved = self.defs(*changes).resolve_job_def(job)
-            return resolved.execute_in_process(instance=instance, raise_on_error=False)
-
-    def environment(self) -> dict[str, str]:
-        """What a clean shell needs to see this chain."""
+    def environment(self, *changes):
+        """What a process must be told to see this chain."""
         return {
             "DAGSTER_HOME": str(self.home),
+            "LEVANTER_STORE": str(self.store_directory),
             "LEVANTER_CATALOG": str(CATALOG),
-            "LEVANTER_OVERRIDES": json.dumps(self.overrides()),
+            "LEVANTER_OVERRIDES": json.dumps(self.overrides(*changes)),
+            "WANDB_MODE": "disabled",
+            # Most of a tiny model's time is compilation, of the same few programs.
+            "JAX_COMPILATION_CACHE_DIR": str(self.texts.parent / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
         }
+
+    @contextlib.contextmanager
+    def instance(self, **variables):
+        """Opens the instance, with this process's environment set to it."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {**self.environment(), **variables}.items():
+                patch.setenv(name, value)
+            ensure_home()
+            with dg.DagsterInstance.get() as instance:
+                yield instance
+
+    def defs(self, *changes, **resources):
+        return build_defs(load_catalog(CATALOG, self.overrides(*changes)), **resources)
+
+    def run(self, *changes, select=None, variables=None, job="tiny", **resources):
+        """Runs the job, or some assets of it, in this process."""
+        with self.instance(**(variables or {})) as instance:
+            resolved = self.defs(*changes, **resources).resolve_job_def(job)
+            return resolved.execute_in_process(
+                instance=instance,
+                raise_on_error=False,
+                asset_selection=select and [dg.AssetKey(list(key)) for key in select],
+            )
+
+    @staticmethod
+    def metadata_of(result):
+        """Returns the metadata of each materialization of a run, by the asset's key."""
+        return {
+            event.asset_key.to_user_string(): {
+                name: value.value for name, value in event.materialization.metadata.items()
+            }
+            for event in result.get_asset_materialization_events()
+        }
+
+    @staticmethod
+    def was(result):
+        """Returns for each asset of a run whether it was built or reused."""
+        return {key: shown["was"] for key, shown in Chain.metadata_of(result).items()}
 
     @property
     def store(self) -> ArtifactStore:
-        return open_store()
+        return open_store(str(self.store_directory))
 
-
-def metadata_of(result: dg.ExecuteInProcessResult) -> dict[str, dict]:
-    """Returns the metadata of each materialization of a run, by the asset's key."""
-    return {
-        event.asset_key.to_user_string(): {
-            name: value.value for name, value in event.materialization.metadata.items()
-        }
-        for event in result.get_asset_materialization_events()
-    }
-
-
-def output_of(result: dg.ExecuteInProcessResult, *key: str) -> Artifact:
-    return result.asset_value(dg.AssetKey(list(key)))
+    def artifact(self, *key) -> Artifact:
+        """Returns what the latest run left for those that follow."""
+        with self.instance() as instance:
+            manager = ReferenceIOManager(str(self.store_directory), scope_of(instance))
+        return manager.latest(dg.AssetKey(list(key)))
 
 
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
     root = tmp_path_factory.mktemp("chain")
     write_texts(root / "texts")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DAGSTER_HOME", str(root / "home"))
-        patch.delenv("LEVANTER_STORE", raising=False)
-        ensure_home()
-        yield Chain(root / "home", root / "texts")
+    return Chain(root / "home", root / "store", root / "texts")
 
 
 @pytest.fixture(scope="session")
-def built(chain):
-    """The result of the first run of everything."""
+def first_run(chain):
+    """The first run of everything."""
     result = chain.run()
     assert result.success
     return result
+
+
+@pytest.fixture
+def other_instance(chain, first_run, tmp_path):
+    """An instance that remembers nothing, over the same store."""
+    return dataclasses.replace(chain, home=tmp_path / "home")
+
+
+@pytest.fixture
+def empty_chain(chain, tmp_path):
+    """An instance and a store with nothing in them, over the same texts."""
+    return dataclasses.replace(chain, home=tmp_path / "home", store_directory=tmp_path / "store")

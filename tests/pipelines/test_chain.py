@@ -1,0 +1,142 @@
+"""From texts to a Hugging Face model, through Dagster: what is computed, what is not, and when."""
+
+import dataclasses
+import json
+import math
+import shutil
+
+import dagster as dg
+
+from resources.launcher import LauncherResource
+
+DATA = [("tales", "raw_corpus"), ("tales", "tokenizer"), ("tales", "tokenized_corpus"),
+        ("tales", "token_cache", "L32")]  # fmt: skip
+EVERYTHING = {
+    "tales/raw_corpus", "tales/tokenizer", "tales/tokenized_corpus", "tales/token_cache/L32",
+    "tiny/checkpoint", "tiny/eval_report", "tiny/hf_model",
+}  # fmt: skip
+
+
+def test_the_job_makes_every_asset_and_every_check_passes(chain, first_run):
+    assert chain.was(first_run) == dict.fromkeys(EVERYTHING, "built")
+    checks = first_run.get_asset_check_evaluations()
+    assert {check.asset_key.to_user_string() for check in checks} == EVERYTHING
+    assert [check.check_name for check in checks if not check.passed] == []
+
+
+def test_the_data_version_is_the_content_id(chain, first_run):
+    shown = chain.metadata_of(first_run)
+    for event in first_run.get_asset_materialization_events():
+        version = event.materialization.tags["dagster/data_version"]
+        assert version == shown[event.asset_key.to_user_string()]["content_id"]
+        assert len(version) == 64
+
+
+def test_what_an_asset_shows(chain, first_run):
+    shown = chain.metadata_of(first_run)
+    assert shown["tales/raw_corpus"]["documents/train"] == 55
+    assert shown["tales/raw_corpus"]["dagster/row_count"] == 60
+    assert shown["tales/tokenizer"]["vocab_size"] == 320
+    rows = shown["tales/token_cache/L32"]
+    assert rows["train/tokens"] == 32 * rows["train/rows"]
+    assert shown["tiny/checkpoint"]["loss_last"] < shown["tiny/checkpoint"]["loss_first"]
+    assert shown["tiny/checkpoint"]["loss"].startswith("![loss](data:image/png;base64,iVBOR")
+    report = shown["tiny/eval_report"]
+    assert math.isclose(report["perplexity"], math.exp(report["loss"]))
+    files = [record.data["path"] for record in shown["tiny/hf_model"]["inventory"].records]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} < set(files)
+
+
+def test_a_second_run_computes_nothing(chain, first_run):
+    again = chain.run()
+    assert again.success
+    assert chain.was(again) == dict.fromkeys(EVERYTHING, "reused")
+    before, after = chain.metadata_of(first_run), chain.metadata_of(again)
+    assert {k: v["content_id"] for k, v in after.items()} == {
+        k: v["content_id"] for k, v in before.items()
+    }
+
+
+def test_another_vocabulary_makes_tokenizer_and_all_below_anew(other_instance):
+    """In an instance without memory, so what is reused is found in the store."""
+    result = other_instance.run("dataset.tokenizer.vocab_size=300")
+    assert result.success
+    changed = EVERYTHING - {"tales/raw_corpus"}
+    assert other_instance.was(result) == dict.fromkeys(changed, "built") | {
+        "tales/raw_corpus": "reused"
+    }
+
+
+def test_a_tokenizer_that_comes_out_equal_makes_nothing_below_anew(other_instance):
+    """No pair of bytes occurs just twice, so the threshold of three gives the same merges."""
+    result = other_instance.run("dataset.tokenizer.min_frequency=3", select=DATA)
+    assert result.success
+    assert other_instance.was(result) == {
+        "tales/raw_corpus": "reused",
+        "tales/tokenizer": "built",
+        "tales/tokenized_corpus": "reused",
+        "tales/token_cache/L32": "reused",
+    }
+
+
+def test_a_changed_file_is_noticed_by_the_next_run(other_instance, tmp_path):
+    shutil.copytree(other_instance.texts, tmp_path / "texts")
+    other = dataclasses.replace(other_instance, texts=tmp_path / "texts")
+    assert set(other.was(other.run(select=DATA)).values()) == {"reused"}, "a folder is no change"
+    (tmp_path / "texts" / "07.txt").write_text("The old king went under the sea.\n")
+    result = other.run(select=DATA)
+    assert result.success
+    assert set(other.was(result).values()) == {"built"}
+
+
+def test_a_run_of_one_asset_takes_what_earlier_runs_left(chain, first_run):
+    result = chain.run(select=[("tales", "tokenized_corpus")])
+    assert result.success
+    assert chain.was(result) == {"tales/tokenized_corpus": "reused"}
+
+
+def test_an_asset_whose_parent_was_never_made_says_what_to_do(empty_chain):
+    result = empty_chain.run(select=[("tales", "tokenizer")])
+    (failure,) = result.get_step_failure_events()
+    assert "tales/raw_corpus has never been materialized here" in str(
+        failure.event_specific_data.error.to_string()
+    )
+
+
+def test_training_killed_midway_and_run_again_ends_with_the_same_bits(
+    chain, first_run, empty_chain
+):
+    stages = [*DATA, ("tiny", "checkpoint")]
+    killed = empty_chain.run(
+        select=stages,
+        variables={"LEVANTER_FAULT": "during-write@12"},
+        launcher=LauncherResource(max_retries=0),
+    )
+    (failure,) = killed.get_step_failure_events()
+    assert "SIGKILL" in failure.event_specific_data.error.to_string()
+    again = empty_chain.run(select=stages)
+    assert again.success
+    shown = empty_chain.metadata_of(again)["tiny/checkpoint"]
+    assert shown["was"] == "built"
+    assert shown["resumed_from"] == 8
+    uninterrupted = chain.metadata_of(first_run)["tiny/checkpoint"]
+    assert uninterrupted["resumed_from"] == 0
+    assert shown["content_id"] == uninterrupted["content_id"]
+
+
+def test_two_stores_give_the_same_content_ids(chain, first_run, empty_chain):
+    result = empty_chain.run(select=DATA)
+    expected, found = chain.metadata_of(first_run), empty_chain.metadata_of(result)
+    assert {key: found[key]["content_id"] for key in found} == {
+        key: expected[key]["content_id"] for key in found
+    }
+
+
+def test_the_record_tells_where_an_artifact_comes_from(chain, first_run):
+    checkpoint = first_run.asset_value(dg.AssetKey(["tiny", "checkpoint"]))
+    record = chain.store.record(checkpoint.recipe_id, checkpoint.numerics)
+    provenance = record["provenance"]
+    assert provenance["packages"]["jax"].count(".") == 2
+    assert provenance["times"]["seconds"] > 0
+    assert len(provenance["git"]["commit"]) == 40
+    assert str(chain.texts) not in json.dumps(record["recipe"])
