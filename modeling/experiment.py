@@ -119,12 +119,12 @@ class _Changes:
 
 def load_dataset(path: Path, overrides: Sequence[str] = ()) -> DatasetConfig:
     """Reads one dataset file and applies dotted overrides."""
-    return validate(DatasetConfig, _with_overrides(read_yaml(path), overrides), str(path))
+    return validate(DatasetConfig, with_overrides(read_yaml(path), overrides), str(path))
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Reads one experiment file, following `extends:`, and applies dotted overrides."""
-    raw = _with_overrides(_with_bases(path, ()), overrides)
+    raw = with_overrides(_with_bases(path, ()), overrides)
     return validate(ExperimentConfig, _with_preset(raw, str(path)), str(path))
 
 
@@ -240,7 +240,9 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any
     return merged
 
 
-def _with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Returns `raw` with assignments such as `trainer.num_train_steps=50` merged in."""
+    raw = _named_model(raw)
     for text in overrides:
         field, equals, value = text.partition("=")
         if not equals or not all(field.split(".")):

@@ -1,0 +1,191 @@
+"""The `levanter` command: reads the command line, and calls the module that does the work.
+
+Imports are made by the command that needs them, so that `levanter --help` answers at once.
+"""
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+_OVERVIEW = """\
+Make language models, every step an asset you can see.
+
+  levanter run nano                        make what is missing or stale of an experiment
+  levanter run nano --set dataset.tokenizer.vocab_size=8192
+                                           change one thing: only what depends on it is made again
+  levanter train --model gpt2-nano --dataset notes/
+                                           an experiment on your own text, without writing a file
+  levanter status                          what is fresh, stale or missing, and why
+  levanter lineage nano/hf_model           which bytes a model was made of
+  levanter ui                              the same in the browser, on 127.0.0.1
+"""
+_RUN = """\
+Makes what is missing or stale of EXPERIMENT, and nothing else, on the persistent Dagster instance
+in DAGSTER_HOME (default: .dagster_home in the checkout). A stage whose recipe is on record is not
+computed again, whatever was run before; an interrupted run goes on where it stopped.
+
+EXPERIMENT is a file of pipelines/experiments or $DAGSTER_HOME/catalog/experiments. Its fields, and
+with `dataset.` in front those of its dataset, can be changed for this run:
+
+  levanter run nano --set trainer.num_train_steps=600 --set optimizer.learning_rate=1e-3
+"""
+_TRAIN = """\
+Writes an experiment into $DAGSTER_HOME/catalog and runs it.
+
+  levanter train --model gpt2-nano --dataset pystdlib
+  levanter train --model gpt2-small --dataset 'books/*.jsonl.gz' --trainer.train_batch_size 32
+  levanter train --config_path my.yaml --optimizer.learning_rate 1e-3
+
+DATASET is a name of the catalog, or a file, folder, glob or URL of text or JSON lines. Any field of
+the experiment can be given as `--section.field value`.
+"""
+_LINEAGE = """\
+Prints what an artifact was made of, down to the corpus.
+
+ARTIFACT is an asset (nano/hf_model), a content id or six or more of its first digits, or an alias.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns 0 on success, 1 on failure, 2 for a wrong command line."""
+    parser = _parser()
+    arguments, rest = parser.parse_known_args(argv)
+    if rest and arguments.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        if arguments.command == "train":
+            arguments.overrides = dotted_overrides(rest)
+        from pipelines.instance import ensure_home
+
+        ensure_home()
+        command: Callable[[argparse.Namespace], int] = arguments.call
+        return command(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        # What a user got wrong is told in a line; anything else keeps its traceback.
+        sys.stderr.write(f"levanter {arguments.command}: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted. What was committed is kept; the same command resumes.\n")
+        return 130
+
+
+def dotted_overrides(words: Sequence[str]) -> list[str]:
+    """Returns `--trainer.seed 3` and `--trainer.seed=3` as `trainer.seed=3`.
+
+    Raises:
+        ValueError: a word that is no such option, or an option without its value.
+    """
+    overrides = []
+    remaining = list(words)
+    while remaining:
+        word = remaining.pop(0)
+        option = re.fullmatch(r"--([A-Za-z_][\w.]*)(?:=(.*))?", word, re.DOTALL)
+        if option is None:
+            raise ValueError(f"{word!r}: expected an option such as --trainer.num_train_steps 50.")
+        name, value = option.groups()
+        if value is None:
+            if not remaining:
+                raise ValueError(f"--{name}: this option needs a value.")
+            value = remaining.pop(0)
+        overrides.append(f"{name}={value}")
+    return overrides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="levanter",
+        description=_OVERVIEW,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, help_line: str, text: str | None = None) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=help_line,
+            description=text or help_line,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    run = add("run", "Make what is missing or stale of an experiment.", _RUN)
+    run.add_argument("experiment", metavar="EXPERIMENT")
+    run.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE",
+        help="change a field for this run; may be given several times",
+    )  # fmt: skip
+    run.set_defaults(call=_run)
+
+    train = add("train", "Train a named model on a dataset, or from a file.", _TRAIN)
+    train.add_argument("--model", metavar="NAME", help="a named size, such as gpt2-nano")
+    train.add_argument("--dataset", metavar="NAME_OR_PATH", help="a dataset's name, or text")
+    train.add_argument("--config_path", type=Path, metavar="FILE.yaml", help="an experiment file")
+    train.set_defaults(call=_train)
+
+    status = add("status", "Show which assets are fresh, stale or missing, and why.")
+    status.add_argument("experiment", nargs="?", metavar="EXPERIMENT")
+    status.set_defaults(call=_status)
+
+    lineage = add("lineage", "Show what an artifact was made of.", _LINEAGE)
+    lineage.add_argument("artifact", metavar="ARTIFACT")
+    lineage.add_argument("--json", action="store_true", help="as JSON")
+    lineage.set_defaults(call=_lineage)
+
+    ui = add("ui", "Open the Dagster UI on 127.0.0.1 over the same instance.")
+    ui.add_argument("--port", type=int, default=3000)
+    ui.set_defaults(call=_ui)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from pipelines.run import run
+
+    return run(arguments.experiment, arguments.overrides)
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from pipelines.build import catalog_from_environment
+    from pipelines.quickstart import write_experiment
+    from pipelines.run import run
+
+    name = write_experiment(
+        Path(os.environ["DAGSTER_HOME"]),
+        catalog_from_environment(),
+        model=arguments.model,
+        dataset=arguments.dataset,
+        config_path=arguments.config_path,
+        overrides=arguments.overrides,
+    )
+    return run(name, [])
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    from pipelines.run import status
+
+    return status(arguments.experiment)
+
+
+def _lineage(arguments: argparse.Namespace) -> int:
+    from pipelines.lineage import as_json, lineage, lines
+    from pipelines.run import content_id_of
+    from resources.store import open_store
+
+    store = open_store()
+    node = lineage(store, content_id_of(store, arguments.artifact))
+    sys.stdout.write(as_json(node) if arguments.json else "\n".join(lines(node)))
+    sys.stdout.write("\n")
+    return 0
+
+
+def _ui(arguments: argparse.Namespace) -> int:
+    from pipelines.ui import serve
+
+    return serve(arguments.port)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""What an artifact was made of, down to the corpus files, from the records of the store alone.
+
+An artifact may have several records: other recipes that gave the same bytes. The tree shows one,
+and says how many there are; what it was made of is followed through the record's inputs.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from modeling.artifacts import ArtifactStore
+
+Record = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Node:
+    """One artifact in a tree of inputs."""
+
+    role: str
+    """What it is to the artifact above it; empty at the top."""
+    record: Record
+    num_records: int
+    is_repeat: bool
+    """Its inputs stand further up in the tree."""
+    inputs: tuple["Node", ...]
+
+
+class LineageError(ValueError):
+    """The artifact, or something it was made of, is not on record."""
+
+
+def lineage(store: ArtifactStore, reference: str) -> Node:
+    """Returns the tree of inputs of the artifact meant by a content id, a prefix, or an alias."""
+    index = _index(store)
+    content_id = store.resolve(reference)
+    kind = next(kind for kind, known in index if known == content_id)
+    return _node("", kind, content_id, index, set())
+
+
+def lines(node: Node) -> Iterator[str]:
+    """Yields the tree as text, a line an artifact."""
+    yield _label(node)
+    yield from _branches(node, "")
+
+
+def _branches(node: Node, indent: str) -> Iterator[str]:
+    for place, child in enumerate(node.inputs):
+        is_last = place == len(node.inputs) - 1
+        yield f"{indent}{'└─ ' if is_last else '├─ '}{_label(child)}"
+        yield from _branches(child, indent + ("   " if is_last else "│  "))
+
+
+def _label(node: Node) -> str:
+    record = node.record
+    title = (
+        record["kind"] if node.role in ("", record["kind"]) else f"{node.role}: {record['kind']}"
+    )
+    text = f"{title} {record['content_id'][:12]}"
+    if node.is_repeat:
+        return f"{text} (as above)"
+    more = f", {node.num_records} recipes gave it" if node.num_records > 1 else ""
+    return f"{text}  recipe {record['recipe_id'][:12]}{more}  {summary(record)}".rstrip()
+
+
+def summary(record: Record) -> str:
+    """Returns the few figures of an artifact that a reader looks for first."""
+    facts = record["facts"]
+    shown = _FIGURES[record["kind"]](facts) if record["kind"] in _FIGURES else []
+    return ", ".join(shown)
+
+
+def _node(
+    role: str,
+    kind: str,
+    content_id: str,
+    index: Mapping[tuple[str, str], list[Record]],
+    above: set[tuple[str, str]],
+) -> Node:
+    found = index.get((kind, content_id))
+    if not found:
+        raise LineageError(
+            f"{kind} {content_id[:12]} is an input on record, but has no record itself: the store "
+            f"has lost it. Materialize its asset again, or restore the store's `recipes` folder."
+        )
+    record = found[0]
+    if (kind, content_id) in above:
+        return Node(role, record, len(found), True, ())
+    above.add((kind, content_id))
+    inputs = sorted(record["recipe"]["inputs"].items())
+    children = [_node(name, i["kind"], i["content_id"], index, above) for name, i in inputs]
+    return Node(role, record, len(found), False, tuple(children))
+
+
+def _index(store: ArtifactStore) -> dict[tuple[str, str], list[Record]]:
+    index: dict[tuple[str, str], list[Record]] = {}
+    for record in store.records():
+        index.setdefault((record["kind"], record["content_id"]), []).append(record)
+    return index
+
+
+def as_json(node: Node) -> str:
+    """Returns the tree as JSON: kind, ids, recipe, figures and inputs of each artifact."""
+    return json.dumps(_plain(node), indent=2, ensure_ascii=False)
+
+
+def _plain(node: Node) -> dict[str, Any]:
+    keys = ("kind", "content_id", "recipe_id", "roots", "numerics")
+    shown: dict[str, Any] = {key: node.record[key] for key in keys}
+    shown["params"] = node.record["recipe"]["params"]
+    return shown | {"inputs": {child.role: _plain(child) for child in node.inputs}}
+
+
+def _total(facts: Mapping[str, Any], name: str) -> int:
+    return sum(facts[split][name] for split in ("train", "validation"))
+
+
+_FIGURES = {
+    "raw_corpus": lambda f: [
+        f"{sum(f['documents'].values()):,} documents",
+        f"{sum(f['bytes'].values()) / 1e6:.1f} MB",
+    ],
+    "tokenizer": lambda f: [f"{f['vocab_size']:,} ids"],
+    "tokenized_corpus": lambda f: [
+        f"{_total(f, 'tokens'):,} tokens",
+        f"{_total(f, 'bytes') / _total(f, 'tokens'):.2f} bytes a token",
+    ],
+    "token_cache": lambda f: [
+        f"{_total(f, 'rows'):,} rows of {_total(f, 'tokens') // _total(f, 'rows')} tokens",
+    ],
+    "checkpoint": lambda f: [
+        f"step {f['steps']:,}",
+        f"loss {f['loss_first']:.3f} to {f['loss_last']:.3f}",
+    ],
+    "eval_report": lambda f: [
+        f"perplexity {f['perplexity']:.2f}",
+        f"{f['bits_per_byte']:.3f} bits a byte",
+    ],
+    "hf_model": lambda f: [f"{f['num_parameters']:,} parameters"],
+}

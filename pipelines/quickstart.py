@@ -1,0 +1,150 @@
+"""`levanter train`: from a model's name and some text to an experiment of the catalog.
+
+    levanter train --model gpt2-nano --dataset pystdlib
+    levanter train --model gpt2-nano --dataset notes/ --trainer.num_train_steps 200
+    levanter train --config_path my.yaml --optimizer.learning_rate 1e-3
+
+A dataset is a name of the catalog, or a path (file, folder, glob or URL), for which one is written.
+Both land in `$DAGSTER_HOME/catalog`, so that the UI, jobs and later runs know them. Overrides are
+written into the experiment: what it says is what was run.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from modeling.experiment import (
+    MODEL_PRESETS,
+    Catalog,
+    ConfigError,
+    load_experiment,
+    read_yaml,
+    with_overrides,
+)
+
+_DEFAULT_TRAINER = {"num_train_steps": 300, "train_batch_size": 16}
+_DEFAULT_VOCAB_SIZE = 4096
+_DEFAULT_LENGTH = 128
+
+
+def write_experiment(
+    home: Path,
+    catalog: Catalog,
+    *,
+    model: str | None,
+    dataset: str | None,
+    config_path: Path | None,
+    overrides: Sequence[str],
+) -> str:
+    """Writes the experiment, and its dataset if need be, into the catalog below `home`.
+
+    Returns:
+        The experiment's name.
+
+    Raises:
+        ConfigError: something is missing or wrong, by field.
+    """
+    raw = _from_file(config_path) if config_path else _from_names(model, dataset)
+    if config_path and model:
+        raw["model"] = model
+    if config_path and dataset:
+        raw["dataset"] = dataset
+    raw = with_overrides(raw, overrides)
+    if "dataset" not in raw:
+        raise ConfigError("no dataset: add `--dataset NAME_OR_PATH`, or `dataset:` to the file.")
+    raw["dataset"] = _dataset(home, catalog, str(raw["dataset"]), raw)
+    name = _experiment_name(config_path, model, raw["dataset"])
+    if name in catalog.experiments and not (home / "catalog/experiments" / f"{name}.yaml").exists():
+        raise ConfigError(
+            f"an experiment named {name!r} ships with the catalog: run it with `levanter run "
+            f"{name}`, or give your file another name."
+        )
+    path = _write(home / "catalog" / "experiments" / f"{name}.yaml", raw)
+    load_experiment(path)
+    return name
+
+
+def _from_names(model: str | None, dataset: str | None) -> dict[str, Any]:
+    if model is None or dataset is None:
+        raise ConfigError(
+            "give a model and a dataset, e.g. `levanter train --model gpt2-nano --dataset "
+            "pystdlib`, or a file with `--config_path FILE.yaml`."
+        )
+    if model not in MODEL_PRESETS:
+        raise ConfigError(f"--model {model}: not one of {sorted(MODEL_PRESETS)}.")
+    return {
+        "dataset": dataset,
+        "sequence_length": _DEFAULT_LENGTH,
+        "model": model,
+        "trainer": dict(_DEFAULT_TRAINER),
+    }
+
+
+def _from_file(path: Path) -> dict[str, Any]:
+    raw = read_yaml(path)
+    if "extends" in raw:
+        raise ConfigError(
+            f"{path}: extends: works in the catalog's folders; write the fields here."
+        )
+    return raw
+
+
+def _dataset(home: Path, catalog: Catalog, dataset: str, raw: Mapping[str, Any]) -> str:
+    """Returns the dataset's name, having written a file for it if it is a path."""
+    if dataset in catalog.datasets:
+        return dataset
+    paths = _absolute(dataset)
+    if paths is None:
+        raise ConfigError(
+            f"dataset: {dataset!r} is neither one of {sorted(catalog.datasets)} nor an existing "
+            f"file, folder, glob or URL."
+        )
+    name = (
+        _slug(Path(dataset.rstrip("/")).stem) + "_" + hashlib.sha256(paths.encode()).hexdigest()[:6]
+    )
+    is_jsonl = ".jsonl" in Path(paths).name
+    _write(
+        home / "catalog" / "datasets" / f"{name}.yaml",
+        {
+            "description": f"Documents of {dataset}.",
+            "source": {
+                "type": "files",
+                "paths": [paths],
+                "format": "jsonl" if is_jsonl else "text",
+            },
+            "tokenizer": {"type": "bpe", "vocab_size": _DEFAULT_VOCAB_SIZE},
+            "sequence_lengths": [raw.get("sequence_length", _DEFAULT_LENGTH)],
+        },
+    )
+    return name
+
+
+def _absolute(dataset: str) -> str | None:
+    if "://" in dataset:
+        return dataset
+    path = Path(dataset).expanduser()
+    if path.exists():
+        return str(path.resolve())
+    is_glob = any(sign in dataset for sign in "*?[{")
+    return str(Path.cwd() / path) if is_glob else None
+
+
+def _experiment_name(config_path: Path | None, model: str | None, dataset: str) -> str:
+    return _slug(config_path.stem) if config_path else _slug(f"{model}_{dataset}")
+
+
+def _slug(text: str) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")[:48]
+    return slug if slug[:1].isalpha() else f"d_{slug}"
+
+
+def _write(path: Path, raw: Mapping[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(
+        yaml.safe_dump(dict(raw), sort_keys=False, allow_unicode=True), encoding="utf-8"
+    )
+    return path
