@@ -12,10 +12,17 @@ six of them apart, and their lightness alone orders them, also in grey or for th
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import equinox as eqx
+import jax.numpy as jnp
 import jinja2
+import numpy as np
+
+import haliax as hax
+from haliax import Axis, NamedArray
+from modeling.models.lm import LanguageModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +58,55 @@ BANDS = (
 
 # Characters that a reader could not see, each drawn as a sign; a line break also breaks the line.
 _SIGNS = {"\n": "↵\n", "\r": "␍", "\t": "⇥\t"}
+
+
+def views(
+    model: LanguageModel,
+    rows: np.ndarray,
+    decode: Callable[[Sequence[int]], str],
+    *,
+    num_alternatives: int = 3,
+) -> list[tuple[TokenView, ...]]:
+    """Returns every token of `rows` as `model` sees it; `decode` gives the text of ids."""
+    Row, Position = Axis("row", len(rows)), model.Pos.resize(rows.shape[1])
+    tokens = hax.named(jnp.asarray(rows, jnp.int32), (Row, Position))
+    taken, likeliest, ids = (
+        np.asarray(x.array) for x in _foreseen(model, tokens, num_alternatives)
+    )
+
+    def view(row: int, position: int) -> TokenView:
+        alternatives = zip(ids[row, position], likeliest[row, position], strict=True)
+        return TokenView(
+            decode([int(rows[row, position + 1])]),
+            float(taken[row, position]),
+            tuple((decode([int(i)]), float(p)) for i, p in alternatives),
+        )
+
+    return [
+        (
+            TokenView(decode([int(rows[row, 0])]), None),
+            *(view(row, position) for position in range(Position.size - 1)),
+        )
+        for row in range(Row.size)
+    ]
+
+
+@eqx.filter_jit
+def _foreseen(
+    model: LanguageModel, tokens: NamedArray, num_alternatives: int
+) -> tuple[NamedArray, NamedArray, NamedArray]:
+    """Returns each next token's probability, and the likeliest ones with their ids."""
+    row, position = tokens.axes
+    before, after = slice(0, position.size - 1), slice(1, position.size)
+    probabilities = hax.nn.softmax(model(tokens), axis=model.Vocab)[position.name, before]
+    likeliest, ids = hax.top_k(probabilities, model.Vocab, num_alternatives, new_axis="alternative")
+    order = (row, position.resize(position.size - 1))
+    taken = probabilities[model.Vocab, tokens[position.name, after]]
+    return (
+        taken.rearrange(order),
+        likeliest.rearrange((*order, "alternative")),
+        ids.rearrange((*order, "alternative")),
+    )
 
 
 def band_of(probability: float) -> int:

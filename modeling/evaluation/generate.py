@@ -1,0 +1,108 @@
+"""Greedy continuations of prompts: the likeliest token, appended, until there is a reason to stop.
+
+All prompts go through one compiled program of fixed shapes: a buffer `[sample, Pos]` that starts
+with the prompts, left-aligned, and takes one more token a round. Causality makes what stands to the
+right of a row's end irrelevant to its next token, so the buffer needs no mask.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Literal
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+import haliax as hax
+from haliax import Axis, NamedArray
+from modeling.models.gpt2 import logits
+from modeling.models.lm import LanguageModel
+
+Stop = Literal["end", "limit", "context"]
+"""The model ended the document; `num_tokens` were made; the row was full."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Continuation:
+    """What follows one prompt."""
+
+    tokens: tuple[int, ...]
+    """Without the prompt and without the token that ends a document."""
+    stopped: Stop
+
+
+def greedy(
+    model: LanguageModel, prompts: Sequence[Sequence[int]], num_tokens: int, *, end_id: int
+) -> list[Continuation]:
+    """Returns the continuation of each prompt, of at most `num_tokens` tokens.
+
+    Args:
+        model: gives the logits; of equal ones the lowest id is taken.
+        prompts: ids, at least one a prompt and fewer than the model has positions.
+        num_tokens: after how many tokens to stop.
+        end_id: the token that ends a document.
+    """
+    if not prompts:
+        return []
+    for prompt in prompts:
+        if not 0 < len(prompt) < model.Pos.size:
+            raise ValueError(
+                f"A prompt of {len(prompt)} tokens has no continuation: the model needs at least 1 "
+                f"and, to have room for more, at most {model.Pos.size - 1}. Shorten the prompt, or "
+                f"begin an empty one with the end-of-document token."
+            )
+    rows = np.full((len(prompts), model.Pos.size), end_id, np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    Sample = Axis("sample", len(prompts))
+    starts = np.array([len(prompt) for prompt in prompts], np.int32)
+    ends = np.minimum(starts + num_tokens, model.Pos.size)
+    buffer, reached = _continue(
+        model,
+        hax.named(jnp.asarray(rows), (Sample, model.Pos)),
+        hax.named(jnp.asarray(starts), Sample),
+        hax.named(jnp.asarray(ends), Sample),
+        end_id,
+    )
+    filled = np.asarray(buffer.rearrange((Sample, model.Pos)).array)
+    return [
+        _continuation(filled[i, starts[i] : reached_i], starts[i] + num_tokens, reached_i, end_id)
+        for i, reached_i in enumerate(np.asarray(reached.array))
+    ]
+
+
+def _continuation(made: np.ndarray, limit: int, reached: int, end_id: int) -> Continuation:
+    tokens = tuple(int(token) for token in made)
+    if tokens and tokens[-1] == end_id:
+        return Continuation(tokens[:-1], "end")
+    return Continuation(tokens, "limit" if reached == limit else "context")
+
+
+@eqx.filter_jit
+def _continue(
+    model: LanguageModel, buffer: NamedArray, lengths: NamedArray, ends: NamedArray, end_id: int
+) -> tuple[NamedArray, NamedArray]:
+    """Returns the filled buffer and the length of each row, a closing `end_id` included."""
+    Pos = model.Pos
+    positions = hax.arange(Pos)
+
+    def is_open(state: tuple[NamedArray, NamedArray, NamedArray]) -> Array:
+        _, lengths, ended = state
+        return hax.any(~ended & (lengths < ends)).scalar()
+
+    def append(
+        state: tuple[NamedArray, NamedArray, NamedArray],
+    ) -> tuple[NamedArray, NamedArray, NamedArray]:
+        buffer, lengths, ended = state
+        last = model.activations(buffer)[Pos, lengths - 1]
+        token = hax.argmax(logits(last, model.head), axis=model.Vocab).astype(jnp.int32)
+        grows = ~ended & (lengths < ends)
+        here = (positions.broadcast_axis(lengths.axes) == lengths) & grows
+        buffer = hax.where(here, token, buffer)
+        return buffer, lengths + grows, ended | (grows & (token == end_id))
+
+    ended = hax.zeros_like(lengths, dtype=bool)
+    buffer, lengths, _ = jax.lax.while_loop(is_open, append, (buffer, lengths, ended))
+    return buffer, lengths

@@ -1,0 +1,256 @@
+"""The eval report: how well a checkpoint predicts the validation split, and what it writes.
+
+    report.json   the results: what the report's content id is over (`content_id`)
+    report.html   the same for people, one page that loads nothing from elsewhere
+
+    loss           = sum of nats / number of predicted tokens
+    perplexity     = exp(loss)
+    bits per byte  = sum of nats / ln 2 / bytes of the predicted tokens
+
+Nats and bytes are summed over all rows before anything is divided, in float64 from float32 losses
+of single tokens, and rows that only fill up the last batch are dropped: another batch size changes
+nothing but rounding.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import numpy as np
+
+import haliax as hax
+from haliax import Axis, NamedArray
+from modeling import canonical
+from modeling.artifacts import Built, Workspace
+from modeling.data.cache import TokenCache
+from modeling.data.tokenizer import Tokenizer
+from modeling.evaluation.config import EvaluationConfig
+from modeling.evaluation.generate import Stop, greedy
+from modeling.evaluation.heat_map import TokenView, render, views
+from modeling.experiment import ExperimentConfig
+from modeling.models.lm import LanguageModel, token_losses
+from modeling.models.trained import load_model
+from modeling.progress import Meter, Report, ignore
+from modeling.training.precision import Policy
+
+SPLIT = "validation"
+REPORT_JSON, REPORT_HTML = "report.json", "report.html"
+
+_STOPS: Mapping[Stop, str] = {
+    "end": "the model ended the document",
+    "limit": "stopped at the limit",
+    "context": "stopped where the context was full",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """A prompt and what the model makes of it."""
+
+    prompt: str
+    text: str
+    num_tokens: int
+    stopped: Stop
+
+
+@dataclasses.dataclass(frozen=True)
+class Results:
+    """All that the report says, in plain values."""
+
+    loss: float
+    """Nats a token."""
+    perplexity: float
+    bits_per_byte: float
+    num_rows: int
+    num_tokens: int
+    """Those predicted: all of a row but its first."""
+    num_bytes: int
+    """What the predicted tokens stand for in UTF-8; special tokens for nothing."""
+    loss_by_position: tuple[float, ...]
+    """Mean nats for the second token of a row, the third, and so on."""
+    samples: tuple[Sample, ...]
+    row: tuple[TokenView, ...]
+    """The first validation row as the model saw it."""
+
+    def facts(self) -> dict[str, Any]:
+        """Returns figures and samples, without the curves and pictures."""
+        figures = ("loss", "perplexity", "bits_per_byte", "num_rows", "num_tokens", "num_bytes")
+        return {name: getattr(self, name) for name in figures} | {
+            "samples": [dataclasses.asdict(sample) for sample in self.samples]
+        }
+
+
+def build(
+    experiment: ExperimentConfig,
+    checkpoint_dir: Path,
+    cache: TokenCache,
+    tokenizer_dir: Path,
+    workspace: Workspace,
+    *,
+    report: Report = ignore,
+) -> Built:
+    """Evaluates a checkpoint in the precision that it was trained in, and writes the report."""
+    model = load_model(checkpoint_dir, experiment)
+    model = Policy.parse(experiment.trainer.mp).cast_to_compute(model)
+    tokenizer = Tokenizer.load(tokenizer_dir)
+    results = evaluate(experiment.evaluation, model, cache, tokenizer, report=report)
+    write(results, workspace.output)
+    return Built(content_id(workspace.output), facts=results.facts())
+
+
+def evaluate(
+    config: EvaluationConfig,
+    model: LanguageModel,
+    cache: TokenCache,
+    tokenizer: Tokenizer,
+    *,
+    report: Report = ignore,
+) -> Results:
+    """Returns what `model` makes of the validation rows of `cache`, and samples from it.
+
+    Raises:
+        ValueError: there is no validation row, or the loss is not finite.
+    """
+    num_rows = cache.num_rows(SPLIT)
+    if num_rows == 0:
+        raise ValueError(
+            f"The split `{SPLIT}` has no row of {cache.sequence_length} tokens. Raise "
+            f"validation.fraction of the dataset, or take a shorter sequence_length."
+        )
+    num_rows = min(num_rows, config.max_rows or num_rows)
+    position_nats = np.zeros(cache.sequence_length - 1)
+    num_bytes = 0
+    byte_lengths = tokenizer.token_byte_lengths().astype(np.int64)
+    meter = Meter(report, "evaluation", num_rows, "rows")
+    for rows in batches(cache, num_rows, config.batch_size):
+        nats = row_losses(model, rows, config.batch_size)
+        position_nats += nats.sum(axis=0)
+        num_bytes += int(byte_lengths[rows[:, 1:]].sum())
+        meter.advance(len(rows))
+    meter.finish()
+
+    nats, num_tokens = math.fsum(position_nats), num_rows * len(position_nats)
+    if not math.isfinite(nats):
+        raise ValueError(
+            f"The loss over {num_rows} validation rows is {nats}: the model has diverged. Lower "
+            f"optimizer.learning_rate, or compute in float32 (trainer.mp)."
+        )
+    (first_row,) = views(model, cache.rows(SPLIT, np.arange(1)), tokenizer.decode)
+    return Results(
+        loss=nats / num_tokens,
+        perplexity=math.exp(nats / num_tokens),
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        num_rows=num_rows,
+        num_tokens=num_tokens,
+        num_bytes=num_bytes,
+        loss_by_position=tuple((position_nats / num_rows).tolist()),
+        samples=tuple(samples(config, model, tokenizer)),
+        row=first_row,
+    )
+
+
+def batches(cache: TokenCache, num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
+    """Yields the first validation rows, `batch_size` at a time and at last what is left."""
+    for start in range(0, num_rows, batch_size):
+        yield cache.rows(SPLIT, np.arange(start, min(start + batch_size, num_rows)))
+
+
+def row_losses(model: LanguageModel, rows: np.ndarray, batch_size: int) -> np.ndarray:
+    """Returns the loss in nats of every token of `rows` but the first ones, in float64.
+
+    Fewer rows than `batch_size` are filled up to it, so that one compiled program serves all.
+    """
+    Batch, Row = Axis("batch", batch_size), model.Pos.resize(rows.shape[1])
+    filled = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows), axis=0)])
+    losses = _token_losses(model, hax.named(jnp.asarray(filled), (Batch, Row)))
+    raw = np.asarray(losses.rearrange((Batch, Row)).array)
+    return raw[: len(rows), :-1].astype(np.float64)
+
+
+@eqx.filter_jit
+def _token_losses(model: LanguageModel, tokens: NamedArray) -> NamedArray:
+    return token_losses(model, tokens)
+
+
+def samples(
+    config: EvaluationConfig, model: LanguageModel, tokenizer: Tokenizer
+) -> Iterator[Sample]:
+    """Yields the greedy continuation of each prompt; an empty prompt begins a document."""
+    prompts = [tokenizer.encode(prompt) or [tokenizer.eos_id] for prompt in config.prompts]
+    made = greedy(model, prompts, config.sample_tokens, end_id=tokenizer.eos_id)
+    for prompt, continuation in zip(config.prompts, made, strict=True):
+        text = tokenizer.decode(continuation.tokens)
+        yield Sample(prompt, text, len(continuation.tokens), continuation.stopped)
+
+
+def write(results: Results, directory: Path) -> None:
+    """Writes both files of the report."""
+    text = json.dumps(
+        dataclasses.asdict(results), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
+    )
+    (directory / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
+    (directory / REPORT_HTML).write_text(to_html(results), encoding="utf-8")
+
+
+def content_id(report_dir: Path) -> str:
+    """Returns the identity of a report: a digest of the canonical form of its `report.json`."""
+    values = json.loads((report_dir / REPORT_JSON).read_text(encoding="utf-8"))
+    # As bytes: texts that differ in Unicode normalization alone are different samples.
+    text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return canonical.digest("eval_report/1", text.encode())
+
+
+def to_html(results: Results) -> str:
+    """Returns the report as one page; it says nothing that `results` does not."""
+    figures = (
+        ("Loss (nats per token)", f"{results.loss:.4f}"),
+        ("Perplexity", f"{results.perplexity:,.2f}"),
+        ("Bits per byte", f"{results.bits_per_byte:.4f}"),
+        ("Rows", f"{results.num_rows:,}"),
+        ("Predicted tokens", f"{results.num_tokens:,}"),
+        ("Bytes", f"{results.num_bytes:,}"),
+    )
+    return render(
+        "report.html",
+        figures=figures,
+        chart=_chart(results.loss_by_position),
+        samples=results.samples,
+        stops=_STOPS,
+        row=results.row,
+    )
+
+
+def _chart(values: Sequence[float]) -> dict[str, Any]:
+    """Returns the geometry of a line through `values`, with round figures on the upright axis."""
+    width, height, left, right, top, bottom = 720, 220, 44, 712, 10, 196
+    step = _tick_step(max(values) - min(values))
+    low, high = math.floor(min(values) / step), math.ceil(max(values) / step)
+    high = max(high, low + 1)
+
+    def y(value: float) -> float:
+        return round(bottom - (value / step - low) / (high - low) * (bottom - top), 1)
+
+    span = max(len(values) - 1, 1)
+    points = (f"{left + i / span * (right - left):.1f},{y(v)}" for i, v in enumerate(values))
+    ticks = [{"y": y(i * step), "label": f"{i * step:g}"} for i in range(low, high + 1)]
+    return {
+        "width": width,
+        "height": height,
+        "left": left,
+        "right": right,
+        "ticks": ticks,
+        "points": " ".join(points),
+        "last_position": len(values),
+    }
+
+
+def _tick_step(spread: float) -> float:
+    """Returns 1, 2 or 5 times a power of ten, such that at most six of it cover `spread`."""
+    rough = max(spread, 1e-6) / 5
+    magnitude = 10.0 ** math.floor(math.log10(rough))
+    return next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= rough)

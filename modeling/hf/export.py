@@ -1,0 +1,150 @@
+"""A checkpoint as a Hugging Face model directory that says where it comes from.
+
+    config.json              GPT2Config; generation_config.json beside it
+    model.safetensors        weights in Conv1D layout, one metadata key (`format`): several would be
+                             written in an order that changes from process to process
+    tokenizer.json           byte for byte the tokenizer artifact's; tokenizer_config.json and
+                             special_tokens_map.json tell `AutoTokenizer` how to use it
+    README.md                model card: lineage from checkpoint back to corpus, SHA-256 of files
+
+Nothing in these files depends on path, clock or host: the same checkpoint and lineage give the same
+bytes. The content id covers the logical tensors (name, dtype, shape, SHA-256) and every file.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+import haliax as hax
+from haliax import Axis
+from modeling import canonical
+from modeling.artifacts import Built, Workspace, file_sha256
+from modeling.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from modeling.experiment import ExperimentConfig
+from modeling.hf import reference
+from modeling.hf.gpt2 import to_hf_config, to_tensors
+from modeling.hf.model_card import model_card
+from modeling.models.gpt2 import Gpt2LmHeadModel
+from modeling.models.trained import load_model
+from modeling.progress import Meter, Report, ignore
+
+WEIGHTS, MODEL_CARD = "model.safetensors", "README.md"
+
+
+def build(
+    experiment: ExperimentConfig,
+    checkpoint_dir: Path,
+    tokenizer_dir: Path,
+    lineage: Mapping[str, str],
+    workspace: Workspace,
+    *,
+    evaluation: Mapping[str, float] | None = None,
+    report: Report = ignore,
+) -> Built:
+    """Writes the export of a checkpoint.
+
+    Args:
+        experiment: what the checkpoint was trained by; its `export` says in which dtype to write.
+        checkpoint_dir: the checkpoint's files.
+        tokenizer_dir: the tokenizer that the model was trained with.
+        lineage: content ids by artifact kind, from the corpus to the checkpoint, for the card.
+        workspace: where to write.
+        evaluation: figures for the card, such as the perplexity.
+        report: told of the progress.
+    """
+    output, dtype = workspace.output, experiment.export.dtype
+    model, tokenizer = load_model(checkpoint_dir, experiment), Tokenizer.load(tokenizer_dir)
+    _require_same_vocabulary(model, tokenizer, tokenizer_dir)
+    tensors = {name: t.astype(jnp.dtype(dtype)) for name, t in to_tensors(model).items()}
+    num_parameters = sum(tensor.size for tensor in tensors.values())
+    meter = Meter(report, "export", num_parameters, "parameters")
+    save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
+    meter.advance(num_parameters)
+
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+    config = to_hf_config(model, dtype=dtype, **ids)
+    _write_json(output / "config.json", config)
+    _write_json(output / "generation_config.json", ids | {"pad_token_id": tokenizer.eos_id})
+    _write_tokenizer(output, tokenizer, tokenizer_dir, max_length=model.Pos.size)
+    card = model_card(
+        config,
+        num_parameters=num_parameters,
+        lineage=lineage,
+        digests=_digests(output),
+        evaluation=evaluation,
+    )
+    (output / MODEL_CARD).write_text(card, encoding="utf-8")
+    meter.finish()
+
+    leaves = {name: _tensor_digest(tensor) for name, tensor in tensors.items()}
+    sizes = {path.name: path.stat().st_size for path in sorted(output.iterdir())}
+    facts = {"num_parameters": num_parameters, "dtype": dtype, "files": sizes}
+    content_id = canonical.digest("hf_model/1", {"tensors": leaves, "files": _digests(output)})
+    return Built(content_id, facts=facts, leaves=leaves)
+
+
+def logit_difference(
+    export_dir: Path, checkpoint_dir: Path, experiment: ExperimentConfig, token_rows: np.ndarray
+) -> float:
+    """Returns by how much the export's logits differ from the checkpoint's, at most, on some rows.
+
+    The export is computed by `reference` in float64, the checkpoint by our model in float32.
+    """
+    ours = float32_logits(load_model(checkpoint_dir, experiment), token_rows)
+    return reference.max_abs_logit_difference(export_dir, token_rows, ours)
+
+
+def float32_logits(model: Gpt2LmHeadModel, token_rows: np.ndarray) -> np.ndarray:
+    """Returns logits `[rows, positions, vocab]`, with products in full float32 on every device."""
+    Row, Position = Axis("row", len(token_rows)), model.Pos.resize(token_rows.shape[1])
+    tokens = hax.named(jnp.asarray(token_rows, jnp.int32), (Row, Position))
+    with jax.default_matmul_precision("highest"):
+        logits = hax.named_jit(model)(tokens)
+    return np.asarray(logits.rearrange((Row, Position, model.Vocab)).array)
+
+
+def _require_same_vocabulary(
+    model: Gpt2LmHeadModel, tokenizer: Tokenizer, tokenizer_dir: Path
+) -> None:
+    if tokenizer.vocab_size != model.Vocab.size:
+        raise ValueError(
+            f"{tokenizer_dir}: the tokenizer has {tokenizer.vocab_size} ids, but the checkpoint's "
+            f"model {model.Vocab.size}. Export with the tokenizer that the model was trained with."
+        )
+
+
+def _write_tokenizer(
+    output: Path, tokenizer: Tokenizer, tokenizer_dir: Path, *, max_length: int
+) -> None:
+    """Writes the files that `AutoTokenizer` reads; it adds no token and cleans no text up."""
+    special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "clean_up_tokenization_spaces": False,
+    }
+    (output / TOKENIZER_FILE).write_bytes((tokenizer_dir / TOKENIZER_FILE).read_bytes())
+    _write_json(output / "special_tokens_map.json", special)
+    _write_json(output / "tokenizer_config.json", settings | special)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in sorted(directory.iterdir())}
+
+
+def _tensor_digest(tensor: np.ndarray) -> str:
+    """Returns an id of dtype, shape and row-major bytes."""
+    data = hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).hexdigest()
+    return canonical.digest("tensor/1", [tensor.dtype.name, list(tensor.shape), data])

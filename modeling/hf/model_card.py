@@ -1,0 +1,98 @@
+"""The `README.md` of an export: what the model is, how to run it, and which bytes made it.
+
+A card is a claim that a stranger can check: it lists the SHA-256 of every other file, which hosting
+sites show beside downloads, and the content ids that lead from the weights back to the corpus. It
+therefore says nothing that depends on where or when it was written.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+LINEAGE = (
+    ("raw_corpus", "Raw corpus"),
+    ("tokenizer", "Tokenizer"),
+    ("tokenized_corpus", "Tokenized corpus"),
+    ("token_cache", "Token cache"),
+    ("checkpoint", "Checkpoint"),
+)
+"""Artifact kinds in the order that they are made, and what the card calls them."""
+
+
+def model_card(
+    config: Mapping[str, Any],
+    *,
+    num_parameters: int,
+    lineage: Mapping[str, str],
+    digests: Mapping[str, str],
+    evaluation: Mapping[str, float] | None = None,
+) -> str:
+    """Returns the card, front matter and all.
+
+    Args:
+        config: the export's `config.json`.
+        num_parameters: elements of all tensors.
+        lineage: content id by artifact kind; each of `LINEAGE`, and others after them.
+        digests: SHA-256 by file name.
+        evaluation: figures by name.
+    """
+    missing = [kind for kind, _ in LINEAGE if kind not in lineage]
+    if missing:
+        raise ValueError(
+            f"lineage: no content id of {missing} among {sorted(lineage)}. Give one for each stage "
+            f"from the corpus to the checkpoint, so that the card can be checked."
+        )
+    titles = dict(LINEAGE)
+    kinds = [*titles, *sorted(set(lineage) - set(titles))]
+    ids = [(titles.get(kind, kind), f"`{lineage[kind]}`") for kind in kinds]
+    files = [(f"`{name}`", f"`{digests[name]}`") for name in sorted(digests)]
+    shape = [
+        ("Parameters", f"{num_parameters:,}"),
+        ("Layers", f"{config['n_layer']}"),
+        ("Width", f"{config['n_embd']:,}"),
+        ("Heads", f"{config['n_head']}"),
+        ("Context", f"{config['n_positions']:,} tokens"),
+        ("Vocabulary", f"{config['vocab_size']:,} ids"),
+        ("Weights", config["dtype"]),
+    ]
+    sections = [
+        _FRONT_MATTER,
+        "# GPT-2 language model",
+        "A decoder-only transformer trained from scratch on the corpus named below.",
+        _table(("", ""), shape),
+        "## Use",
+        _USE,
+    ]
+    if evaluation:
+        figures = [(name, f"{value:.6g}") for name, value in evaluation.items()]
+        sections += ["## Evaluation", _table(("Measure", "Value"), figures)]
+    sections += ["## Lineage", _LINEAGE_TEXT, _table(("Artifact", "Content id"), ids)]
+    sections += ["## Files", _table(("File", "SHA-256"), files)]
+    return "\n\n".join(sections) + "\n"
+
+
+def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    lines = [head, ("---", "---"), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+_FRONT_MATTER = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- gpt2
+- jax
+---"""
+
+_USE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(".")
+model = AutoModelForCausalLM.from_pretrained(".")
+inputs = tokenizer("def ", return_tensors="pt")
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
+```"""
+
+_LINEAGE_TEXT = (
+    "Each artifact is named by a digest of its content, and its record holds the digests of what "
+    "it was made from. Following them down leads to the SHA-256 of every file of the corpus."
+)
