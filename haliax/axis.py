@@ -403,9 +403,9 @@ def rearrange_for_partial_order(
 ) -> tuple[Axis, ...]:
     """`axes` in an order given in part, as in `("C", ..., "W")`.
 
-    Named axes keep the given order. Each other axis goes to the first `...` that follows the last
-    named axis passed in the order of `axes`, so that neighbours stay neighbours where they can.
-    Without `...`, the order must name every axis.
+    Named axes keep the given order. Each other axis goes to the first `...` after the named axes
+    that come before it in `axes`, so that neighbours stay neighbours where they can. Without `...`,
+    the order must name every axis.
     """
     axes = tuple(axes)
     by_name = {axis.name: axis for axis in axes}
@@ -434,13 +434,14 @@ def rearrange_for_partial_order(
 def _fill_ellipses(given: list[str | None], names: list[str]) -> list[str]:
     slots: list[list[str]] = [[] for _ in given]
     ellipses = [i for i, name in enumerate(given) if name is None]
-    passed = -1
+    current = ellipses[0] if ellipses else 0
     for name in names:
         if name in given:
-            passed = given.index(name)
-            continue
-        later = [i for i in ellipses if i > passed]
-        slots[later[0] if later else ellipses[-1]].append(name)
+            # A named axis moves on to the `...` after it; never back, and not past the last.
+            later = [i for i in ellipses if i > given.index(name)]
+            current = max(current, later[0]) if later else current
+        else:
+            slots[current].append(name)
     for i, name in enumerate(given):
         if name is not None:
             slots[i] = [name]

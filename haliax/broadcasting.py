@@ -128,7 +128,7 @@ def broadcast_to(
             "`broadcast_axis`."
         )
     new = tuple(axis for axis in wanted if axis not in a.axes)
-    target = (*extra, *wanted) if ensure_order and not extra else (*new, *a.axes)
+    target = (*extra, *wanted) if ensure_order else (*new, *a.axes)
     if target == a.axes:
         return a
     array = aligned(a.array, a.axes, target)

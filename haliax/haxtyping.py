@@ -27,7 +27,8 @@ class DtypeFamily:
         if array_type is NamedArray:
             if isinstance(pattern, tuple):
                 pattern = list(pattern)
-            return Annotated[NamedArray, parse_axes_pattern(pattern).with_dtype(self._dtype)]
+            dtype = None if self._dtype is jaxtyping.Shaped else self._dtype
+            return Annotated[NamedArray, parse_axes_pattern(pattern).with_dtype(dtype)]
         return self._dtype[array_type, pattern]
 
     def __repr__(self) -> str:

@@ -4,13 +4,14 @@ import math
 import warnings
 
 import equinox as eqx
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from jax.sharding import Mesh
+
+import haliax as hax
 
 Batch, Pos, KPos, Heads, Key, Embed = hax.make_axes(
     batch=2, position=5, key_position=5, head=3, key_size=4, embed=6
