@@ -1,0 +1,136 @@
+"""Shuffled batches of [32, 1024] from a token cache: CPU seconds, and milliseconds a batch.
+
+    python benchmarks/loader.py [--rounds 5] [--batches 400]
+
+Contenders take turns and read the same rows of the same synthetic tokens: the training loader
+with its data order, the cache given the rows, a NumPy memory map (the limit), and `datasets`.
+Prints JSON lines: the machine, then each contender's median over the rounds.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from modeling.artifacts import Workspace, file_sha256, write_durably
+from modeling.data import cache, tokenized
+from modeling.data.loader import TrainLoader
+from modeling.data.order import RowOrder
+from modeling.data.shards import write_shard
+from modeling.merkle import MerkleHasher
+from modeling.training.config import DataOrderConfig
+
+BATCH, LENGTH = 32, 1024
+SHARDS, SHARD_TOKENS = 4, 1 << 22
+Contender = Callable[[int, np.ndarray], np.ndarray]
+
+
+def main() -> None:
+    """Writes a tokenized corpus and its cache to a temporary directory, then measures."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, default=400)
+    arguments = parser.parse_args()
+    print_line(
+        benchmark="loader",
+        cpus=os.cpu_count(),
+        machine=platform.machine(),
+        load=os.getloadavg()[0],
+        numpy=version("numpy"),
+        datasets=version("datasets"),
+    )
+    with tempfile.TemporaryDirectory() as directory:
+        root = Path(directory)
+        tokens = write_tokens(root)
+        ids = {"tokenized_id": "0" * 64, "tokenizer_id": "0" * 64}
+        (root / "cache").mkdir()
+        cache.build(LENGTH, root, Workspace(root, root / "cache"), **ids)
+        measure(root, tokens, arguments.rounds, arguments.batches)
+
+
+def write_tokens(root: Path) -> np.ndarray:
+    """Writes random tokens as a tokenized corpus and returns them."""
+    tokens = np.random.default_rng(0).integers(0, 50257, SHARDS * SHARD_TOKENS, dtype=np.uint16)
+    shards = []
+    for index, part in enumerate(np.split(tokens, SHARDS)):
+        name = f"train-{index:05d}.arrow"
+        write_shard(root / name, part, np.full(SHARD_TOKENS // 512, 512))
+        sha256 = file_sha256(root / name)
+        shards.append(tokenized.Shard(name, SHARD_TOKENS // 512, SHARD_TOKENS, 0, sha256))
+    hasher = MerkleHasher()
+    hasher.update(tokens.data.cast("B"))
+    leaves = tuple(leaf.hex() for leaf in hasher.leaves)
+    split = tokenized.SplitManifest(
+        len(tokens) // 512, len(tokens), 0, tuple(shards), leaves, hasher.root(), ""
+    )
+    manifest = tokenized.Manifest("uint16", 50257, 50256, {"train": split})
+    write_durably(root / tokenized.MANIFEST_FILE, {"format": tokenized.FORMAT} | asdict(manifest))
+    return tokens
+
+
+def measure(root: Path, tokens: np.ndarray, num_rounds: int, num_batches: int) -> None:
+    """Runs every contender in every round over the same rows and prints the medians."""
+    opened = cache.TokenCache.open(root / "cache", root)
+    order = RowOrder(DataOrderConfig(), opened.num_rows("train"), opened.content_id)
+    rows = [order.rows_at(step * BATCH, BATCH) for step in range(num_batches)]
+    expected = [tokens.reshape(-1, LENGTH)[batch_rows] for batch_rows in rows[:10]]
+    cpu_s: dict[str, list[float]] = {}
+    batch_ms: dict[str, list[float]] = {}
+    for _ in range(num_rounds):
+        for name, take in contenders(root, tokens, opened).items():
+            for step, batch in enumerate(expected):
+                if not np.array_equal(take(step, rows[step]), batch):
+                    raise SystemExit(f"{name} reads other rows.")
+            before = time.process_time()
+            for step, batch_rows in enumerate(rows):
+                started = time.perf_counter()
+                take(step, batch_rows)
+                batch_ms.setdefault(name, []).append(1e3 * (time.perf_counter() - started))
+            cpu_s.setdefault(name, []).append(time.process_time() - before)
+    for name, values in cpu_s.items():
+        cpu = statistics.median(values)
+        percentiles = statistics.quantiles(batch_ms[name], n=100)
+        print_line(
+            contender=name,
+            cpu_s=round(cpu, 4),
+            mtok_per_cpu_s=round(num_batches * BATCH * LENGTH / cpu / 1e6, 1),
+            p50_ms=round(percentiles[49], 3),
+            p99_ms=round(percentiles[98], 3),
+        )
+
+
+def contenders(root: Path, tokens: np.ndarray, opened: cache.TokenCache) -> dict[str, Contender]:
+    """Returns what is compared: each takes a step and its rows and returns the batch."""
+    loader = TrainLoader(opened, DataOrderConfig(), BATCH)
+    flat = root / "flat.bin"
+    tokens.tofile(flat)
+    mapped = np.memmap(flat, np.uint16, "r").reshape(-1, LENGTH)
+    features = datasets.Features({"tokens": datasets.List(datasets.Value("uint16"), LENGTH)})
+    column = {"tokens": tokens.reshape(-1, LENGTH)}
+    peer = datasets.Dataset.from_dict(column, features=features).with_format("numpy")
+    return {
+        "training loader, order included": lambda step, rows: loader.batch(step),
+        "token cache, rows given": lambda step, rows: opened.rows("train", rows),
+        "numpy memmap, uint16 as stored": lambda step, rows: mapped[rows],
+        "numpy memmap, to int32": lambda step, rows: mapped[rows].astype(np.int32),
+        "datasets, numpy format": lambda step, rows: peer[rows.tolist()]["tokens"],
+    }
+
+
+def print_line(**values: object) -> None:
+    """Prints one JSON line."""
+    print(json.dumps(values), flush=True)
+
+
+if __name__ == "__main__":
+    main()
