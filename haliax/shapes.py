@@ -252,7 +252,7 @@ def roll(array: NamedArray, shift: Any, axis: AxisSelection) -> NamedArray:
                 "Use `hax.vmap` over those axes."
             )
         shift = shift.array
-    shifts = [shift] * len(positions) if jnp.ndim(shift) == 0 else list(shift)
+    shifts = shift if isinstance(shift, (tuple, list)) else [shift] * len(positions)
     rolled = honest("roll", array)
     for at, amount in zip(positions, shifts, strict=True):
         rolled = jnp.roll(rolled, amount, at)

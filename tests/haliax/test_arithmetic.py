@@ -20,6 +20,7 @@ def _normal(*axes, seed=0):
 
 X = np.array([[0.3, 0.7, 0.2], [0.9, 0.4, 0.6]], np.float32)
 
+
 def _tabled(*parameters):
     """Names of the functions in the table that take these parameters first."""
     found = []
@@ -51,7 +52,9 @@ def test_unary_functions_are_those_of_jnp(name):
     raw = jnp.asarray(X * 10, jnp.int32) if name in INTEGER else jnp.asarray(X)
     expected = _jnp(name)(raw)
     found = getattr(hax, name)(hax.named(raw, (H, W)))
-    for part, wanted in zip(jax.tree_util.tree_leaves(found), jax.tree_util.tree_leaves(expected), strict=True):
+    for part, wanted in zip(
+        jax.tree_util.tree_leaves(found), jax.tree_util.tree_leaves(expected), strict=True
+    ):
         np.testing.assert_array_equal(part, wanted)
     parts = found if isinstance(found, tuple) else (found,)
     assert all(part.axes == (H, W) for part in parts)
@@ -66,7 +69,9 @@ def test_binary_functions_broadcast_by_name(name):
         big = big.astype(jnp.float32)
     expected = _jnp(name)(big, jnp.broadcast_to(small[:, None], (2, 3)))
     found = getattr(hax, name)(hax.named(big, (H, W)), hax.named(small, H))
-    for part, wanted in zip(jax.tree_util.tree_leaves(found), jax.tree_util.tree_leaves(expected), strict=True):
+    for part, wanted in zip(
+        jax.tree_util.tree_leaves(found), jax.tree_util.tree_leaves(expected), strict=True
+    ):
         np.testing.assert_array_equal(part, wanted)
     parts = found if isinstance(found, tuple) else (found,)
     assert all(part.axes == (H, W) for part in parts)
@@ -95,7 +100,9 @@ def test_operators_take_arrays_and_numbers_on_either_side(op):
             np.testing.assert_allclose(part.array, want, rtol=1e-6)
 
 
-@pytest.mark.parametrize("op", [operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift])
+@pytest.mark.parametrize(
+    "op", [operator.and_, operator.or_, operator.xor, operator.lshift, operator.rshift]
+)
 def test_bitwise_operators(op):
     a, b = hax.arange((H, W)), hax.arange(W) + 1
     np.testing.assert_array_equal(op(a, b).array, op(a.array, jnp.broadcast_to(b.array, (2, 3))))
@@ -151,7 +158,8 @@ def test_broadcast_to_orders_and_refuses_extras():
     x = _normal(H, W)
     assert x.broadcast_to((W, D, "H")).axes == (W, D, H)
     np.testing.assert_array_equal(
-        x.broadcast_to((W, D, "H")).array, np.broadcast_to(np.asarray(x.array).T[:, None], (3, 4, 2))
+        x.broadcast_to((W, D, "H")).array,
+        np.broadcast_to(np.asarray(x.array).T[:, None], (3, 4, 2)),
     )
     with pytest.raises(ValueError, match="not in"):
         x.broadcast_to((W, D))
@@ -216,11 +224,19 @@ REDUCTIONS = [
 @pytest.mark.parametrize("name", REDUCTIONS)
 @pytest.mark.parametrize(
     ("selection", "positions", "left"),
-    [("W", 1, (H, D)), ((D, "H"), (0, 2), (W,)), ({"W": 3}, 1, (H, D)), (None, None, ()), ((), (), (H, W, D))],
+    [
+        ("W", 1, (H, D)),
+        ((D, "H"), (0, 2), (W,)),
+        ({"W": 3}, 1, (H, D)),
+        (None, None, ()),
+        ((), (), (H, W, D)),
+    ],
     ids=["name", "several", "dict", "all", "none"],
 )
 def test_reductions(name, selection, positions, left):
-    fn = {"product": jnp.prod, "logsumexp": jax.scipy.special.logsumexp}.get(name) or getattr(jnp, name)
+    fn = {"product": jnp.prod, "logsumexp": jax.scipy.special.logsumexp}.get(name) or getattr(
+        jnp, name
+    )
     x = _normal(H, W, D)
     found = getattr(reductions, name)(x, selection)
     assert found.axes == left
@@ -239,11 +255,15 @@ def test_arg_reductions(name):
 def test_where_masks_reductions_by_name():
     x, mask = _normal(H, W, D), _normal(D, H, seed=1) > 0
     raw = jnp.broadcast_to(mask.array.T[:, None], (2, 3, 4))
-    np.testing.assert_allclose(hax.sum(x, "D", where=mask).array, jnp.sum(x.array, 2, where=raw), rtol=1e-6)
+    np.testing.assert_allclose(
+        hax.sum(x, "D", where=mask).array, jnp.sum(x.array, 2, where=raw), rtol=1e-6
+    )
     np.testing.assert_allclose(
         hax.max(x, where=mask, initial=-9.0).array, jnp.max(x.array, where=raw, initial=-9.0)
     )
-    np.testing.assert_allclose(hax.mean(x, where=mask).array, jnp.mean(x.array, where=raw), rtol=1e-6)
+    np.testing.assert_allclose(
+        hax.mean(x, where=mask).array, jnp.mean(x.array, where=raw), rtol=1e-6
+    )
     np.testing.assert_allclose(
         hax.logsumexp(x, W, where=mask).array,
         jax.scipy.special.logsumexp(x.array, 1, where=raw),
@@ -265,12 +285,16 @@ def test_dtype_and_ddof_pass_through():
     x = hax.arange((H, W))
     assert hax.sum(x, dtype=jnp.float32).dtype == jnp.float32
     y = _normal(H, W)
-    np.testing.assert_allclose(hax.var(y, "W", ddof=1).array, jnp.var(y.array, 1, ddof=1), rtol=1e-6)
+    np.testing.assert_allclose(
+        hax.var(y, "W", ddof=1).array, jnp.var(y.array, 1, ddof=1), rtol=1e-6
+    )
     with pytest.raises(TypeError, match="unknown arguments"):
         hax.sum(x, ddof=1)
 
 
-@pytest.mark.parametrize("name", ["cumsum", "cumprod", "nancumsum", "nancumprod", "sort", "argsort"])
+@pytest.mark.parametrize(
+    "name", ["cumsum", "cumprod", "nancumsum", "nancumprod", "sort", "argsort"]
+)
 def test_functions_along_an_axis(name):
     x = _normal(H, W, D)
     found = getattr(hax, name)(x, "W")
@@ -289,7 +313,9 @@ def test_argsort_of_everything_is_named():
 def test_softmax_over_one_or_several_axes(name):
     x, fn = _normal(H, W, D), getattr(jax.nn, name)
     np.testing.assert_allclose(getattr(hax.nn, name)(x, "W").array, fn(x.array, 1), rtol=1e-6)
-    np.testing.assert_allclose(getattr(hax.nn, name)(x, (W, H)).array, fn(x.array, (0, 1)), rtol=1e-6)
+    np.testing.assert_allclose(
+        getattr(hax.nn, name)(x, (W, H)).array, fn(x.array, (0, 1)), rtol=1e-6
+    )
     np.testing.assert_allclose(getattr(hax.nn, name)(x).array, fn(x.array, (0, 1, 2)), rtol=1e-5)
 
 
@@ -313,7 +339,9 @@ def test_creation():
     assert jax.jit(lambda s: hax.arange(W, start=s))(4).tolist() == [4, 5, 6]
     assert hax.linspace(W, start=0.0, stop=1.0).tolist() == [0, 0.5, 1]
     assert hax.linspace("W", start=0.0, stop=1.0).axes == (hax.Axis("W", 50),)
-    np.testing.assert_allclose(hax.geomspace(W, start=1.0, stop=100.0).array, [1, 10, 100], rtol=1e-5)
+    np.testing.assert_allclose(
+        hax.geomspace(W, start=1.0, stop=100.0).array, [1, 10, 100], rtol=1e-5
+    )
     np.testing.assert_allclose(hax.logspace(W, start=0.0, stop=2.0).array, [1, 10, 100], rtol=1e-5)
     for name in ("zeros_like", "ones_like"):
         assert getattr(hax, name)(hax.arange(H)).dtype == jnp.int32
@@ -340,7 +368,9 @@ def test_sets_and_counts():
     assert index.tolist()[:3] == [1, 3, 0]
     assert hax.unique_values(x, U, fill_value=-1).tolist() == [1, 2, 3, -1]
     assert hax.bincount(x, hax.Axis("c", 5)).tolist() == [0, 1, 1, 2, 0]
-    assert hax.searchsorted(hax.named([1, 3, 5], "n"), hax.named([[0, 4]], ("a", "b"))).tolist() == [[0, 2]]
+    assert hax.searchsorted(
+        hax.named([1, 3, 5], "n"), hax.named([[0, 4]], ("a", "b"))
+    ).tolist() == [[0, 2]]
     [places] = hax.nonzero(hax.named([0, 5, 0, 2], "n"), size=hax.Axis("k", 2))
     assert places.tolist() == [1, 3]
 

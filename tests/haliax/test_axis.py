@@ -33,7 +33,8 @@ def test_negative_sizes_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("spec", "names"), [(H, "H"), ("H", "H"), ((H, "W"), ("H", "W")), ({"H": 2, "W": None}, ("H", "W"))]
+    ("spec", "names"),
+    [(H, "H"), ("H", "H"), ((H, "W"), ("H", "W")), ({"H": 2, "W": None}, ("H", "W"))],
 )
 def test_axis_name(spec, names):
     assert hax.axis_name(spec) == names

@@ -170,7 +170,12 @@ def test_annotations_match_names_and_order(pattern, matches):
 def test_annotations_carry_axes():
     base, axes = get_args(NamedArray["batch ... embed"])
     assert base is NamedArray
-    assert (axes.before, axes.after, axes.ordered, axes.subset) == (("batch",), ("embed",), True, True)
+    assert (axes.before, axes.after, axes.ordered, axes.subset) == (
+        ("batch",),
+        ("embed",),
+        True,
+        True,
+    )
 
 
 @pytest.mark.parametrize(
