@@ -2,7 +2,7 @@
 
     step-000123.<random>/             a new directory per attempt; the state after 123 updates
       arrays/<leaf path>/zarr.json    one zarr v3 array a leaf, written by TensorStore:
-      arrays/<leaf path>/c/0/1        little-endian bytes ++ crc32c, uncompressed, chunk = shard
+      arrays/<leaf path>/c.0.1        little-endian bytes ++ crc32c, uncompressed, chunk = shard
       losses.json, ...                other files that belong to the state
       manifest.json                   every leaf: path, dtype, shape, axis names, SHA-256 of its
                                       row-major bytes, and every file with its size and SHA-256
@@ -206,6 +206,8 @@ def _spec(directory: Path, leaf: HostLeaf) -> dict[str, Any]:
                 # A chunk must have a size even where the array has none.
                 "configuration": {"chunk_shape": [max(n, 1) for n in leaf.chunk_shape]},
             },
+            # Files side by side: each further directory would cost a sync of its own.
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
             "codecs": [
                 {"name": "bytes", "configuration": {"endian": "little"}},
                 {"name": "crc32c"},
@@ -221,7 +223,7 @@ def _leaf_record(directory: Path, leaf: HostLeaf) -> LeafRecord:
     for start, chunk in sorted(leaf.chunks.items()):
         if chunk.size:
             cells = (a // n for a, n in zip(start, leaf.chunk_shape, strict=True))
-            path = "/".join([ARRAYS, leaf.path, "c", *map(str, cells)])
+            path = f"{ARRAYS}/{leaf.path}/" + ".".join(["c", *map(str, cells)])
             record = FileRecord(path, chunk.nbytes + _CRC_BYTES, _sha256(chunk))
             chunks.append(ChunkRecord(record, start))
     whole = chunks[0].file.sha256 if len(chunks) == 1 else _sha256(leaf.assemble())

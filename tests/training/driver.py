@@ -1,15 +1,14 @@
 """Runs training cases one after another in a process of their own, as the launcher would.
 
-    python driver.py CASES.json    prints one JSON line a case
+    python driver.py CASES.json    prints one JSON line a case; exits with 75 if preempted
 
-A case is `{"workspace": directory, "experiment": fields, "fault": optional}`. The rows are made up
-by arithmetic, so that no corpus is needed: each one counts up from a start and a stride of its own,
-which a tiny model can learn.
+A case is `{"workspace": directory, "experiment": fields}`, perhaps with a `compile_cache`. The rows
+are made up by arithmetic, so that no corpus is needed: each one counts up from a start and a stride
+of its own, which a tiny model can learn.
 """
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,11 +88,15 @@ def run(case: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
+    from modeling.training.preemption import EXIT_CODE, Preempted
+
     for case in json.loads(Path(sys.argv[1]).read_text()):
-        os.environ.pop("LEVANTER_FAULT", None)
-        if "fault" in case:
-            os.environ["LEVANTER_FAULT"] = case["fault"]
-        sys.stdout.write(json.dumps(run(case)) + "\n")
+        try:
+            result = run(case)
+        except Preempted as stop:
+            sys.stderr.write(f"{stop}\n")
+            sys.exit(EXIT_CODE)
+        sys.stdout.write(json.dumps(result) + "\n")
         sys.stdout.flush()
 
 

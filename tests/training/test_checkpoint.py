@@ -133,7 +133,7 @@ def test_ids_do_not_depend_on_mesh_or_chunks_but_on_content(tmp_path):
         manifest = save(tmp_path / name, placed(state, mesh, mapping))
         ids[name] = (manifest.content_id, manifest.parameters)
     assert len(set(ids.values())) == 1
-    assert len(list((tmp_path / "both/arrays/model.up/c").rglob("*"))) == 2 + 4
+    assert len(list((tmp_path / "both/arrays/model.up").glob("c.*"))) == 4
 
     other_cursor = save(tmp_path / "cursor", state, cursor={"rows": 25})
     assert other_cursor.content_id != ids["one"][0]
@@ -178,7 +178,7 @@ def test_the_manifest_on_disk_says_it_all(tmp_path):
 
 def test_an_array_of_zeros_has_a_file(tmp_path):
     save(tmp_path / "c", make_state())
-    assert (tmp_path / "c/arrays/model.zeros/c/0/0").stat().st_size == 8 * 4 * 4 + 4
+    assert (tmp_path / "c/arrays/model.zeros/c.0.0").stat().st_size == 8 * 4 * 4 + 4
 
 
 def flip(path, _):
@@ -229,7 +229,7 @@ def test_damage_to_any_file_is_found_and_named(tmp_path, intact, damage):
 
 @pytest.mark.parametrize(
     "name",
-    ["arrays/model.stacked/c/0/0/0", "arrays/model.up/c/1/0", "arrays/model.up/zarr.json"],
+    ["arrays/model.stacked/c.0.0.0", "arrays/model.up/c.1.0", "arrays/model.up/zarr.json"],
 )
 def test_files_that_changed_places_are_found(tmp_path, intact, name):
     directory = tmp_path / "c"
@@ -244,8 +244,8 @@ def test_files_that_changed_places_are_found(tmp_path, intact, name):
 def test_a_lost_chunk_does_not_read_as_zeros(tmp_path, intact):
     directory = tmp_path / "c"
     shutil.copytree(intact, directory)
-    (directory / "arrays/model.up/c/1/0").unlink()
-    with pytest.raises(CheckpointError, match=r"model\.up/c/1/0 is missing"):
+    (directory / "arrays/model.up/c.1.0").unlink()
+    with pytest.raises(CheckpointError, match=r"model\.up/c.1.0 is missing"):
         restore_parameters(directory, make_state().model)
 
 
@@ -327,11 +327,11 @@ def test_a_damaged_one_is_told_passed_over_and_never_counted_as_kept(tmp_path, c
     with open_checkpoints(tmp_path, keep=2) as checkpoints:
         save_all(checkpoints, [1, 2, 3])
     damaged = next(tmp_path.glob("step-000003.*"))
-    flip(damaged / "arrays/model.up/c/0/0", damaged)
+    flip(damaged / "arrays/model.up/c.0.0", damaged)
     with open_checkpoints(tmp_path, keep=2) as checkpoints, caplog.at_level(logging.WARNING):
         assert checkpoints.manifest(checkpoints.newest()).step == 2
         assert "DAMAGED CHECKPOINT" in caplog.text
-        assert "arrays/model.up/c/0/0" in caplog.text
+        assert "arrays/model.up/c.0.0" in caplog.text
         # 3 is damaged, so that 2 must stay beside 4 although it is the third newest.
         save_all(checkpoints, [4])
         assert steps_on_disk(tmp_path) == [2, 3, 4]
