@@ -15,6 +15,8 @@ from modeling.experiment import ExperimentConfig
 from resources.launcher import LauncherResource
 from resources.store import StoreResource
 
+FIGURES = ("loss", "perplexity", "bits_per_byte")
+
 
 def evaluation_assets(
     name: str, experiment: ExperimentConfig
@@ -86,9 +88,10 @@ def _faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[s
     from modeling.evaluation import report
 
     figures = json.loads((files / "report.json").read_text(encoding="utf-8"))
-    for name in ("loss", "perplexity", "bits_per_byte"):
-        if not (math.isfinite(figures[name]) and figures[name] > 0):
-            yield f"{name} is {figures[name]}; expected a finite number above 0."
+    bad = [name for name in FIGURES if not 0 < figures[name] < math.inf]
+    if bad:
+        yield from (f"{name} is {figures[name]}; expected a finite number above 0." for name in bad)
+        return
     if not math.isclose(figures["perplexity"], math.exp(figures["loss"]), rel_tol=1e-9):
         yield f"perplexity {figures['perplexity']} is not exp({figures['loss']})."
     if (found := report.content_id(files)) != artifact.content_id:

@@ -13,7 +13,7 @@ it out of the queue; 3 it was still going when the time was up (it goes on).
 import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
@@ -86,9 +86,19 @@ def _print_events(instance: dg.DagsterInstance, run_id: str, cursor: str | None)
                 stamp = time.strftime("%H:%M:%S", time.localtime(entry.timestamp))
                 step = f"{entry.step_key}: " if entry.step_key else ""
                 _say(f"{stamp} {step}{entry.user_message}")
+                for message in _error_messages(event):
+                    _say(message.rstrip())
         cursor = connection.cursor
         if not connection.has_more:
             return cursor
+
+
+def _error_messages(event: dg.DagsterEvent | None) -> Iterator[str]:
+    """Yields what a failed step raised, and what caused that, without the stacks."""
+    error = getattr(event.event_specific_data, "error", None) if event else None
+    while error is not None:
+        yield error.message
+        error = error.cause
 
 
 def _say(line: str) -> None:
