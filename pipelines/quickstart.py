@@ -21,6 +21,7 @@ from modeling.experiment import (
     MODEL_PRESETS,
     Catalog,
     ConfigError,
+    load_dataset,
     load_experiment,
     read_yaml,
     with_overrides,
@@ -53,10 +54,11 @@ def write_experiment(
         raw["model"] = model
     if config_path and dataset:
         raw["dataset"] = dataset
-    raw = with_overrides(raw, overrides)
+    raw = with_overrides(raw, [text for text in overrides if not text.startswith("dataset.")])
     if "dataset" not in raw:
         raise ConfigError("no dataset: add `--dataset NAME_OR_PATH`, or `dataset:` to the file.")
-    raw["dataset"] = _dataset(home, catalog, str(raw["dataset"]), raw)
+    changes = [text.removeprefix("dataset.") for text in overrides if text.startswith("dataset.")]
+    raw["dataset"] = _dataset(home, catalog, str(raw["dataset"]), raw, changes)
     name = _experiment_name(config_path, model, raw["dataset"])
     if name in catalog.experiments and not (home / "catalog/experiments" / f"{name}.yaml").exists():
         raise ConfigError(
@@ -93,9 +95,17 @@ def _from_file(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _dataset(home: Path, catalog: Catalog, dataset: str, raw: Mapping[str, Any]) -> str:
+def _dataset(
+    home: Path, catalog: Catalog, dataset: str, raw: Mapping[str, Any], changes: Sequence[str]
+) -> str:
     """Returns the dataset's name, having written a file for it if it is a path."""
     if dataset in catalog.datasets:
+        if changes:
+            raise ConfigError(
+                f"--dataset.{changes[0]}: {dataset!r} is a dataset of the catalog, which others "
+                f"use too. Change its file, or use `levanter run EXPERIMENT --set "
+                f"dataset.{changes[0]}`."
+            )
         return dataset
     paths = _absolute(dataset)
     if paths is None:
@@ -106,21 +116,26 @@ def _dataset(home: Path, catalog: Catalog, dataset: str, raw: Mapping[str, Any])
     name = (
         _slug(Path(dataset.rstrip("/")).stem) + "_" + hashlib.sha256(paths.encode()).hexdigest()[:6]
     )
-    is_jsonl = ".jsonl" in Path(paths).name
-    _write(
-        home / "catalog" / "datasets" / f"{name}.yaml",
-        {
-            "description": f"Documents of {dataset}.",
-            "source": {
-                "type": "files",
-                "paths": [paths],
-                "format": "jsonl" if is_jsonl else "text",
-            },
-            "tokenizer": {"type": "bpe", "vocab_size": _DEFAULT_VOCAB_SIZE},
-            "sequence_lengths": [raw.get("sequence_length", _DEFAULT_LENGTH)],
-        },
-    )
+    # Lengths that earlier experiments on these texts use stay built.
+    known = catalog.datasets[name].sequence_lengths if name in catalog.datasets else ()
+    lengths = sorted({*known, raw.get("sequence_length", _DEFAULT_LENGTH)})
+    path = home / "catalog" / "datasets" / f"{name}.yaml"
+    written = {
+        "description": f"Documents of {dataset}.",
+        "source": {"type": "files", "paths": [paths], "format": _format(paths)},
+        "tokenizer": {"type": "bpe", "vocab_size": _DEFAULT_VOCAB_SIZE},
+        "sequence_lengths": lengths,
+    }
+    _write(path, with_overrides(written, changes))
+    load_dataset(path)
     return name
+
+
+def _format(paths: str) -> str:
+    """Returns how documents stand in the files: one text has paragraphs, a folder texts."""
+    if ".jsonl" in Path(paths).name:
+        return "jsonl"
+    return "paragraphs" if Path(paths).is_file() else "text"
 
 
 def _absolute(dataset: str) -> str | None:

@@ -44,7 +44,10 @@ class Row:
 def run(experiment: str, overrides: Sequence[str]) -> int:
     """Makes what is missing or stale of `experiment`; returns the exit code."""
     if overrides:
-        os.environ["LEVANTER_OVERRIDES"] = json.dumps({experiment: list(overrides)})
+        # In the environment, where run workers and the stages' own processes find them too.
+        known = json.loads(os.environ.get("LEVANTER_OVERRIDES") or "{}")
+        known[experiment] = [*known.get(experiment, ()), *overrides]
+        os.environ["LEVANTER_OVERRIDES"] = json.dumps(known)
     catalog = catalog_from_environment()
     _require(experiment, catalog)
     defs = dg.Definitions.merge(

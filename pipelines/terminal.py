@@ -46,6 +46,7 @@ class Terminal:
         self._status = self._console.status("") if self._console.is_terminal else None
         self._started: dict[str, float] = {}
         self._last_told = 0.0
+        self._names: set[str] = set()
         self.seconds: dict[str, float] = {}
         """Time of each asset that this run has finished, by name."""
 
@@ -56,6 +57,7 @@ class Terminal:
         stale: Mapping[dg.AssetKey, Staleness],
     ) -> None:
         """Says what will be made, and why."""
+        self._names = {key.to_user_string() for key in wanted}
         if not stale:
             self._print(
                 f"[bold]{experiment}[/]: all {len(wanted)} assets are fresh; nothing to do."
@@ -76,12 +78,15 @@ class Terminal:
             self._status.start()
 
     def stage_started(self, asset: str) -> None:
-        """Begins a stage."""
-        self._started[asset] = time.monotonic()
-        self._tell(asset, "started")
+        """Begins a stage; the steps of checks go by other names and show their verdict only."""
+        if asset in self._names:
+            self._started[asset] = time.monotonic()
+            self._tell(asset, "started")
 
     def progress(self, asset: str, message: str) -> None:
         """Shows how a stage is getting on; now and then where lines cannot be overwritten."""
+        if asset not in self._names:
+            return
         now = time.monotonic()
         if self._status is not None or now - self._last_told >= _QUIET_INTERVAL_S:
             self._last_told = now

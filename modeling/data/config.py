@@ -22,14 +22,15 @@ class PyStdlibSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FilesSource:
-    """Text (a document a file) or JSON lines (a document a line), by paths, globs or URLs."""
+    """Files of documents, by paths, globs or URLs."""
 
     type: Literal["files"]
     paths: Annotated[tuple[str, ...], Field(min_length=1)] = dataclasses.field(
         metadata=NOT_IDENTITY
     )
     """Files, directories, globs or fsspec URLs; the listing they give is what counts."""
-    format: Literal["text", "jsonl"] = "text"
+    format: Literal["text", "paragraphs", "jsonl"] = "text"
+    """A document is a file, a paragraph of a text (blank lines part them), or a JSON line."""
     text_field: str = "text"
     """The field of a JSON line that holds the document."""
 

@@ -6,11 +6,12 @@ below a directory, below the fixed part of a glob. It identifies the file; where
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,11 +120,24 @@ def read_documents(
             yield file.logical_path, _decode_python(stream.read(), file.location)
         case FilesSource(format="text"):
             yield file.logical_path, _decode_utf8(stream.read(), file.location)
+        case FilesSource(format="paragraphs"):
+            for number, paragraph in _paragraphs(stream):
+                where = f"{file.location}:{number}"
+                yield f"{file.logical_path}#{number}", _decode_utf8(paragraph, where)
         case FilesSource(format="jsonl", text_field=text_field):
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     where = f"{file.location}:{number}"
                     yield f"{file.logical_path}#{number}", _json_text(line, text_field, where)
+
+
+def _paragraphs(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Yields each run of lines that are not blank, with the number of its first line."""
+    numbered = enumerate(lines, start=1)
+    for is_blank, run in itertools.groupby(numbered, key=lambda item: not item[1].strip()):
+        if not is_blank:
+            (first, line), *rest = run
+            yield first, line + b"".join(line for _, line in rest)
 
 
 def _stdlib_files(root: Path) -> Iterator[FoundFile]:

@@ -146,6 +146,20 @@ def test_each_json_line_is_a_document_split_on_its_own(tmp_path, make_workspace)
     assert corpus.num_documents(workspace.output, "train") == len(train)
 
 
+def test_paragraphs_of_one_text_are_documents_of_both_splits(tmp_path, make_workspace):
+    paragraphs = [f"Act {n}.\nEnter a ghost." for n in range(50)]
+    path = tmp_path / "play.txt"
+    path.write_text("\n" + "\n \n\n".join(paragraphs) + "\n\n", encoding="utf-8")
+    source = FilesSource(type="files", paths=(str(path),), format="paragraphs")
+    workspace = make_workspace("play")
+    built = build(source, workspace, HALF)
+    found = list(corpus.documents(workspace.output))
+    assert [d.text.rstrip("\n") for d in found] == paragraphs
+    assert [d.doc_id for d in found[:3]] == ["play.txt#2", "play.txt#6", "play.txt#10"]
+    assert sum(built.facts["documents"].values()) == 50
+    assert min(built.facts["documents"].values()) > 10
+
+
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [

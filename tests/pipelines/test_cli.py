@@ -1,0 +1,252 @@
+"""The `levanter` command as a person types it: what it prints and makes, and its exit codes."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from modeling.experiment import ConfigError
+from pipelines.cli import dotted_overrides, main
+
+MODEL_STAGES = ["tiny/checkpoint", "tiny/eval_report", "tiny/hf_model"]
+DATA_STAGES = [
+    "tales/raw_corpus",
+    "tales/tokenizer",
+    "tales/tokenized_corpus",
+    "tales/token_cache/L32",
+]
+
+
+def states(printed: str) -> dict[str, str]:
+    """Returns each asset's state from the table that `run` and `status` print."""
+    lines = printed[printed.index("content id") :].splitlines()
+    words = [line.split() for line in lines]
+    return {w[0]: w[1] for w in words if len(w) > 1 and w[0] in MODEL_STAGES + DATA_STAGES}
+
+
+class TestCommandLine:
+    def test_help_teaches_without_loading_the_orchestrator(self):
+        code = (
+            "import sys; from pipelines.cli import main\n"
+            "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0\n"
+            "assert not {'dagster', 'jax', 'pydantic', 'pyarrow'} & set(sys.modules)"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        for example in (
+            "levanter run nano",
+            "levanter train --model",
+            "levanter lineage nano/hf_model",
+        ):
+            assert example in done.stdout
+
+    @pytest.mark.parametrize("command", ["run", "train", "status", "lineage", "ui"])
+    def test_each_command_has_its_own_help(self, command, capsys):
+        with pytest.raises(SystemExit) as end:
+            main([command, "--help"])
+        assert end.value.code == 0
+        assert len(capsys.readouterr().out.splitlines()) > 4
+
+    def test_dotted_options_become_overrides(self):
+        words = ["--trainer.seed", "3", "--optimizer.learning_rate=1e-3", "--sequence_length", "64"]
+        assert dotted_overrides(words) == [
+            "trainer.seed=3",
+            "optimizer.learning_rate=1e-3",
+            "sequence_length=64",
+        ]
+
+    @pytest.mark.parametrize("words", [["trainer.seed", "3"], ["--trainer.seed"], ["-x", "1"]])
+    def test_words_that_are_no_options_are_refused(self, words):
+        with pytest.raises(ValueError, match="option"):
+            dotted_overrides(words)
+
+    @pytest.mark.parametrize(
+        ("words", "says"),
+        [
+            (["run", "nowhere"], "no experiment is named 'nowhere'; there are ['tiny']"),
+            (["run", "tiny", "--set", "trainer.stps=3"], "trainer.stps: no such field"),
+            (["lineage", "tiny/nothing"], "no such asset has been materialized"),
+            (["lineage", "ffffffff"], "names no artifact"),
+            (["train", "--model", "gpt9", "--dataset", "tales"], "--model gpt9: not one of"),
+            (["train", "--model", "gpt2-nano"], "give a model and a dataset"),
+            (
+                ["train", "--model", "gpt2-nano", "--dataset", "nowhere/"],
+                "neither one of ['tales']",
+            ),
+            (["train", "--config_path", "nowhere.yaml"], "nowhere.yaml: no such file"),
+            (
+                [
+                    "train",
+                    "--model=gpt2-nano",
+                    "--dataset=tales",
+                    "--dataset.validation.fraction=0.1",
+                ],
+                "'tales' is a dataset of the catalog",
+            ),
+        ],
+    )
+    def test_what_a_user_got_wrong_is_told_in_a_line(self, chain, words, says, capsys):
+        with chain.instance():
+            assert main(words) == 2
+        told = capsys.readouterr().err
+        assert says in told
+        assert "Traceback" not in told
+
+
+class TestRun:
+    def test_a_fresh_experiment_runs_nothing(self, chain, first_run, capfd):
+        with chain.instance() as instance:
+            before = instance.get_runs_count()
+            assert main(["run", "tiny"]) == 0
+            assert instance.get_runs_count() == before
+        printed = capfd.readouterr().out
+        assert "all 7 assets are fresh; nothing to do" in printed
+        assert states(printed) == dict.fromkeys(DATA_STAGES + MODEL_STAGES, "fresh")
+        shown = chain.metadata_of(first_run)
+        for asset in DATA_STAGES + MODEL_STAGES:
+            assert shown[asset]["content_id"][:12] in printed
+        model = chain.store.local("hf_model", shown["tiny/hf_model"]["content_id"])
+        assert f"Hugging Face model  {model}" in printed.replace("\n", "")
+        assert "Sample (after 'the ')" in printed
+
+    def test_everything_is_made_where_nothing_was(self, empty_chain, capfd):
+        with empty_chain.instance():
+            assert main(["run", "tiny"]) == 0
+        printed = capfd.readouterr().out
+        assert "7 of 7 assets to make" in printed
+        assert states(printed) == dict.fromkeys(DATA_STAGES + MODEL_STAGES, "built")
+        assert "loss" in printed
+        assert "logits within" in printed
+
+    def test_one_changed_field_makes_only_what_depends_on_it(self, other_instance, capfd):
+        with other_instance.instance():
+            assert main(["run", "tiny"]) == 0
+            assert states(capfd.readouterr().out) == dict.fromkeys(
+                DATA_STAGES + MODEL_STAGES, "reused"
+            )
+            assert main(["run", "tiny", "--set", "evaluation.sample_tokens=4"]) == 0
+        assert states(capfd.readouterr().out) == dict.fromkeys(
+            DATA_STAGES + MODEL_STAGES, "fresh"
+        ) | {"tiny/eval_report": "built"}
+
+    def test_a_new_file_in_the_source_is_noticed(self, other_instance, capfd):
+        with other_instance.instance():
+            assert main(["run", "tiny"]) == 0
+            added = other_instance.texts / "added.txt"
+            added.write_text("Once upon a time there was one more tale.\n" * 5)
+            try:
+                capfd.readouterr()
+                assert main(["status", "tiny"]) == 0
+            finally:
+                added.unlink()
+        printed = capfd.readouterr().out
+        assert "tales/raw_corpus: the source's files have changed" in printed
+        assert states(printed) == {"tales/raw_corpus": "stale"} | dict.fromkeys(
+            DATA_STAGES[1:] + MODEL_STAGES, "upstream"
+        )
+
+    def test_a_failed_stage_is_named_and_the_code_is_1(self, empty_chain, capfd):
+        with empty_chain.instance():
+            changes = [
+                "--set",
+                "dataset.sequence_lengths=[32, 100000]",
+                "--set",
+                "sequence_length=100000",
+            ]
+            assert main(["run", "tiny", *changes]) == 1
+        printed = capfd.readouterr().out
+        assert "failed" in printed
+        assert "tales/token_cache/L100000" in printed
+        assert "Everything that was printed is in" in printed
+
+
+class TestStatusAndLineage:
+    def test_a_changed_vocabulary_is_shown_through_all_layers(self, chain, first_run, capfd):
+        overrides = json.dumps(chain.overrides("dataset.tokenizer.vocab_size=300"))
+        with chain.instance(LEVANTER_OVERRIDES=overrides):
+            assert main(["status", "tiny"]) == 0
+        printed = capfd.readouterr().out
+        assert states(printed) == {
+            "tales/raw_corpus": "fresh",
+            "tales/tokenizer": "stale",
+        } | dict.fromkeys([*DATA_STAGES[2:], *MODEL_STAGES], "upstream")
+        assert "tales/tokenizer: has a new code version" in printed
+
+    def test_lineage_leads_from_the_model_to_the_corpus(self, chain, first_run, capfd):
+        with chain.instance():
+            assert main(["lineage", "tiny/hf_model"]) == 0
+            tree = capfd.readouterr().out.splitlines()
+            content_id = chain.metadata_of(first_run)["tiny/hf_model"]["content_id"]
+            assert main(["lineage", content_id[:10], "--json"]) == 0
+        shown = chain.metadata_of(first_run)
+        expected = [
+            ("", "hf_model", "tiny/hf_model"),
+            ("├─ ", "checkpoint", "tiny/checkpoint"),
+            ("│  └─ ", "token_cache", "tales/token_cache/L32"),
+            ("│     └─ ", "tokenized_corpus", "tales/tokenized_corpus"),
+            ("│        ├─ ", "corpus: raw_corpus", "tales/raw_corpus"),
+            ("│        └─ ", "tokenizer", "tales/tokenizer"),
+            ("│           └─ ", "corpus: raw_corpus", "tales/raw_corpus"),
+            ("└─ ", "tokenizer", "tales/tokenizer"),
+        ]
+        assert len(tree) == len(expected)
+        for line, (branch, title, asset) in zip(tree, expected, strict=True):
+            assert line.startswith(f"{branch}{title} {shown[asset]['content_id'][:12]}")
+        assert [number for number, line in enumerate(tree) if line.endswith("(as above)")] == [6, 7]
+        node = json.loads(capfd.readouterr().out)
+        assert node["content_id"] == content_id
+        assert node["inputs"]["checkpoint"]["content_id"] == shown["tiny/checkpoint"]["content_id"]
+
+
+class TestTrain:
+    @pytest.fixture
+    def small(self):
+        return [
+            "--trainer.num_train_steps", "2", "--trainer.train_batch_size", "2",
+            "--model.num_layers", "1", "--model.hidden_dim", "16", "--sequence_length", "32",
+            "--evaluation.max_rows", "2", "--evaluation.sample_tokens", "2",
+            "--dataset.tokenizer.vocab_size", "300",
+        ]  # fmt: skip
+
+    def test_text_in_a_folder_becomes_a_model(self, empty_chain, small, capfd, tmp_path):
+        variables = {"LEVANTER_CATALOG": "", "LEVANTER_OVERRIDES": ""}
+        command = ["train", "--model", "gpt2-nano", "--dataset", str(empty_chain.texts), *small]
+        with empty_chain.instance(**variables):
+            assert main(command) == 0
+        printed = capfd.readouterr().out
+        assert "Hugging Face model" in printed
+        [experiment] = (empty_chain.home / "catalog" / "experiments").glob("*.yaml")
+        written = yaml.safe_load(experiment.read_text())
+        assert written["model"] == {"preset": "gpt2-nano", "num_layers": 1, "hidden_dim": 16}
+        assert written["trainer"]["num_train_steps"] == 2
+
+        [dataset] = (empty_chain.home / "catalog" / "datasets").glob("*.yaml")
+        assert yaml.safe_load(dataset.read_text())["tokenizer"]["vocab_size"] == 300
+
+        # The same from a file, which now finds everything made.
+        copy = tmp_path / experiment.name
+        copy.write_text(experiment.read_text())
+        with empty_chain.instance(**variables):
+            assert main(["train", "--config_path", str(copy)]) == 0
+        assert "nothing to do" in capfd.readouterr().out
+
+
+def test_an_experiment_of_the_catalog_is_not_overwritten(chain, tmp_path):
+    from modeling.experiment import load_catalog
+    from pipelines.build import CATALOG
+    from pipelines.quickstart import write_experiment
+
+    path = tmp_path / "nano.yaml"
+    path.write_text((CATALOG / "experiments" / "nano.yaml").read_text())
+    with pytest.raises(ConfigError, match="ships with the catalog"):
+        write_experiment(
+            tmp_path,
+            load_catalog(CATALOG),
+            model=None,
+            dataset=None,
+            config_path=path,
+            overrides=[],
+        )
