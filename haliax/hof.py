@@ -305,10 +305,12 @@ def _typed(x: Any) -> str:
     return f"a plain {type(x).__name__}"
 
 
-def _copy_signature(wrapper: Any, fn: Any) -> None:
+def _copy_signature(wrapper: Any, fn: Any, leading: Sequence[str] = ()) -> None:
     """Lets messages use the parameter names of the wrapped function, if it has a signature."""
+    first = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in leading]
     with contextlib.suppress(TypeError, ValueError):
-        wrapper.__signature__ = inspect.signature(fn)
+        signature = inspect.signature(fn)
+        wrapper.__signature__ = signature.replace(parameters=[*first, *signature.parameters.values()])
 
 
 def fold(
@@ -349,6 +351,7 @@ def map(
     def step(carry: None, *args: Any, **kwargs: Any) -> Any:
         return None, fn(*args, **kwargs)
 
+    _copy_signature(step, fn, leading=["carry"])
     options: dict[str, Any] = {"remat": remat, "reverse": reverse, "unroll": unroll}
     run = scan(step, axis, is_scanned=is_mapped, **options)
 
