@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 
 from modeling.artifacts import Workspace
-from modeling.data.cache import Index, SplitIndex, TokenCache
-from modeling.data.shards import FlatTokens
+from modeling.data.cache import TokenCache
 from modeling.experiment import ExperimentConfig, validate
 
 VOCAB, LENGTH, ROWS = 61, 16, 200
@@ -53,15 +52,25 @@ def experiment(**changes: Any) -> ExperimentConfig:
     return validate(ExperimentConfig, merged(TINY, changes), "tiny")
 
 
+class CountingCache(TokenCache):
+    """A cache whose row r is start + stride * i modulo the vocabulary, with no files behind it."""
+
+    def __init__(self, length: int, rows: int) -> None:
+        self.content_id = "c0" * 32
+        self.sequence_length = length
+        self.vocab_size = VOCAB
+        r, i = np.arange(rows)[:, None], np.arange(length)[None, :]
+        self.tokens = ((7 * r + (r % 3 + 1) * i) % VOCAB).astype(np.int32)
+
+    def num_rows(self, split: str) -> int:
+        return len(self.tokens)
+
+    def rows(self, split: str, indices: np.ndarray) -> np.ndarray:
+        return self.tokens[indices]
+
+
 def counting_cache(length: int = LENGTH, rows: int = ROWS) -> TokenCache:
-    """Returns a cache whose row r is start + stride * i modulo the vocabulary."""
-    r, i = np.arange(rows)[:, None], np.arange(length)[None, :]
-    tokens = ((7 * r + (r % 3 + 1) * i) % VOCAB).astype(np.uint16).reshape(-1)
-    index = Index(
-        content_id="c0" * 32, sequence_length=length, dtype="uint16", vocab_size=VOCAB, eos_id=0,
-        tokenized_corpus="", tokenizer="", splits={"train": SplitIndex(rows, "")},
-    )  # fmt: skip
-    return TokenCache(index, {"train": FlatTokens([tokens])})
+    return CountingCache(length, rows)
 
 
 def workspace(directory: Path) -> Workspace:
