@@ -1,17 +1,23 @@
 """The token cache: rows of `sequence_length` tokens cut from the tokenized corpus end to end.
 
-    index.json   a view: row counts and what the rows are made of; the tokens stay in the shards of
-                 the tokenized corpus and are gathered from them on reading
+    index.json              layout, row counts, roots, and what the rows are made of
+    <split>-00000.arrow     in the layout `copy` only: Arrow IPC stream of one record batch
+                            (input_ids: fixed_size_list<uint16>[L]), as `datasets` opens it
 
-Row i of a split is its tokens i * L to (i + 1) * L, the last incomplete row dropped. The content id
-covers L, dtype, vocabulary, and for each split the number of rows and the Merkle root of their
-bytes. That root is a prefix root of the token stream, computed from stored leaves and one block, so
-that another sequence length costs milliseconds and reads no corpus.
+In the layout `view` the tokens stay in the shards of the tokenized corpus and rows are gathered
+from there; a `copy` stands alone. Row i of a split is its tokens i * L to (i + 1) * L, the last
+incomplete row dropped. The content id covers L, dtype, vocabulary, and for each split the number of
+rows and the Merkle root of their bytes, so both layouts have the same. That root is a prefix root
+of the token stream, computed from stored leaves and one block: another sequence length costs
+milliseconds and reads no corpus.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from jaxtyping import Int32, Integer
@@ -19,12 +25,14 @@ from jaxtyping import Int32, Integer
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, write_durably
 from modeling.data.corpus import TRAIN
-from modeling.data.shards import FlatTokens
+from modeling.data.shards import FlatTokens, map_rows, write_rows
 from modeling.data.tokenized import Manifest, SplitManifest, flat_tokens
 from modeling.merkle import BLOCK_BYTES, prefix_root
 
+Layout = Literal["view", "copy"]
 INDEX_FILE = "index.json"
-FORMAT = "token_cache.view/1"
+FORMATS: dict[Layout, str] = {"view": "token_cache.view/1", "copy": "token_cache.copy/1"}
+SHARD_TOKENS = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -34,6 +42,8 @@ class SplitIndex:
     rows: int
     root: str
     """Merkle root of the rows' bytes."""
+    shards: tuple[str, ...] = ()
+    """Files that hold the rows, in order; none in a view."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +51,7 @@ class Index:
     """`index.json`."""
 
     content_id: str
+    layout: Layout
     sequence_length: int
     dtype: str
     vocab_size: int
@@ -53,10 +64,20 @@ class Index:
     def read(cls, directory: Path) -> "Index":
         """Reads the index of a built token cache."""
         raw = json.loads((directory / INDEX_FILE).read_text(encoding="utf-8"))
-        if raw.pop("format") != FORMAT:
-            raise ValueError(f"{directory / INDEX_FILE}: not of format {FORMAT}.")
-        splits = {name: SplitIndex(**split) for name, split in raw.pop("splits").items()}
-        return cls(splits=splits, **raw)
+        layouts: dict[str, Layout] = {name: layout for layout, name in FORMATS.items()}
+        if (name := raw.pop("format")) not in layouts:
+            raise ValueError(f"{directory / INDEX_FILE}: format {name!r} is none of {[*layouts]}.")
+        splits = {
+            name: SplitIndex(split["rows"], split["root"], tuple(split.get("shards", ())))
+            for name, split in raw.pop("splits").items()
+        }
+        return cls(layout=layouts[name], splits=splits, **raw)
+
+    def write(self, directory: Path) -> None:
+        """Writes the index of a token cache."""
+        raw = {"format": FORMATS[self.layout]} | asdict(self)
+        del raw["layout"]
+        write_durably(directory / INDEX_FILE, raw)
 
 
 def build(
@@ -66,38 +87,38 @@ def build(
     *,
     tokenized_id: str,
     tokenizer_id: str,
+    layout: Layout = "view",
+    shard_tokens: int = SHARD_TOKENS,
 ) -> Built:
-    """Indexes the rows that a tokenized corpus gives at this length.
+    """Indexes the rows that a tokenized corpus gives at this length, and copies them if asked to.
+
+    Args:
+        sequence_length: tokens in a row.
+        tokenized_dir: the built tokenized corpus.
+        workspace: where the files go.
+        tokenized_id: content id of the tokenized corpus.
+        tokenizer_id: content id of the tokenizer that it was made with.
+        layout: `view` to leave the tokens where they are, `copy` for files that stand alone.
+        shard_tokens: most tokens in one file of a copy.
 
     Raises:
         ValueError: a split that has documents has too few tokens for one row.
     """
     manifest = Manifest.read(tokenized_dir)
-    splits, facts = {}, {}
+    dtype = np.dtype(manifest.dtype)
+    splits = {}
     for name, split in manifest.splits.items():
-        rows = split.tokens // sequence_length
-        if rows == 0 and (split.documents or name == TRAIN):
-            raise ValueError(
-                f"split `{name}` has {split.tokens} tokens, fewer than one row of "
-                f"{sequence_length}. Add documents, or lower the dataset's `sequence_lengths`."
-            )
-        tokens = flat_tokens(tokenized_dir, split, np.dtype(manifest.dtype))
-        splits[name] = SplitIndex(rows, _rows_root(rows * sequence_length, split, tokens))
-        facts[name] = {
-            "rows": rows,
-            "tokens": rows * sequence_length,
-            "dropped_tokens": split.tokens - rows * sequence_length,
-            "documents": split.documents,
-        }
-    identity = {
-        "sequence_length": sequence_length,
-        "dtype": manifest.dtype,
-        "vocab_size": manifest.vocab_size,
-        "eos_id": manifest.eos_id,
-        "splits": {name: asdict(split) for name, split in splits.items()},
-    }
+        tokens = flat_tokens(tokenized_dir, split, dtype)
+        rows = _count_rows(name, split, sequence_length)
+        root = _rows_root(rows * sequence_length, split, tokens)
+        shards: tuple[str, ...] = ()
+        if layout == "copy":
+            starts = _shard_starts(rows * sequence_length, sequence_length, shard_tokens)
+            shards = _copy(tokens, starts, sequence_length, workspace.output, name)
+        splits[name] = SplitIndex(rows, root, shards)
     index = Index(
-        canonical.digest("token_cache/1", identity),
+        _content_id(sequence_length, manifest, splits),
+        layout,
         sequence_length,
         manifest.dtype,
         manifest.vocab_size,
@@ -106,9 +127,17 @@ def build(
         tokenizer_id,
         splits,
     )
-    write_durably(workspace.output / INDEX_FILE, {"format": FORMAT} | asdict(index))
-    leaves = {name: split.root for name, split in splits.items()}
-    return Built(index.content_id, facts=facts, leaves=leaves)
+    index.write(workspace.output)
+    facts = {
+        name: {
+            "rows": splits[name].rows,
+            "tokens": splits[name].rows * sequence_length,
+            "dropped_tokens": split.tokens - splits[name].rows * sequence_length,
+            "documents": split.documents,
+        }
+        for name, split in manifest.splits.items()
+    }
+    return Built(index.content_id, facts=facts, leaves={n: s.root for n, s in splits.items()})
 
 
 class TokenCache:
@@ -126,28 +155,28 @@ class TokenCache:
         self._tokens = tokens
 
     @classmethod
-    def open(cls, cache_dir: Path, tokenized_dir: Path) -> "TokenCache":
-        """Opens a built cache over the tokenized corpus that it is a view of.
+    def open(cls, cache_dir: Path, tokenized_dir: Path | None = None) -> "TokenCache":
+        """Opens a built cache; a view needs the tokenized corpus that it is a view of.
 
         Raises:
-            ValueError: the tokenized corpus holds other tokens than the cache was made of.
+            ValueError: the tokenized corpus is missing or holds other tokens than the cache's.
         """
-        index, manifest = Index.read(cache_dir), Manifest.read(tokenized_dir)
-        tokens = {}
-        for name, split in index.splits.items():
-            stream = flat_tokens(tokenized_dir, manifest.splits[name], np.dtype(manifest.dtype))
-            num_tokens = split.rows * index.sequence_length
-            if (
-                manifest.dtype != index.dtype
-                or len(stream) < num_tokens
-                or _rows_root(num_tokens, manifest.splits[name], stream) != split.root
-            ):
-                raise ValueError(
-                    f"{cache_dir}: its {name} rows are not the tokens of {tokenized_dir}. Open it "
-                    f"with tokenized corpus {index.tokenized_corpus[:12]}."
-                )
-            tokens[name] = stream
-        return cls(index, tokens)
+        index = Index.read(cache_dir)
+        if index.layout == "copy":
+            return cls(index, {name: _copied(cache_dir, index, name) for name in index.splits})
+        if tokenized_dir is None:
+            raise ValueError(
+                f"{cache_dir}: a view; open it with tokenized corpus "
+                f"{index.tokenized_corpus[:12]}, or build the cache in the layout `copy`."
+            )
+        manifest = Manifest.read(tokenized_dir)
+        return cls(
+            index,
+            {
+                name: _viewed(cache_dir, index, name, tokenized_dir, manifest)
+                for name in index.splits
+            },
+        )
 
     def num_rows(self, split: str) -> int:
         """Returns how many rows a split has; none if nothing was held out for it."""
@@ -169,6 +198,76 @@ class TokenCache:
             )
         starts = indices.astype(np.int64) * self.sequence_length
         return self._tokens[split].gather(starts, self.sequence_length)
+
+
+def _count_rows(name: str, split: SplitManifest, sequence_length: int) -> int:
+    rows = split.tokens // sequence_length
+    if rows == 0 and (split.documents or name == TRAIN):
+        raise ValueError(
+            f"split `{name}` has {split.tokens} tokens, fewer than one row of {sequence_length}. "
+            f"Add documents, or lower the dataset's `sequence_lengths`."
+        )
+    return rows
+
+
+def _content_id(sequence_length: int, manifest: Manifest, splits: Mapping[str, SplitIndex]) -> str:
+    identity = {
+        "sequence_length": sequence_length,
+        "dtype": manifest.dtype,
+        "vocab_size": manifest.vocab_size,
+        "eos_id": manifest.eos_id,
+        "splits": {name: {"rows": s.rows, "root": s.root} for name, s in splits.items()},
+    }
+    return canonical.digest("token_cache/1", identity)
+
+
+def _copy(
+    tokens: FlatTokens, starts: list[int], sequence_length: int, directory: Path, name: str
+) -> tuple[str, ...]:
+    """Writes the tokens between each two starts as a file of rows; returns the files' names."""
+    files = []
+    for start, stop in pairwise(starts):
+        files.append(f"{name}-{len(files):05d}.arrow")
+        write_rows(directory / files[-1], tokens.span(start, stop), sequence_length)
+    return tuple(files)
+
+
+def _shard_starts(num_tokens: int, sequence_length: int, shard_tokens: int) -> list[int]:
+    """Returns where a copy's files begin, each at a whole row, and where the last one ends."""
+    step = max(shard_tokens // sequence_length, 1) * sequence_length
+    return [*range(0, num_tokens, step), num_tokens]
+
+
+def _copied(cache_dir: Path, index: Index, name: str) -> FlatTokens:
+    """Maps a copy's own files of one split."""
+    split, dtype = index.splits[name], np.dtype(index.dtype)
+    parts = [map_rows(cache_dir / file, dtype, index.sequence_length) for file in split.shards]
+    tokens = FlatTokens(parts)
+    if len(tokens) != split.rows * index.sequence_length:
+        raise ValueError(
+            f"{cache_dir}: its {name} files hold {len(tokens)} tokens, its index says {split.rows} "
+            f"rows of {index.sequence_length}. Build the token cache again."
+        )
+    return tokens
+
+
+def _viewed(
+    cache_dir: Path, index: Index, name: str, tokenized_dir: Path, manifest: Manifest
+) -> FlatTokens:
+    """Maps the tokens that one split is a view of, making sure that it is."""
+    split, stored = index.splits[name], manifest.splits[name]
+    tokens = flat_tokens(tokenized_dir, stored, np.dtype(manifest.dtype))
+    num_tokens = split.rows * index.sequence_length
+    if (
+        manifest.dtype != index.dtype
+        or len(tokens) < num_tokens
+        or _rows_root(num_tokens, stored, tokens) != split.root
+    ):
+        raise ValueError(
+            f"{cache_dir}: its {name} rows are not the tokens of {tokenized_dir}. Open it with "
+            f"tokenized corpus {index.tokenized_corpus[:12]}."
+        )
+    return tokens
 
 
 def _rows_root(num_tokens: int, split: SplitManifest, tokens: FlatTokens) -> str:

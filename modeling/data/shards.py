@@ -1,10 +1,12 @@
-"""Token shards: files of consecutive documents as ids, read in place as one flat stream of tokens.
+"""Token shards: Arrow files of ids, read in place as one flat stream of tokens.
 
-    <split>-00000.arrow   Arrow IPC file of one uncompressed record batch, one row a document:
-                          (tokens: list<uint16>), uint32 for vocabularies of 65,536 ids and more
+    documents   Arrow IPC file of one uncompressed record batch, one row a document:
+                (tokens: list<uint16>), uint32 for vocabularies of 65,536 ids and more
+    rows        Arrow IPC stream of one uncompressed record batch, one row of L ids each:
+                (input_ids: fixed_size_list<uint16>[L]), which `datasets` opens as it is
 
-One uncompressed batch has its tokens contiguous and little endian in the file, so a mapped shard is
-a NumPy array that costs no memory and no copy.
+One uncompressed batch has its ids contiguous and little endian in the file, so a mapped shard is a
+NumPy array that costs no memory and no copy.
 """
 
 import os
@@ -25,42 +27,57 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def write_shard(path: Path, tokens: Ids, lengths: Integer[np.ndarray, " documents"]) -> None:
     """Writes documents, given end to end with their lengths, and waits until they are on disk."""
-    schema = _schema(tokens.dtype)
+    schema = _documents_schema(tokens.dtype)
     offsets = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=offsets[1:])
-    # Buffers, not `pa.array` or `to_numpy`: those import pandas, which takes seconds.
-    ids_type = schema.field("tokens").type
-    ids_buffers = [None, pa.py_buffer(np.ascontiguousarray(tokens))]
-    ids = pa.Array.from_buffers(ids_type.value_type, len(tokens), ids_buffers)
-    rows_buffers = [None, pa.py_buffer(offsets)]
-    rows = pa.Array.from_buffers(ids_type, len(lengths), rows_buffers, children=[ids])
+    buffers = [None, pa.py_buffer(offsets)]
+    column = pa.Array.from_buffers(
+        schema.field(0).type, len(lengths), buffers, children=[_wrapped(tokens)]
+    )
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.record_batch([rows], schema=schema))
-    with path.open("rb") as written:
-        os.fsync(written.fileno())
+        writer.write_batch(pa.record_batch([column], schema=schema))
+    _sync(path)
 
 
 def map_shard(path: Path, dtype: np.dtype) -> tuple[Ids, Int32[np.ndarray, " ends"]]:
-    """Returns (tokens, offsets) of a shard, in the file's own memory, read only.
+    """Returns (tokens, offsets) of a shard of documents, in the file's own memory, read only.
 
     Document i is `tokens[offsets[i] : offsets[i + 1]]`.
 
     Raises:
         ValueError: the file holds other columns, several batches, or offsets beyond its tokens.
     """
-    schema = _schema(dtype)
+    schema = _documents_schema(dtype)
     with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as reader:
-        if reader.schema != schema or reader.num_record_batches != 1:
-            raise ValueError(
-                f"{path}: expected one batch of {schema}, found {reader.num_record_batches} of "
-                f"{reader.schema}. Build the tokenized corpus again."
-            )
-        rows = reader.get_batch(0)
-        rows.validate()
-        column = rows.column(0)
+        batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
+        column = _only_column(path, reader.schema, schema, batches)
     _, offsets, _, tokens = column.buffers()
     bounds = np.frombuffer(offsets, np.int32, len(column) + 1)
     return np.frombuffer(tokens, dtype, int(bounds[-1])), bounds
+
+
+def write_rows(path: Path, tokens: Ids, row_length: int) -> None:
+    """Writes tokens as rows of `row_length`, of which they must be a multiple."""
+    schema = _rows_schema(tokens.dtype, row_length)
+    num_rows = len(tokens) // row_length
+    column = pa.Array.from_buffers(
+        schema.field(0).type, num_rows, [None], children=[_wrapped(tokens)]
+    )
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        writer.write_batch(pa.record_batch([column], schema=schema))
+    _sync(path)
+
+
+def map_rows(path: Path, dtype: np.dtype, row_length: int) -> Ids:
+    """Returns the tokens of a shard of rows, in the file's own memory, read only.
+
+    Raises:
+        ValueError: the file holds other columns or several batches.
+    """
+    schema = _rows_schema(dtype, row_length)
+    with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as reader:
+        column = _only_column(path, reader.schema, schema, list(reader))
+    return np.frombuffer(column.buffers()[-1], dtype, len(column) * row_length)
 
 
 class FlatTokens:
@@ -112,5 +129,32 @@ class FlatTokens:
         return self._windows[key]
 
 
-def _schema(dtype: np.dtype) -> pa.Schema:
+def _documents_schema(dtype: np.dtype) -> pa.Schema:
     return pa.schema([("tokens", pa.list_(pa.from_numpy_dtype(dtype)))])
+
+
+def _rows_schema(dtype: np.dtype, row_length: int) -> pa.Schema:
+    return pa.schema([("input_ids", pa.list_(pa.from_numpy_dtype(dtype), row_length))])
+
+
+def _wrapped(tokens: Ids) -> pa.Array:
+    """Wraps ids by their buffer: `pa.array` and `to_numpy` import pandas, which takes seconds."""
+    buffers = [None, pa.py_buffer(np.ascontiguousarray(tokens))]
+    return pa.Array.from_buffers(pa.from_numpy_dtype(tokens.dtype), len(tokens), buffers)
+
+
+def _only_column(
+    path: Path, found: pa.Schema, expected: pa.Schema, batches: list[pa.RecordBatch]
+) -> pa.Array:
+    if found != expected or len(batches) != 1:
+        raise ValueError(
+            f"{path}: expected one batch of {expected}, found {len(batches)} of {found}. "
+            f"Build the artifact again."
+        )
+    batches[0].validate()
+    return batches[0].column(0)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as written:
+        os.fsync(written.fileno())

@@ -119,3 +119,47 @@ def test_a_row_out_of_range_is_an_error(indices, chain):
     opened = TokenCache.open(chain.cache_dir, chain.tokenized_dir)
     with pytest.raises(IndexError, match="of split `train`, which has rows 0 to"):
         opened.rows("train", np.array(indices))
+
+
+@pytest.mark.parametrize("length", [8, 130])
+def test_a_copy_has_the_rows_and_the_content_id_of_the_view(length, chain, make_workspace):
+    view, copy = make_workspace("view"), make_workspace("copy")
+    viewed = cache.build(length, chain.tokenized_dir, view, **IDS)
+    copied = cache.build(length, chain.tokenized_dir, copy, **IDS, layout="copy", shard_tokens=2000)
+    assert copied.content_id == viewed.content_id
+    assert len(list(copy.output.glob("train-*.arrow"))) > 2
+    alone = TokenCache.open(copy.output)
+    for split in corpus.SPLITS:
+        expected = expected_rows(chain, split, length)
+        indices = np.random.default_rng(1).permutation(len(expected))
+        assert np.array_equal(alone.rows(split, indices), expected[indices])
+
+
+def test_datasets_opens_a_copy_as_it_is(chain, make_workspace):
+    datasets = pytest.importorskip("datasets")
+    workspace = make_workspace("copy")
+    cache.build(16, chain.tokenized_dir, workspace, **IDS, layout="copy")
+    opened = datasets.Dataset.from_file(str(workspace.output / "train-00000.arrow"))
+    assert opened.column_names == ["input_ids"]
+    assert opened[:]["input_ids"] == expected_rows(chain, "train", 16).tolist()
+
+
+def test_a_view_cannot_be_opened_alone(chain):
+    with pytest.raises(ValueError, match="a view; open it with tokenized corpus"):
+        TokenCache.open(chain.cache_dir)
+
+
+def test_a_copy_that_lost_a_file_is_refused(chain, make_workspace):
+    workspace = make_workspace("copy")
+    cache.build(16, chain.tokenized_dir, workspace, **IDS, layout="copy", shard_tokens=2000)
+    index = workspace.output / "index.json"
+    index.write_text(index.read_text().replace('"train-00001.arrow",', ""))
+    with pytest.raises(ValueError, match="train files hold"):
+        TokenCache.open(workspace.output)
+
+
+def test_an_index_of_another_format_is_refused(chain, tmp_path):
+    text = (chain.cache_dir / "index.json").read_text()
+    (tmp_path / "index.json").write_text(text.replace("token_cache.view/1", "token_cache.view/9"))
+    with pytest.raises(ValueError, match=r"index\.json: format 'token_cache\.view/9' is none of"):
+        TokenCache.open(tmp_path, chain.tokenized_dir)
