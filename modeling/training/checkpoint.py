@@ -126,7 +126,8 @@ def _is_array(leaf: Any) -> bool:
     return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
 
 
-def _sha256(array: np.ndarray) -> str:
+def sha256(array: np.ndarray) -> str:
+    """Returns the digest, in hex, of an array's row-major bytes."""
     # bfloat16 has no buffer format, so the bytes are viewed as such.
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
@@ -224,9 +225,9 @@ def _leaf_record(directory: Path, leaf: HostLeaf) -> LeafRecord:
         if chunk.size:
             cells = (a // n for a, n in zip(start, leaf.chunk_shape, strict=True))
             path = f"{ARRAYS}/{leaf.path}/" + ".".join(["c", *map(str, cells)])
-            record = FileRecord(path, chunk.nbytes + _CRC_BYTES, _sha256(chunk))
+            record = FileRecord(path, chunk.nbytes + _CRC_BYTES, sha256(chunk))
             chunks.append(ChunkRecord(record, start))
-    whole = chunks[0].file.sha256 if len(chunks) == 1 else _sha256(leaf.assemble())
+    whole = chunks[0].file.sha256 if len(chunks) == 1 else sha256(leaf.assemble())
     return LeafRecord(
         leaf.path, leaf.dtype.name, leaf.shape, leaf.axes, whole, leaf.chunk_shape,
         _file_record(directory, f"{ARRAYS}/{leaf.path}/zarr.json"), tuple(chunks),
@@ -309,10 +310,10 @@ def _verify_leaf(directory: Path, leaf: LeafRecord) -> None:
             f"shape is {leaf.shape}."
         )
     whole = _read(directory, leaf)
-    if _sha256(whole) == leaf.sha256:
+    if sha256(whole) == leaf.sha256:
         return
     for chunk in leaf.chunks:
-        if _sha256(whole[_cells(chunk.start, leaf.chunk_shape)]) != chunk.file.sha256:
+        if sha256(whole[_cells(chunk.start, leaf.chunk_shape)]) != chunk.file.sha256:
             raise CheckpointError(
                 f"{directory / chunk.file.path} holds other values than were written: the file was "
                 f"changed or exchanged."

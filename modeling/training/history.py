@@ -25,7 +25,7 @@ def read_losses(directory: Path) -> list[float]:
     return [float(loss) for loss in content["losses"]]
 
 
-def curve(losses: Sequence[float], points: int = 200) -> list[list[float]]:
+def curve(losses: Sequence[float], points: int = 200) -> list[list[int | float]]:
     """Returns at most `points` pairs of step and loss, evenly spaced, both ends included."""
     last = len(losses) - 1
     if last < points:

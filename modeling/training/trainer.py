@@ -82,7 +82,7 @@ def train(
     keep = experiment.trainer.keep_checkpoints
     with (
         PreemptionNotice() as notice,
-        open_checkpoints(_checkpoint_directory(workspace, experiment), keep=keep) as checkpoints,
+        open_checkpoints(checkpoint_directory(workspace, experiment), keep=keep) as checkpoints,
     ):
         run = _Run(plan, TrainLoader(cache, experiment.trainer.data_order, plan.Batch.size),
                    checkpoints, observer or Silent(), notice)  # fmt: skip
@@ -276,7 +276,7 @@ class _Run:
         """Waits for an update's figures, refuses those that are no numbers, and tells the rest."""
         update = len(self.losses) + 1
         found: Metrics = jax.device_get(metrics)
-        _require_finite(update, found, step.parameter_names)
+        require_finite(update, found, step.parameter_names)
         self.losses.append(float(found.loss))
         every, last = self._plan.experiment.trainer.log_every_steps, self._plan.num_steps
         if update in (self.resumed_from + 1, last) or update % every == 0:
@@ -360,7 +360,8 @@ def num_parameters(blueprint: Blueprint) -> int:
     )
 
 
-def _require_finite(update: int, metrics: Metrics, names: tuple[str, ...]) -> None:
+def require_finite(update: int, metrics: Metrics, names: tuple[str, ...]) -> None:
+    """Raises `NonFiniteError` unless the loss and all gradients of an update are finite."""
     bad = [
         name
         for name, square in zip(names, metrics.gradient_squares, strict=True)
@@ -407,7 +408,8 @@ def _publish(plan: Plan, last: Path, output: Path, run: _Run) -> Built:
     return Built(manifest.content_id, roots, facts, manifest.digests)
 
 
-def _checkpoint_directory(workspace: Workspace, experiment: ExperimentConfig) -> Path:
+def checkpoint_directory(workspace: Workspace, experiment: ExperimentConfig) -> Path:
+    """Returns where the checkpoints of this experiment in this numerics class are."""
     device = jax.devices()[0]
     kind = None if device.platform == "cpu" else device.device_kind
     numerics = numerics_class(experiment.trainer, platform=device.platform, device_kind=kind)

@@ -1,0 +1,229 @@
+"""What a run writes, tells and refuses; what it does bit for bit is in `test_bitwise`."""
+
+import dataclasses
+import json
+import logging
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from modeling.models.lm import build_model
+from modeling.training import checkpoint, history, trainer
+from modeling.training.manifest import CheckpointError
+from modeling.training.retention import open_checkpoints
+from modeling.training.trainer import NonFiniteError, train
+
+sys.path.insert(0, str(Path(__file__).parent))
+import driver
+
+
+class Recorder:
+    """An observer that remembers, and checks which thread it is told in."""
+
+    def __init__(self):
+        self.events = []
+
+    def _hear(self, name, *what):
+        assert threading.current_thread() is threading.main_thread()
+        self.events.append((name, *what))
+
+    def resumed(self, step, directory):
+        self._hear("resumed", step)
+
+    def started(self, start):
+        self._hear("started", start)
+
+    def step(self, report):
+        self._hear("step", report)
+
+    def saved(self, step, directory):
+        assert (Path(directory) / "COMMIT").exists()
+        self._hear("saved", step)
+
+    def finished(self, facts):
+        self._hear("finished", facts)
+
+    def named(self, name):
+        return [event[1] for event in self.events if event[0] == name]
+
+
+@pytest.fixture(scope="module")
+def compile_cache(tmp_path_factory):
+    yield tmp_path_factory.mktemp("compiled")
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compile_cache):
+    """A run to its end: workspace, result, what was told."""
+    space, observer = driver.workspace(tmp_path_factory.mktemp("run")), Recorder()
+    built = train(
+        driver.experiment(), driver.counting_cache(), space,
+        observer=observer, compile_cache=compile_cache,
+    )  # fmt: skip
+    return space, built, observer
+
+
+def test_the_output_is_a_checkpoint_with_its_experiment_model_and_losses(finished):
+    space, built, _ = finished
+    manifest = checkpoint.verify(space.output)
+    assert (manifest.step, manifest.cursor) == (6, {"rows": 48})
+    assert built.content_id == manifest.content_id
+    assert built.roots == {"parameters": manifest.parameters}
+    assert built.leaves == manifest.digests
+    assert len([path for path in built.leaves if path.startswith("opt_state.1.mu.")]) == 16
+
+    described = json.loads((space.output / "model.json").read_text())
+    assert described == {
+        "model": dataclasses.asdict(driver.experiment().model),
+        "vocab_size": driver.VOCAB,
+        "sequence_length": driver.LENGTH,
+    }
+    written = json.loads((space.output / "experiment.json").read_text())
+    assert written["trainer"]["save_every_steps"] == 2
+
+    losses = history.read_losses(space.output)
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    assert built.facts["loss_curve"] == [[n, loss] for n, loss in enumerate(losses, 1)]
+    assert (built.facts["loss_first"], built.facts["loss_last"]) == (losses[0], losses[-1])
+    assert built.facts["tokens"] == 6 * 8 * driver.LENGTH
+    json.dumps(built.facts, allow_nan=False)
+
+
+def test_the_weights_come_back_as_a_model_without_optimizer_or_mesh(finished):
+    space, built, _ = finished
+    experiment = driver.experiment()
+
+    def make(key):
+        from haliax import Axis
+
+        axes = Axis("vocab", driver.VOCAB), Axis("position", driver.LENGTH)
+        return build_model(experiment.model, *axes, key=key)
+
+    template = jax.eval_shape(make, jax.random.PRNGKey(0))
+    model = checkpoint.restore_parameters(space.output, template)
+    leaves = list(checkpoint.named_leaves(model))
+    assert sum(array.size for _, array, _ in leaves) == built.facts["num_parameters"]
+    for path, array, _ in leaves:
+        assert built.leaves[f"model.{path}"] == checkpoint.sha256(np.asarray(array))
+
+
+def test_the_observer_hears_it_in_order_and_in_its_own_thread(finished):
+    _, built, observer = finished
+    assert observer.events[0][0] == "started"
+    start = observer.events[0][1]
+    assert (start.num_steps, start.first_step, start.num_devices) == (6, 1, 1)
+    assert start.num_parameters == built.facts["num_parameters"]
+    decayed = {path.split(".", 3)[-1] for path in start.decayed_parameters}
+    assert decayed == {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",
+                       "mlp.c_proj.weight"}  # fmt: skip
+    reports = observer.named("step")
+    assert [report.step for report in reports] == [1, 2, 4, 6]
+    assert reports[-1].eta_s == 0
+    assert all(report.tokens_per_second > 0 for report in reports)
+    assert reports[-1].tokens == built.facts["tokens"]
+    assert "step 6 of 6: loss" in str(reports[-1])
+    assert observer.named("saved") == [2, 4, 6]
+    assert observer.events[-1] == ("finished", built.facts)
+
+
+def test_the_learning_rate_told_is_that_of_the_update(finished):
+    """Two steps of warmup to 1e-2: the first update is made at half, the last at a tenth."""
+    rates = {report.step: report.learning_rate for report in finished[2].named("step")}
+    assert rates[1] == pytest.approx(5e-3)
+    assert rates[2] == pytest.approx(1e-2)
+    assert rates[6] == pytest.approx(1e-3)
+
+
+def test_a_finished_run_trains_no_more(finished):
+    space, built, _ = finished
+    observer = Recorder()
+    again = dataclasses.replace(space, output=space.output.with_name("again"))
+    again.output.mkdir()
+    repeated = train(driver.experiment(), driver.counting_cache(), again, observer=observer)
+    assert (repeated.content_id, repeated.roots) == (built.content_id, built.roots)
+    assert [event[0] for event in observer.events] == ["resumed", "finished"]
+    assert repeated.facts["resumed_from"] == 6
+    checkpoint.verify(again.output)
+
+
+def test_the_checkpoints_of_another_experiment_are_not_taken_for_ones_own(finished):
+    space, _, _ = finished
+    longer = driver.experiment(trainer={"num_train_steps": 8})
+    with pytest.raises(CheckpointError, match="belongs to another experiment"):
+        train(longer, driver.counting_cache(), space)
+    how_told = driver.experiment(trainer={"log_every_steps": 1}, description="same science")
+    assert train(how_told, driver.counting_cache(), space).facts["resumed_from"] == 6
+
+
+def test_another_numerics_class_begins_anew_and_says_so(finished, caplog, tmp_path, compile_cache):
+    space = finished[0]
+    threads = driver.experiment(trainer={"cpu_threads": 3})
+    fresh = dataclasses.replace(space, output=tmp_path)
+    with caplog.at_level(logging.WARNING):
+        built = train(threads, driver.counting_cache(), fresh, compile_cache=compile_cache)
+    assert built.facts["resumed_from"] == 0
+    assert "other numerics classes" in caplog.text
+
+
+def test_a_second_trainer_on_the_same_progress_is_refused(tmp_path):
+    space, experiment = driver.workspace(tmp_path), driver.experiment()
+    directory = trainer.checkpoint_directory(space, experiment)
+    with (
+        open_checkpoints(directory, keep=2),
+        pytest.raises(CheckpointError, match="in use by another trainer"),
+    ):
+        train(experiment, driver.counting_cache(), space)
+
+
+def test_rows_of_another_length_are_refused(tmp_path):
+    cache = driver.counting_cache(length=32)
+    with pytest.raises(ValueError, match=r"sequence_length: .* asks for 16.*rows of 32"):
+        train(driver.experiment(), cache, driver.workspace(tmp_path))
+
+
+def test_a_loss_that_is_no_number_stops_the_run_at_its_step_and_saves_nothing_of_it(
+    tmp_path, compile_cache
+):
+    space = driver.workspace(tmp_path)
+    wild = driver.experiment(
+        optimizer={"learning_rate": 1e38, "max_grad_norm": 1e30, "schedule": {"warmup": 0}},
+        trainer={"save_every_steps": 1},
+    )
+    with pytest.raises(NonFiniteError, match=r"step [123]: .*`?\w+") as error:
+        train(wild, driver.counting_cache(), space, compile_cache=compile_cache)
+    failed_at = int(str(error.value).split(":")[0].split()[1])
+    saved = [int(p.name[5:11]) for p in space.progress.rglob("step-*") if (p / "COMMIT").exists()]
+    assert all(step < failed_at for step in saved)
+
+
+def test_the_first_gradient_that_is_not_finite_is_named():
+    metrics = trainer.Metrics(
+        jnp.asarray(2.0), jnp.asarray(1.0), jnp.asarray(0.1), jnp.asarray([1.0, jnp.nan, jnp.inf])
+    )
+    with pytest.raises(NonFiniteError, match=r"step 7: the loss is 2.0.*`up.weight`.*first of 2"):
+        trainer.require_finite(7, metrics, ("embed", "up.weight", "up.bias"))
+    overflow = dataclasses.replace(metrics, loss=jnp.asarray(jnp.inf), gradient_squares=jnp.ones(3))
+    with pytest.raises(NonFiniteError, match=r"step 7: the loss is inf"):
+        trainer.require_finite(7, overflow, ("embed", "up.weight", "up.bias"))
+
+
+def test_the_curve_has_both_ends_and_at_most_two_hundred_points():
+    losses = [float(n) for n in range(1, 1001)]
+    points = history.curve(losses)
+    assert len(points) == 200
+    assert (points[0], points[-1]) == ([1, 1.0], [1000, 1000.0])
+    assert all(step == loss for step, loss in points)
+    assert history.curve(losses[:3]) == [[1, 1.0], [2, 2.0], [3, 3.0]]
+
+
+def test_losses_are_written_without_losing_a_bit(tmp_path):
+    losses = [float(np.float32(x)) for x in (0.1, 1 / 3, 4.129408836364746, 1e-30)]
+    (tmp_path / "losses.json").write_text(json.dumps(history.to_json(losses)))
+    assert history.read_losses(tmp_path) == losses
