@@ -82,7 +82,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
         sequence_length=24,
         trainer=TrainerConfig(num_train_steps=1, train_batch_size=2, mp="p=f32,c=f32"),
         model=Gpt2Config(hidden_dim=32, num_layers=2, num_heads=4, attn_pdrop=0.1),
-        evaluation=EvaluationConfig(batch_size=4, prompts=("def ", "", "naï"), sample_tokens=12),
+        evaluation=EvaluationConfig(batch_size=7, prompts=("def ", "", "naï"), sample_tokens=12),
     )
     Vocab, Pos = hax.Axis("vocab", 280), hax.Axis("position", 24)
     abstract = jax.eval_shape(

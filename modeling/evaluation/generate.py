@@ -57,27 +57,26 @@ def greedy(
     for row, prompt in zip(rows, prompts, strict=True):
         row[: len(prompt)] = prompt
     Sample = Axis("sample", len(prompts))
-    starts = np.array([len(prompt) for prompt in prompts], np.int32)
-    ends = np.minimum(starts + num_tokens, model.Pos.size)
+    starts = [len(prompt) for prompt in prompts]
+    ends = [min(start + num_tokens, model.Pos.size) for start in starts]
     buffer, reached = _continue(
         model,
         hax.named(jnp.asarray(rows), (Sample, model.Pos)),
-        hax.named(jnp.asarray(starts), Sample),
-        hax.named(jnp.asarray(ends), Sample),
+        hax.named(jnp.asarray(starts, jnp.int32), Sample),
+        hax.named(jnp.asarray(ends, jnp.int32), Sample),
         end_id,
     )
-    filled = np.asarray(buffer.rearrange((Sample, model.Pos)).array)
-    return [
-        _continuation(filled[i, starts[i] : reached_i], starts[i] + num_tokens, reached_i, end_id)
-        for i, reached_i in enumerate(np.asarray(reached.array))
-    ]
+    filled = buffer.rearrange((Sample, model.Pos)).tolist()
+    made = (
+        row[start:end] for row, start, end in zip(filled, starts, reached.tolist(), strict=True)
+    )
+    return [_continuation(tokens, num_tokens, end_id) for tokens in made]
 
 
-def _continuation(made: np.ndarray, limit: int, reached: int, end_id: int) -> Continuation:
-    tokens = tuple(int(token) for token in made)
+def _continuation(tokens: list[int], num_tokens: int, end_id: int) -> Continuation:
     if tokens and tokens[-1] == end_id:
-        return Continuation(tokens[:-1], "end")
-    return Continuation(tokens, "limit" if reached == limit else "context")
+        return Continuation(tuple(tokens[:-1]), "end")
+    return Continuation(tuple(tokens), "limit" if len(tokens) == num_tokens else "context")
 
 
 @eqx.filter_jit

@@ -17,7 +17,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -85,6 +85,21 @@ class Results:
         }
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """What is evaluated on: a token cache, or anything that gives rows of tokens like one."""
+
+    sequence_length: int
+
+    def num_rows(self, split: str) -> int:
+        """Returns how many rows a split has."""
+        ...
+
+    def rows(self, split: str, indices: np.ndarray) -> np.ndarray:
+        """Returns the rows at `indices` as integers `[rows, positions]`."""
+        ...
+
+
 def build(
     experiment: ExperimentConfig,
     checkpoint_dir: Path,
@@ -106,7 +121,7 @@ def build(
 def evaluate(
     config: EvaluationConfig,
     model: LanguageModel,
-    cache: TokenCache,
+    cache: Rows,
     tokenizer: Tokenizer,
     *,
     report: Report = ignore,
@@ -154,7 +169,7 @@ def evaluate(
     )
 
 
-def batches(cache: TokenCache, num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
+def batches(cache: Rows, num_rows: int, batch_size: int) -> Iterator[np.ndarray]:
     """Yields the first validation rows, `batch_size` at a time and at last what is left."""
     for start in range(0, num_rows, batch_size):
         yield cache.rows(SPLIT, np.arange(start, min(start + batch_size, num_rows)))
