@@ -57,7 +57,7 @@ def test_logits_agree_in_float32(exported, trained, rows):
     ours = export.float32_logits(load_model(trained.checkpoint_dir, experiment), rows)
     with torch.no_grad():
         theirs = opened(directory)(torch.from_numpy(rows.astype(np.int64))).logits.numpy()
-    assert ours.std() > 1.0
+    assert ours.std() > 0.5
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
 
 
