@@ -44,6 +44,8 @@ _SECRET_VALUE = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"|\b[0-9a-f]{40}\b"  # Weights & Biases
 )
+_NAMED_VALUE = re.compile(r"""(([\w-]+)["']?\s*[=:]\s*["']?)([^&\s"',}]+)""")
+_AUTHORIZATION = re.compile(r"(?i)\b(bearer|basic)\s+\S+")
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
 _PACKAGES = (
     "jax",
@@ -126,11 +128,9 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 
 def scrub(text: str) -> str:
     """Returns `text` without tokens of well-known forms and without credentials in URLs."""
-    text = _USER_INFO.sub("", text)
-    text = re.sub(
-        r"([?&;,\s\"'{]|^)([\w-]*)(\"?\s*[=:]\s*\"?)([^&\s\"',}]+)",
-        lambda m: f"{m[1]}{m[2]}{m[3]}{REMOVED}" if m[2] and _SECRET_NAME.search(m[2]) else m[0],
-        text,
+    text = _AUTHORIZATION.sub(REMOVED, _USER_INFO.sub("", text))
+    text = _NAMED_VALUE.sub(
+        lambda found: f"{found[1]}{REMOVED}" if _SECRET_NAME.search(found[2]) else found[0], text
     )
     return _SECRET_VALUE.sub(REMOVED, text)
 

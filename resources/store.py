@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import fsspec
 from pydantic import Field
 
 from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe
@@ -135,12 +136,13 @@ class StoreResource(dg.ConfigurableResource):
 
 def _artifact(store: ArtifactStore, record: Mapping[str, Any]) -> Artifact:
     kind, content_id = record["kind"], record["content_id"]
+    filesystem, root = fsspec.url_to_fs(store.url)
     return Artifact(
         kind,
         content_id,
         record["recipe_id"],
         record["numerics"]["id"],
-        f"{store.url}/objects/{kind}/{content_id}",
+        filesystem.unstrip_protocol(f"{root.rstrip('/')}/objects/{kind}/{content_id}"),
         record["roots"],
         record["facts"],
     )

@@ -119,7 +119,10 @@ def chain(tmp_path_factory):
 def first_run(chain):
     """The first run of everything."""
     result = chain.run()
-    assert result.success
+    failures = [
+        event.event_specific_data.error.to_string() for event in result.get_step_failure_events()
+    ]
+    assert result.success, "\n".join(failures)
     return result
 
 

@@ -1,0 +1,117 @@
+"""Provenance says where an artifact was made, and nothing that must stay secret."""
+
+import json
+import subprocess
+
+import pytest
+
+from modeling.artifacts import ArtifactStore, Built, Recipe
+from resources import provenance
+from resources.provenance import REMOVED, collect, git_state, scrub, without_secrets
+
+CANARY = "c4n4ryc4n4ry"
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A git repository with one commit and a remote that carries credentials."""
+
+    def git(*arguments):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+
+    git("init", "--initial-branch=main")
+    git("config", "user.email", "a@example.com")
+    git("config", "user.name", "a")
+    git("remote", "add", "origin", f"https://user:{CANARY}@example.com/team/lm.git?x={CANARY}")
+    (tmp_path / "a.txt").write_text("one\n")
+    git("add", "a.txt")
+    git("commit", "-m", "first")
+    return tmp_path
+
+
+def test_a_clean_checkout(checkout):
+    state = git_state(checkout)
+    assert len(state["commit"]) == 40
+    assert state["branch"] == "main"
+    assert state["remote"] == "https://example.com/team/lm.git"
+    assert state["dirty"] is False
+    assert state["diff_sha256"] is None
+
+
+def test_the_digest_of_the_difference_follows_the_edits(checkout):
+    def digest(text):
+        (checkout / "a.txt").write_text(text)
+        state = git_state(checkout)
+        assert state["dirty"] is True
+        return state["diff_sha256"]
+
+    assert digest("two\n") == digest("two\n") != digest("three\n")
+    (checkout / "a.txt").write_text("one\n")
+    (checkout / "untracked.txt").touch()
+    assert git_state(checkout)["dirty"] is True
+
+
+def test_a_folder_without_git_says_so(tmp_path):
+    assert git_state(tmp_path)["commit"] is None
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["run", f"--api-key={CANARY}"],
+        ["run", "--api_key", CANARY],
+        ["run", "--wandb-token", CANARY, "--seed", "3"],
+        ["run", f"password={CANARY}"],
+        ["run", f"hf_{CANARY}ABCDEF"],
+        ["run", f"https://user:{CANARY}@example.com/x"],
+        ["run", f"https://example.com/x?access_token={CANARY}&y=1"],
+        ["run", f"gs://bucket/x?X-Goog-Signature={CANARY}"],
+        ["run", "--set", f'{{"secret": "{CANARY}"}}'],
+        ["run", f"Authorization: Bearer {CANARY}"],
+        ["run", f"ghp_{CANARY}{CANARY}"],
+        ["run", "0123456789abcdef0123456789abcdef01234567"],
+    ],
+)
+def test_arguments_lose_their_secrets(argv):
+    cleaned = json.dumps(without_secrets(argv))
+    assert CANARY not in cleaned
+    assert "0123456789abcdef0123456789abcdef01234567" not in cleaned
+    assert cleaned.startswith('["run", ')
+    assert REMOVED in cleaned or "https://example.com/x" in cleaned
+
+
+def test_harmless_arguments_stay():
+    argv = ["levanter", "run", "nano", "--set", "trainer.seed=3", "--verbose", "a/b.yaml"]
+    assert without_secrets(argv) == argv
+    digest = "ab" * 32
+    assert scrub(digest) == digest
+
+
+def test_no_environment_variable_is_copied(monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    monkeypatch.setenv("HARMLESS_NAME", CANARY)
+    assert CANARY not in json.dumps(collect(["levanter"]))
+
+
+def test_an_artifacts_record_holds_provenance_and_its_ids_do_not_depend_on_it(
+    tmp_path, monkeypatch
+):
+    store = ArtifactStore(str(tmp_path / "store"))
+    recipe = Recipe("toy", 1, {"seed": 3})
+
+    def build(workspace):
+        (workspace.output / "a.txt").write_text("a")
+        return Built("ab" * 32)
+
+    monkeypatch.setenv("WANDB_API_KEY", CANARY)
+    monkeypatch.setattr("sys.argv", ["levanter", f"--token={CANARY}"])
+    artifact, is_new, _ = provenance.materialize(store, recipe, build)
+    assert is_new
+    record = store.record(artifact.recipe_id)
+    assert record["provenance"]["process"]["argv"] == ["levanter", f"--token={REMOVED}"]
+    assert record["provenance"]["times"]["started"] <= record["provenance"]["times"]["ended"]
+    assert artifact.recipe_id == recipe.id
+    everything = "".join(p.read_text() for p in (tmp_path / "store").rglob("*") if p.is_file())
+    assert CANARY not in everything
+    again, is_new, _ = provenance.materialize(store, recipe, build)
+    assert (again, is_new) == (artifact, False)

@@ -1,0 +1,62 @@
+"""Where the store is, and how an artifact becomes a materialization."""
+
+import pytest
+
+from modeling.artifacts import Artifact, Built, Recipe
+from resources.store import StoreLocationError, StoreResource, scratch_directory, store_url
+
+
+def build(content):
+    """Returns a builder of one file, whose content id is made of the file."""
+
+    def write(workspace):
+        (workspace.output / "a.txt").write_text(content)
+        facts = {"train": {"rows": 7}, "loss": 0.5, "name": content, "list": [1], "nothing": None}
+        return Built((content * 64)[:64], facts=facts)
+
+    return write
+
+
+@pytest.fixture
+def store(tmp_path):
+    return StoreResource(url=str(tmp_path / "store"))
+
+
+def test_the_location_is_the_resources_then_the_variables_then_the_homes():
+    both = {"LEVANTER_STORE": "/b", "DAGSTER_HOME": "/c"}
+    assert store_url("/a", both) == "/a"
+    assert store_url(None, both) == "/b"
+    assert store_url(None, {"DAGSTER_HOME": "/c"}) == "/c/store"
+    assert str(scratch_directory({"DAGSTER_HOME": "/c"})) == "/c/scratch"
+
+
+def test_without_a_location_the_remedy_is_told():
+    with pytest.raises(StoreLocationError, match="LEVANTER_STORE"):
+        store_url(None, {})
+
+
+def test_a_materialization_shows_ids_facts_and_whether_it_was_built(store):
+    recipe = Recipe("toy", 1, {"seed": 1})
+    first = store.materialize(recipe, build("a"), show=lambda made, files: {
+        "text": (files / "a.txt").read_text()})  # fmt: skip
+    assert isinstance(first.value, Artifact)
+    assert first.data_version.value == "a" * 64
+    assert first.metadata["was"] == "built"
+    assert first.metadata["train/rows"] == 7
+    assert first.metadata["loss"] == 0.5
+    assert first.metadata["text"] == "a"
+    assert first.metadata["recipe_id"] == recipe.id
+    assert "nothing" not in first.metadata
+    second = store.materialize(recipe, build("b"))
+    assert second.metadata["was"] == "reused"
+    assert second.value == first.value
+
+
+def test_inputs_are_found_through_the_records(store):
+    top = store.materialize(Recipe("top", 1, {}), build("a")).value
+    middle = store.materialize(Recipe("middle", 1, {}, {"top": top.as_input()}), build("b")).value
+    low = store.materialize(Recipe("low", 1, {}, {"middle": middle.as_input()}), build("c")).value
+    assert store.input_of(low, "middle") == middle
+    assert store.inputs_above(low) == {"top": top, "middle": middle}
+    with pytest.raises(ValueError, match=r"no input `top`; it has \['middle'\]"):
+        store.input_of(low, "top")
