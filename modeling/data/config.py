@@ -28,11 +28,12 @@ class FilesSource:
     paths: Annotated[tuple[str, ...], Field(min_length=1)] = dataclasses.field(
         metadata=NOT_IDENTITY
     )
-    """Files, directories, globs or fsspec URLs; the listing they give is what counts."""
-    format: Literal["text", "paragraphs", "jsonl"] = "text"
-    """A document is a file, a paragraph of a text (blank lines part them), or a JSON line."""
+    """Files, directories, globs, `{a,b}`, `{00..17}`, fsspec URLs; their listing is what counts."""
+    format: Literal["text", "paragraphs", "jsonl", "json", "parquet", "arrow"] = "text"
+    """A document is a file, a paragraph of a text (blank lines part them), a JSON line, an object
+    of a JSON array, or a row of a table."""
     text_field: str = "text"
-    """The field of a JSON line that holds the document."""
+    """The field of a JSON object, or the column of a table, that holds the document."""
 
     identity_tag: ClassVar[str] = "source.files/1"
     __pydantic_config__ = STRICT

@@ -12,7 +12,6 @@ path, size, SHA-256).
 """
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -26,13 +25,13 @@ import pyarrow as pa
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, write_durably
 from modeling.data.config import FilesSource, PyStdlibSource, Source, ValidationConfig
+from modeling.data.formats import read_documents
 from modeling.data.sources import (
     FoundFile,
     SourceError,
     StoredFile,
     UndecodableError,
     find_files,
-    read_documents,
 )
 from modeling.merkle import MerkleHasher
 from modeling.progress import Meter, Report, ignore
@@ -91,9 +90,9 @@ def scan(source: Source, *, validation: ValidationConfig) -> Listing:
             stored.drain()
         size, sha256 = stored.num_bytes, stored.sha256.hexdigest()
         if size == 0 and isinstance(source, FilesSource):
-            raise SourceError(f"{found.location}: empty; take it out of `source.paths`.")
+            raise SourceError(f"{found.shown}: empty; take it out of `source.paths`.")
         one_document = isinstance(source, PyStdlibSource) or source.format == "text"
-        split = split_of(found.logical_path, validation) if one_document else None
+        split = split_of(found.document_path, validation) if one_document else None
         files.append(SourceFile(found.logical_path, size, sha256, split, found.location))
     if not files:
         raise SourceError(f"{source}: has no files.")
@@ -214,9 +213,9 @@ def _unchanged_documents(
 ) -> Iterator[tuple[str, str]]:
     """Yields a file's documents; what fails to decode is left out of the standard library alone."""
     found = FoundFile(file.logical_path, file.location)
-    with StoredFile(found) as stored, io.BufferedReader(stored) as stream:
+    with StoredFile(found) as stored:
         try:
-            yield from read_documents(source, found, stream)
+            yield from read_documents(source, found, stored)
         except UndecodableError:
             if not isinstance(source, PyStdlibSource):
                 raise
@@ -224,7 +223,7 @@ def _unchanged_documents(
         stored.drain()
     if stored.sha256.hexdigest() != file.sha256:
         raise SourceError(
-            f"{file.location}: changed while the corpus was being built (SHA-256 "
+            f"{found.shown}: changed while the corpus was being built (SHA-256 "
             f"{stored.sha256.hexdigest()[:12]}, scanned as {file.sha256[:12]}). Run again."
         )
 

@@ -1,28 +1,45 @@
-"""Finds the files of a source and reads documents out of them, one at a time.
+"""Finds the files of a source and opens them, whatever holds them and however they are compressed.
 
-A file's *logical path* is its path below what the configuration names: below the standard library,
-below a directory, below the fixed part of a glob. It identifies the file; where it lies does not.
+A path is a file, a directory, or a pattern: `*`, `**`, `?`, `[...]` as in a glob, `{a,b}` and
+`{00..17}` as in a shell; local, or a URL of any file system that fsspec knows. A file's *logical
+path* is its path below what the configuration names: below the standard library, below a directory,
+below the fixed part of a pattern. It identifies the file; where it lies does not.
+
+Compression (gzip, zstd, bzip2, xz) is known by a file's first bytes; the suffix of its name is no
+part of its documents' ids, so that compressing a source changes no document.
 """
 
+import bz2
+import gzip
 import hashlib
 import io
 import itertools
-import json
+import lzma
 import os
+import re
 import sysconfig
-import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from modeling.data.config import FilesSource, PyStdlibSource, Source
 
 _NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
 _MAGIC = set("*?[")
+_COMPRESSION_SUFFIX = re.compile(r"(?<=[^/])\.(gz|zst|zstd|bz2|xz)$")
+_GZIP = b"\x1f\x8b\x08"
+_ZSTD = b"\x28\xb5\x2f\xfd"
+_XZ = b"\xfd7zXZ\x00"
+_BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")  # no text begins like this by accident
+_BRACES = re.compile(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_MOST_ALTERNATIVES = 1_000_000
 _PIECE_BYTES = 1024 * 1024
 
 
@@ -42,27 +59,28 @@ class FoundFile:
     location: str
     """Local path or URL; no part of any identity."""
 
+    @property
+    def document_path(self) -> str:
+        """The logical path without the suffix of a compression: ids of documents begin so."""
+        return _COMPRESSION_SUFFIX.sub("", self.logical_path)
 
-def find_files(source: Source) -> list[FoundFile]:
-    """Returns the files of `source`, sorted by logical path.
+    @property
+    def shown(self) -> str:
+        """The location without the secrets that a URL may carry."""
+        return without_secrets(self.location)
 
-    Raises:
-        SourceError: a path or glob matches nothing, or two files get one logical path.
-    """
-    match source:
-        case PyStdlibSource():
-            found = list(_stdlib_files(Path(sysconfig.get_path("stdlib"))))
-        case FilesSource():
-            found = [file for pattern in source.paths for file in _matching_files(pattern)]
-    by_path: dict[str, FoundFile] = {}
-    for file in found:
-        other = by_path.setdefault(file.logical_path, file)
-        if other.location != file.location:
-            raise SourceError(
-                f"{other.location} and {file.location} would both be called "
-                f"{file.logical_path!r}; name the directory above both in one glob."
-            )
-    return [by_path[path] for path in sorted(by_path)]
+    def open(self) -> Any:
+        """Opens the stored bytes for reading at any place.
+
+        Raises:
+            SourceError: it cannot be opened.
+        """
+        try:
+            fs, path = fsspec.url_to_fs(self.location)
+            return fs.open(path, "rb")
+        except OSError as error:
+            reason = str(error).replace(self.location, self.shown)
+            raise SourceError(f"{self.shown}: cannot be read: {reason}.") from error
 
 
 class StoredFile(io.RawIOBase):
@@ -74,11 +92,8 @@ class StoredFile(io.RawIOBase):
 
     def __init__(self, file: FoundFile) -> None:
         """Opens `file`; close it, best in a `with` statement."""
-        try:
-            fs, path = fsspec.url_to_fs(file.location)
-            self._stored = fs.open(path, "rb")
-        except OSError as error:
-            raise SourceError(f"{file.location}: cannot be read: {error}.") from error
+        self._stored = file.open()
+        self._wrappers: list[Any] = []
         self.sha256 = hashlib.sha256()
         self.num_bytes = 0
 
@@ -94,6 +109,13 @@ class StoredFile(io.RawIOBase):
         buffer[: len(piece)] = piece
         return len(piece)
 
+    def content(self) -> io.BufferedIOBase:
+        """Returns the file's bytes, decompressed if their beginning says that they need it."""
+        buffered = io.BufferedReader(self)
+        content = _decompressed(buffered, buffered.peek(16)[:16])
+        self._wrappers += [buffered, content]  # a wrapper that goes away closes what it wraps
+        return content
+
     def drain(self) -> None:
         """Reads to the end, so that the digest covers the whole file."""
         while self.read(_PIECE_BYTES):
@@ -106,38 +128,35 @@ class StoredFile(io.RawIOBase):
         super().close()
 
 
-def read_documents(
-    source: Source, file: FoundFile, stream: io.BufferedIOBase
-) -> Iterator[tuple[str, str]]:
-    """Yields (document id, text) of one file from its open stream, to the last byte.
+def find_files(source: Source) -> list[FoundFile]:
+    """Returns the files of `source`, sorted by logical path.
 
     Raises:
-        UndecodableError: the bytes are not text in the encoding they should have.
-        SourceError: a line is not a JSON object that holds the text, naming the line.
+        SourceError: a path or pattern matches nothing, or two files would give equal document ids.
     """
     match source:
         case PyStdlibSource():
-            yield file.logical_path, _decode_python(stream.read(), file.location)
-        case FilesSource(format="text"):
-            yield file.logical_path, _decode_utf8(stream.read(), file.location)
-        case FilesSource(format="paragraphs"):
-            for number, paragraph in _paragraphs(stream):
-                where = f"{file.location}:{number}"
-                yield f"{file.logical_path}#{number}", _decode_utf8(paragraph, where)
-        case FilesSource(format="jsonl", text_field=text_field):
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    where = f"{file.location}:{number}"
-                    yield f"{file.logical_path}#{number}", _json_text(line, text_field, where)
+            found = list(_stdlib_files(Path(sysconfig.get_path("stdlib"))))
+        case FilesSource():
+            found = [file for pattern in source.paths for file in _matching_files(pattern)]
+    by_path: dict[str, FoundFile] = {}
+    for file in found:
+        other = by_path.setdefault(file.document_path, file)
+        if other.location != file.location:
+            raise SourceError(
+                f"{other.shown} and {file.shown} would both be called {file.document_path!r}; take "
+                f"one out of `source.paths`, or name the directory above both in one pattern."
+            )
+    return sorted(by_path.values(), key=lambda file: file.logical_path)
 
 
-def _paragraphs(lines: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    """Yields each run of lines that are not blank, with the number of its first line."""
-    numbered = enumerate(lines, start=1)
-    for is_blank, run in itertools.groupby(numbered, key=lambda item: not item[1].strip()):
-        if not is_blank:
-            (first, line), *rest = run
-            yield first, line + b"".join(line for _, line in rest)
+def without_secrets(location: str) -> str:
+    """Returns a URL without user, password, query and fragment; a local path as it is."""
+    if "://" not in location:
+        return location
+    parts = urlsplit(location)
+    hidden = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")
+    return urlunsplit(hidden)
 
 
 def _stdlib_files(root: Path) -> Iterator[FoundFile]:
@@ -150,74 +169,82 @@ def _stdlib_files(root: Path) -> Iterator[FoundFile]:
 
 
 def _matching_files(pattern: str) -> Iterator[FoundFile]:
-    fs, path = fsspec.url_to_fs(pattern)
+    """Yields what a path or pattern stands for, each of its alternatives matching something."""
+    fixed = fsspec.url_to_fs(pattern)[1].split("{")[0].rpartition("/")[0]
+    alternatives = _alternatives(pattern)
+    for alternative in alternatives:
+        fs, path = fsspec.url_to_fs(alternative)
+        base, paths = _matches(fs, path, without_secrets(alternative))
+        if len(alternatives) > 1 and len(fixed) < len(base):
+            base = fixed
+        for match in paths:
+            is_local = isinstance(fs, LocalFileSystem)
+            location = match if is_local else str(fs.unstrip_protocol(match))
+            logical_path = match.removeprefix(base).lstrip("/")
+            if _is_web(location):
+                logical_path = re.split(r"[?#]", logical_path)[0]
+            yield FoundFile(logical_path, location)
+
+
+def _matches(fs: Any, path: str, shown: str) -> tuple[str, list[str]]:
+    """Returns the directory that logical paths start from, and the files."""
     parts = path.split("/")
     magic = [index for index, part in enumerate(parts) if _MAGIC & set(part)]
-    if magic:
+    if magic and not _is_web(path):
+        found = fs.glob(path, detail=True)
+        paths = [match for match, info in found.items() if info["type"] != "directory"]
         base = "/".join(parts[: magic[0]])
-        paths = [p for p, info in fs.glob(path, detail=True).items() if info["type"] != "directory"]
-    elif fs.isdir(path):
+    elif not _is_web(path) and fs.isdir(path):
         base = path
-        paths = [p for p in fs.find(path) if not _is_hidden(p[len(path) :])]
+        paths = [match for match in fs.find(path) if not _is_hidden(match[len(path) :])]
     elif fs.exists(path):
-        base = "/".join(parts[:-1])
-        paths = [path]
+        base, paths = path.split("?")[0].rpartition("/")[0], [path]
     else:
-        raise SourceError(f"{pattern}: no such file or directory; correct `source.paths`.")
+        raise SourceError(f"{shown}: no such file or directory; correct `source.paths`.")
     if not paths:
-        raise SourceError(f"{pattern}: matches no file; correct `source.paths`.")
-    is_local = isinstance(fs, LocalFileSystem)
-    for match in paths:
-        location = match if is_local else str(fs.unstrip_protocol(match))
-        yield FoundFile(match[len(base) :].lstrip("/"), location)
+        raise SourceError(f"{shown}: matches no file; correct `source.paths`.")
+    return base, paths
+
+
+def _alternatives(pattern: str) -> list[str]:
+    """Returns the paths that braces stand for, innermost braces first, in the order written."""
+    if (braces := _BRACES.search(pattern)) is None:
+        return [pattern]
+    inside = braces.group(1)
+    if span := _RANGE.fullmatch(inside):
+        first, last = int(span[1]), int(span[2])
+        padded = any(end.startswith("0") and len(end) > 1 for end in span.groups())
+        width = max(map(len, span.groups())) if padded else 0
+        step = 1 if first <= last else -1
+        if abs(last - first) >= _MOST_ALTERNATIVES:
+            raise SourceError(
+                f"{without_secrets(pattern)}: {{{inside}}} stands for too many paths."
+            )
+        choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
+    else:
+        choices = inside.split(",")
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    expanded = (_alternatives(before + choice + after) for choice in choices)
+    return list(dict.fromkeys(itertools.chain.from_iterable(expanded)))
+
+
+def _is_web(location: str) -> bool:
+    """Whether this is HTTP, which lists nothing and whose `?` begins a query."""
+    return location.startswith(("http://", "https://"))
 
 
 def _is_hidden(relative_path: str) -> bool:
     return any(part.startswith(".") for part in relative_path.split("/"))
 
 
-def _decode_python(data: bytes, location: str) -> str:
-    """Decodes by the file's own coding line, as the interpreter does (PEP 263)."""
-    try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        text = data.decode(encoding)
-        text.encode()
-    except (SyntaxError, UnicodeError, LookupError) as error:
-        raise UndecodableError(f"{location}: {error}") from error
-    return text
-
-
-def _decode_utf8(data: bytes, location: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UndecodableError(
-            f"{location}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}); "
-            f"convert the file or take it out of `source.paths`."
-        ) from error
-
-
-def _json_text(line: bytes, text_field: str, where: str) -> str:
-    text = _decode_utf8(line, where)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where}: not JSON: {error}.") from error
-    if not isinstance(value, dict) or text_field not in value:
-        found = sorted(value) if isinstance(value, dict) else type(value).__name__
-        raise SourceError(
-            f"{where}: no field {text_field!r} (found {found}); set `source.text_field`."
-        )
-    document = value[text_field]
-    if not isinstance(document, str):
-        raise SourceError(
-            f"{where}: field {text_field!r} is a {type(document).__name__}, expected a string."
-        )
-    try:
-        document.encode()
-    except UnicodeEncodeError as error:
-        raise SourceError(
-            f"{where}: field {text_field!r} holds half a surrogate pair at character "
-            f"{error.start}, which UTF-8 cannot store; repair the line."
-        ) from error
-    return document
+def _decompressed(stream: Any, head: bytes) -> io.BufferedIOBase:
+    if head.startswith(_GZIP):
+        return gzip.GzipFile(fileobj=stream)
+    if head.startswith(_XZ):
+        return lzma.LZMAFile(stream)
+    if _BZIP2.match(head):
+        return bz2.BZ2File(stream)
+    if head.startswith(_ZSTD):
+        inflated: Any = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
+        return io.BufferedReader(inflated)
+    return stream

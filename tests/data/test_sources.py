@@ -1,0 +1,265 @@
+"""Sources: patterns, file systems, compression and formats; the same documents from all."""
+
+import bz2
+import gzip
+import http.server
+import itertools
+import json
+import lzma
+import threading
+import uuid
+from functools import partial
+from pathlib import Path
+
+import fsspec
+import pyarrow as pa
+import pytest
+from pyarrow import parquet
+
+from modeling.data import corpus, formats
+from modeling.data.config import FilesSource, ValidationConfig
+from modeling.data.sources import SourceError, find_files, without_secrets
+
+TEXTS = [f"document {i}, naïve 日本語\nsecond line\n" * (i + 1) for i in range(30)]
+LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
+HALF = ValidationConfig(fraction=0.5)
+COMPRESSIONS = {
+    ".gz": partial(gzip.compress, mtime=0),
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+    ".zst": partial(pa.compress, codec="zstd", asbytes=True),
+}
+
+
+def source(*paths: object, **fields: str) -> FilesSource:
+    return FilesSource(type="files", paths=tuple(map(str, paths)), **fields)
+
+
+def logical_paths(*paths: object) -> list[str]:
+    return [file.logical_path for file in find_files(source(*paths))]
+
+
+def build(config, workspace, validation=HALF):
+    return corpus.build(config, corpus.scan(config, validation=validation), workspace)
+
+
+def texts_of(config, workspace) -> list[str]:
+    build(config, workspace, ValidationConfig(fraction=0.0))
+    return [document.text for document in corpus.documents(workspace.output)]
+
+
+def touch(directory: Path, *names: str) -> Path:
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text(name)
+    return directory
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_compressing_a_file_changes_the_corpus_but_no_document(suffix, tmp_path, make_workspace):
+    for name in ("plain", "packed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "plain" / "a.jsonl").write_bytes(LINES)
+    (tmp_path / "packed" / f"a.jsonl{suffix}").write_bytes(COMPRESSIONS[suffix](LINES))
+    workspace = make_workspace("packed-corpus")
+    plain = build(source(tmp_path / "plain", format="jsonl"), make_workspace("plain-corpus"))
+    packed = build(source(tmp_path / "packed", format="jsonl"), workspace)
+    assert packed.roots == plain.roots
+    assert packed.content_id != plain.content_id
+    assert [document.text for document in corpus.documents(workspace.output)] == TEXTS
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_streams_one_after_another_are_one_file(suffix, tmp_path, make_workspace):
+    compress = COMPRESSIONS[suffix]
+    (tmp_path / "a.txt").write_bytes(compress(b"first, ") + compress(b"second"))
+    assert texts_of(source(tmp_path / "a.txt"), make_workspace("c")) == ["first, second"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_a_truncated_file_is_an_error_that_names_it(suffix, tmp_path, make_workspace):
+    path = tmp_path / f"a.jsonl{suffix}"
+    path.write_bytes(COMPRESSIONS[suffix](LINES)[:-20])
+    with pytest.raises(SourceError, match=rf"a\.jsonl{suffix}: damaged, or not jsonl: "):
+        build(source(path, format="jsonl"), make_workspace("c"))
+
+
+def test_compression_is_known_by_content_not_by_name(tmp_path, make_workspace):
+    (tmp_path / "packed.txt").write_bytes(gzip.compress(b"packed"))
+    (tmp_path / "plain.txt.gz").write_bytes(b"BZh is how this text begins")
+    texts = texts_of(source(tmp_path), make_workspace("c"))
+    assert texts == ["packed", "BZh is how this text begins"]
+
+
+def test_a_plain_and_a_compressed_file_of_one_name_are_one_too_many(tmp_path):
+    directory = touch(tmp_path, "a.txt", "a.txt.gz")
+    with pytest.raises(SourceError, match=r"would both be called 'a\.txt'"):
+        find_files(source(directory))
+
+
+def test_a_document_blown_up_by_compression_is_refused(tmp_path, make_workspace, monkeypatch):
+    monkeypatch.setattr(formats, "_MAX_DOCUMENT_BYTES", 1000)
+    (tmp_path / "bomb.txt").write_bytes(gzip.compress(b"a" * 100_000))
+    (tmp_path / "bomb.jsonl").write_bytes(gzip.compress(b'\n{"text": "' + b"a" * 100_000 + b'"}'))
+    for name, where, kind in [("bomb.txt", "", "text"), ("bomb.jsonl", ":2", "jsonl")]:
+        with pytest.raises(SourceError, match=rf"{name}{where}: a document of over 1000 bytes"):
+            build(source(tmp_path / name, format=kind), make_workspace(f"{name}-corpus"))
+
+
+def write_table(path: Path, kind: str, table: pa.Table) -> None:
+    if kind == "parquet":
+        parquet.write_table(table, path, row_group_size=7)
+        return
+    new_writer = pa.ipc.new_file if kind == "arrow file" else pa.ipc.new_stream
+    with pa.OSFile(str(path), "wb") as sink, new_writer(sink, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+TABLES = ["parquet", "arrow file", "arrow stream"]
+
+
+@pytest.mark.parametrize("kind", TABLES)
+@pytest.mark.parametrize(
+    "strings", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_rows_of_a_table_are_documents(kind, strings, tmp_path, make_workspace):
+    path = tmp_path / "table"
+    numbers = pa.array(range(len(TEXTS)))
+    body = pa.array(TEXTS).cast(strings)
+    write_table(path, kind, pa.table({"id": numbers, "body": body}))
+    workspace = make_workspace("c")
+    build(source(path, format=kind.split()[0], text_field="body"), workspace)
+    documents = list(corpus.documents(workspace.output))
+    assert [document.text for document in documents] == TEXTS
+    assert documents[29].doc_id == "table#30"
+    assert {document.split for document in documents} == {"train", "validation"}
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_bad_table_is_an_error_that_says_where(kind, tmp_path, make_workspace):
+    cases = {
+        "nocolumn": (pa.table({"body": ["x"]}), r"nocolumn: no column 'text' \(found \['body'\]\)"),
+        "numbers": (pa.table({"text": [1, 2]}), "numbers: column 'text' holds int64"),
+        "null": (pa.table({"text": ["x", None]}), "null, row 2: column 'text' is null"),
+        "bytes": (
+            pa.table({"text": pa.array([b"x", b"\xff"]).view(pa.string())}),
+            "bytes, row 2: not UTF-8 at byte 0",
+        ),
+    }
+    for name, (table, complaint) in cases.items():
+        write_table(tmp_path / name, kind, table)
+        with pytest.raises(SourceError, match=complaint):
+            build(source(tmp_path / name, format=kind.split()[0]), make_workspace(f"{name}-corpus"))
+    (tmp_path / "noise").write_bytes(b"neither of them" * 10)
+    with pytest.raises(SourceError, match="noise: damaged, or not"):
+        build(source(tmp_path / "noise", format=kind.split()[0]), make_workspace("noise-corpus"))
+
+
+def test_a_table_that_changed_since_the_scan_is_an_error(tmp_path, make_workspace):
+    write_table(tmp_path / "t", "parquet", pa.table({"text": ["x"]}))
+    config = source(tmp_path / "t", format="parquet")
+    listing = corpus.scan(config, validation=ValidationConfig(fraction=0.0))
+    write_table(tmp_path / "t", "parquet", pa.table({"text": ["y"]}))
+    with pytest.raises(SourceError, match="t: changed while"):
+        corpus.build(config, listing, make_workspace("c"))
+
+
+def test_objects_of_a_json_array_are_documents(tmp_path, make_workspace):
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gzip.compress(json.dumps([{"text": text} for text in TEXTS]).encode()))
+    workspace = make_workspace("c")
+    assert texts_of(source(path, format="json"), workspace) == TEXTS
+    assert next(corpus.documents(workspace.output)).doc_id == "a.json#1"
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (LINES, r"a\.json: not JSON: Extra data"),
+        (b'{"text": "x"}', r"a\.json: holds a dict, expected an array.*format: jsonl"),
+        (b'[{"text": "x"}, {"body": "y"}]', r"a\.json, object 2: no field 'text'"),
+    ],
+)
+def test_a_bad_json_array_is_an_error(content, complaint, tmp_path, make_workspace):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(SourceError, match=complaint):
+        build(source(tmp_path / "a.json", format="json"), make_workspace("c"))
+
+
+def test_braces_stand_for_alternatives_below_their_fixed_part(tmp_path):
+    directory = touch(tmp_path, "a/x.txt", "b/x.txt", "c/x.txt", "s-08.txt", "s-09.txt", "s-10.txt")
+    assert logical_paths(directory / "{a,c}/*.txt") == ["a/x.txt", "c/x.txt"]
+    assert logical_paths(directory / "{a,b}") == ["a/x.txt", "b/x.txt"]
+    assert logical_paths(directory / "s-{08..10}.txt") == ["s-08.txt", "s-09.txt", "s-10.txt"]
+    assert logical_paths(directory / "{s-{10..09}.txt,c/*}") == ["c/x.txt", "s-09.txt", "s-10.txt"]
+    assert logical_paths(directory / "**/x.txt") == ["a/x.txt", "b/x.txt", "c/x.txt"]
+    assert logical_paths(directory / "?/x.txt", directory / "[ab]/x.txt") == [
+        "a/x.txt",
+        "b/x.txt",
+        "c/x.txt",
+    ]
+    with pytest.raises(SourceError, match=r"s-11\.txt: no such file"):
+        find_files(source(directory / "s-{08..11}.txt"))
+    with pytest.raises(SourceError, match="too many"):
+        find_files(source(directory / "s-{0..99999999}.txt"))
+
+
+def test_braces_without_a_choice_are_part_of_a_name(tmp_path):
+    assert logical_paths(touch(tmp_path, "{x}.txt") / "{x}.txt") == ["{x}.txt"]
+
+
+def test_any_file_system_gives_the_same_documents(tmp_path, make_workspace):
+    memory, root = fsspec.filesystem("memory"), f"/{uuid.uuid4().hex}"
+    for index, text in enumerate(TEXTS):
+        memory.pipe_file(f"{root}/{index:02d}.txt", text.encode())
+        (tmp_path / f"{index:02d}.txt").write_text(text, encoding="utf-8")
+    local = build(source(tmp_path / "*.txt"), make_workspace("local"))
+    for number, path in enumerate([f"memory:/{root}/*.txt", f"memory:/{root}"]):
+        remote = build(source(path), make_workspace(f"remote{number}"))
+        assert remote.content_id == local.content_id
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format, *arguments):
+        pass
+
+
+def test_web_addresses_are_read_and_their_queries_stay_secret(tmp_path, make_workspace):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(b"over the web"))
+    handler = partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            address = f"http://127.0.0.1:{server.server_port}"
+            path = f"{address}/a.txt.gz?token=canary"
+            workspace = make_workspace("c")
+            config = source(path)
+            listing = corpus.scan(config, validation=ValidationConfig(fraction=0.0))
+            corpus.build(config, listing, workspace)
+            assert [d.doc_id for d in corpus.documents(workspace.output)] == ["a.txt"]
+            with pytest.raises(SourceError, match="none: no such file") as error:
+                find_files(source(f"{address}/none?token=canary"))
+            assert "canary" not in str(error.value)
+        finally:
+            server.shutdown()
+    kept = [path.read_bytes() for path in workspace.output.iterdir()]
+    assert not [data for data in kept if b"canary" in data]
+
+
+def test_secrets_are_cut_from_what_is_shown():
+    assert without_secrets("https://user:pw@host:1/a/b?sig=x#y") == "https://host:1/a/b"
+    assert without_secrets("/local/a?b#c") == "/local/a?b#c"
+
+
+def test_every_format_gives_the_same_documents(tmp_path, make_workspace):
+    table = pa.table({"text": TEXTS})
+    write_table(tmp_path / "d.parquet", "parquet", table)
+    write_table(tmp_path / "d.arrow", "arrow stream", table)
+    (tmp_path / "d.jsonl").write_bytes(LINES)
+    (tmp_path / "d.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    found = [
+        texts_of(source(tmp_path / f"d.{kind}", format=kind), make_workspace(kind))
+        for kind in ("parquet", "arrow", "jsonl", "json")
+    ]
+    assert all(texts == TEXTS for texts in found)
+    assert len(list(itertools.chain(*found))) == 120
