@@ -182,34 +182,31 @@ def infer_resource_partitions(
     )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
 class _Static:
     """What a compilation is for besides arrays: tree structure, non-array leaves, the mapping."""
 
-    treedef: Any
-    leaves: tuple[Any, ...]
-    slots: tuple[int | None, ...]
-    mapping: tuple[Any, ...] | None
+    __slots__ = ("_hash", "_key", "leaves", "mapping", "slots", "treedef")
 
-    def _key(self) -> tuple[Any, ...]:
+    def __init__(self, treedef: Any, leaves: Any, slots: Any, mapping: Any) -> None:
+        self.treedef, self.leaves, self.slots, self.mapping = treedef, leaves, slots, mapping
         # 1, 1.0 and True are equal to Python, but not to a trace.
-        return (self.slots, self.leaves, tuple(map(type, self.leaves)), self.mapping)
-
-    def __hash__(self) -> int:
+        self._key = (slots, leaves, tuple(map(type, leaves)), mapping)
         try:
-            return hash(self._key())
+            self._hash = hash(self._key)
         except TypeError:
-            bad = next(leaf for leaf in self.leaves if not _is_hashable(leaf))
+            bad = next(leaf for leaf in leaves if not _is_hashable(leaf))
             raise TypeError(
-                f"named_jit: {type(bad).__name__} is no array, so it is static and must be "
-                "hashable: "
+                f"named_jit: {type(bad).__name__} is no array, so it is static and must be hashable: "
                 f"{bad!r}. Convert it with `jnp.asarray`, or close over it."
             ) from None
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, _Static):
             return NotImplemented
-        return self.treedef == other.treedef and self._key() == other._key()
+        return self._key == other._key and self.treedef == other.treedef
 
 
 def _is_hashable(x: Any) -> bool:
