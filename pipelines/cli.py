@@ -51,7 +51,7 @@ ARTIFACT is an asset (nano/hf_model), a content id or six or more of its first d
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns 0 on success, 1 on failure, 2 for a wrong command line."""
-    parser = _parser()
+    parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     if rest and arguments.command != "train":
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
@@ -94,7 +94,8 @@ def dotted_overrides(words: Sequence[str]) -> list[str]:
     return overrides
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of the whole command line."""
     parser = argparse.ArgumentParser(
         prog="levanter",
         description=_OVERVIEW,
