@@ -42,7 +42,7 @@ def wait_until_served(port: int, server: subprocess.Popen, limit_s: float = 240)
 
 
 def stat_of(pid: int) -> list[str] | None:
-    """Returns state, parent and the rest of a process, as proc(5) lists them; None if it is gone."""
+    """Returns state, parent and the rest of a process, as proc(5) lists them, while it is there."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):
