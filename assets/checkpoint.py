@@ -9,6 +9,7 @@ from typing import Any
 
 import dagster as dg
 
+from assets.catalog import config_metadata
 from assets.checks import artifact_check
 from modeling import recipes
 from modeling.artifacts import Artifact
@@ -30,6 +31,7 @@ def checkpoint_assets(
         kinds={"jax"},
         pool="accelerator",
         code_version=recipes.code_version("checkpoint", recipes.checkpoint_code_params(experiment)),
+        metadata=config_metadata(recipes.checkpoint_code_params(experiment)),
     )
     def checkpoint(
         context: dg.AssetExecutionContext,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from assets.catalog import config_metadata
 from assets.checks import artifact_check
 from modeling import recipes
 from modeling.artifacts import Artifact
@@ -26,6 +27,7 @@ def corpus_assets(
         group_name=name,
         kinds={"arrow"},
         code_version=recipes.code_version("raw_corpus", recipes.corpus_params(dataset)),
+        metadata=config_metadata(recipes.corpus_params(dataset)),
     )
     def raw_corpus(
         context: dg.AssetExecutionContext, store: StoreResource

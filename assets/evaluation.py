@@ -8,6 +8,7 @@ from typing import Any
 
 import dagster as dg
 
+from assets.catalog import config_metadata
 from assets.checks import artifact_check
 from modeling import recipes
 from modeling.artifacts import Artifact
@@ -30,6 +31,7 @@ def evaluation_assets(
         kinds={"jax"},
         pool="accelerator",
         code_version=recipes.code_version("eval_report", recipes.evaluation_params(experiment)),
+        metadata=config_metadata(recipes.evaluation_params(experiment)),
     )
     def eval_report(
         context: dg.AssetExecutionContext,
@@ -79,7 +81,8 @@ def _samples_and_page(artifact: Artifact, files: Path) -> Mapping[str, Any]:
     )
     return {
         "samples": dg.MetadataValue.md(samples),
-        "page": dg.MetadataValue.url((files / "report.html").absolute().as_uri()),
+        # A browser follows no link from the UI's page to a file, so the path is for copying.
+        "page": dg.MetadataValue.path(files / "report.html"),
     }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import dagster as dg
 
+from assets.catalog import config_metadata
 from assets.checks import artifact_check, verdict
 from modeling import recipes
 from modeling.artifacts import INVENTORY, Artifact
@@ -31,6 +32,7 @@ def export_assets(
         kinds={"huggingface"},
         pool="accelerator",
         code_version=recipes.code_version("hf_model", recipes.export_params(experiment)),
+        metadata=config_metadata(recipes.export_params(experiment)),
     )
     def hf_model(
         context: dg.AssetExecutionContext,

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from assets.catalog import config_metadata
 from assets.checks import artifact_check
 from modeling import recipes
 from modeling.artifacts import Artifact
@@ -26,6 +27,7 @@ def tokenizer_assets(
         group_name=name,
         kinds={"huggingface"},
         code_version=recipes.code_version("tokenizer", recipes.tokenizer_params(dataset)),
+        metadata=config_metadata(recipes.tokenizer_params(dataset)),
     )
     def tokenizer(
         context: dg.AssetExecutionContext, raw_corpus: Artifact, store: StoreResource

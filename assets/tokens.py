@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import dagster as dg
 
+from assets.catalog import config_metadata
 from assets.checks import artifact_check
 from modeling import recipes
 from modeling.artifacts import Artifact
@@ -29,6 +30,7 @@ def tokenized_assets(
         group_name=name,
         kinds={"arrow"},
         code_version=recipes.code_version("tokenized_corpus", recipes.tokenized_params(dataset)),
+        metadata=config_metadata(recipes.tokenized_params(dataset)),
     )
     def tokenized_corpus(
         context: dg.AssetExecutionContext,
@@ -75,6 +77,7 @@ def cache_assets(
         description=f"The tokens cut into rows of {sequence_length}: an index into the shards of "
         "the tokenized corpus, so that another length copies and retokenizes nothing.",
         code_version=recipes.code_version("token_cache", recipes.cache_params(sequence_length)),
+        metadata=config_metadata(recipes.cache_params(sequence_length)),
     )
     def token_cache(
         tokenized_corpus: Artifact, store: StoreResource
