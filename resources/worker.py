@@ -34,8 +34,14 @@ class Channel:
 
     def say(self, message: object) -> None:
         """Shows one message."""
-        sys.stdout.write(f"{message}\n")
-        sys.stdout.flush()
+        try:
+            sys.stdout.write(f"{message}\n")
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # The parent has died and this process is saving: nobody reads, and nothing may stop it.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.dup2(nowhere, sys.stderr.fileno())
         self._log(str(message))
 
 

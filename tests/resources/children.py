@@ -59,6 +59,8 @@ def stop_when_asked(arguments, workspace, channel):
     while not told:
         time.sleep(0.05)
     (notes / "told").touch()
+    for line in ("I was told to stop.", "So I save."):
+        channel.say(line)
     deadline = time.monotonic() + arguments["save_s"]
     while time.monotonic() < deadline:
         time.sleep(0.05)
