@@ -78,7 +78,8 @@ class NamedArray(Methods):
     # `==` is elementwise, so equal hashes could not mean equal arrays.
     __hash__ = None  # pyright: ignore[reportAssignmentType]
 
-    def __init__(self, array: Any, axes: AxisSpec) -> None:
+    # `axes` is an `AxisSpec`; a bare name gets an error of our own.
+    def __init__(self, array: Any, axes: Any) -> None:
         if isinstance(axes, str):
             raise TypeError(
                 f"NamedArray takes axes with sizes, not the name '{axes}'. "

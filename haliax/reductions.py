@@ -131,7 +131,7 @@ var = reduction(jnp.var, "var", "dtype", "ddof")
 ptp = reduction(jnp.ptp, "ptp")
 count_nonzero = reduction(jnp.count_nonzero, "count_nonzero")
 median = reduction(jnp.median, "median")
-logsumexp = reduction(jax.scipy.special.logsumexp, "logsumexp")
+logsumexp = reduction(jax.nn.logsumexp, "logsumexp")
 
 nanmax = reduction(jnp.nanmax, "nanmax", "initial")
 nanmean = reduction(jnp.nanmean, "nanmean", "dtype")
