@@ -199,6 +199,11 @@ class _Run:
         """Seconds in the loop, saving included."""
         return self._clock.seconds
 
+    @property
+    def host_s(self) -> float:
+        """CPU seconds of the loop's own thread: what a step costs besides the device's work."""
+        return self._clock.host_s
+
     def _recall(self, directory: Path) -> None:
         manifest = self._checkpoints.manifest(directory)
         if manifest.config["science"] != self._plan.science:
@@ -331,11 +336,13 @@ class _Clock:
     def __init__(self, tokens_per_step: int) -> None:
         self._tokens_per_step = tokens_per_step
         self.seconds = 0.0
+        self.host_s = 0.0
         self.overall = 0.0
 
     def start(self, update: int) -> None:
         self._first = self._lap_update = update
         self._began = self._lap_began = time.monotonic()
+        self._host_began = time.thread_time()
 
     def lap(self, update: int) -> float:
         now = time.monotonic()
@@ -346,6 +353,7 @@ class _Clock:
 
     def stop(self, update: int) -> None:
         self.seconds = time.monotonic() - self._began
+        self.host_s = time.thread_time() - self._host_began
         self.overall = self._rate(update - self._first, self.seconds)
 
     def _rate(self, updates: int, seconds: float) -> float:
@@ -399,6 +407,7 @@ def _publish(plan: Plan, last: Path, output: Path, run: _Run) -> Built:
         "tokens": manifest.step * plan.tokens_per_step,
         "tokens_per_second": run.tokens_per_second,
         "train_s": run.train_s,
+        "host_s": run.host_s,
         "compile_s": run.compile_s,
         "resumed_from": run.resumed_from,
         "num_parameters": num_parameters(plan.blueprint),
