@@ -47,6 +47,13 @@ def test_what_an_asset_shows(chain, first_run):
     assert {"config.json", "model.safetensors", "tokenizer.json"} < set(files)
 
 
+def test_training_is_tracked_offline(chain, first_run):
+    (log,) = (chain.home / "wandb").glob("offline-run-*/run-*.wandb")
+    kept = log.read_bytes()
+    for words in (b"train/loss", b"throughput/tokens_per_second", b"learning_rate", b"loss_last"):
+        assert words in kept
+
+
 def test_a_second_run_computes_nothing(chain, first_run):
     again = chain.run()
     assert again.success

@@ -32,46 +32,6 @@ def test_loading_imports_neither_jax_nor_anything_else_heavy():
     assert done.stdout.strip() == "[]"
 
 
-def test_the_graph_is_the_chain(defs):
-    graph = defs.resolve_asset_graph()
-    parents = {
-        key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
-        for key in graph.get_all_asset_keys()
-    }
-    assert parents == {
-        "pystdlib/raw_corpus": set(),
-        "pystdlib/tokenizer": {"pystdlib/raw_corpus"},
-        "pystdlib/tokenized_corpus": {"pystdlib/raw_corpus", "pystdlib/tokenizer"},
-        "pystdlib/token_cache/L128": {"pystdlib/tokenized_corpus"},
-        "pystdlib/token_cache/L256": {"pystdlib/tokenized_corpus"},
-        "nano/checkpoint": {"pystdlib/token_cache/L128"},
-        "nano/eval_report": {"nano/checkpoint"},
-        "nano/hf_model": {"nano/checkpoint"},
-    }
-
-
-def test_every_asset_has_group_description_code_version_and_a_blocking_check(defs):
-    graph = defs.resolve_asset_graph()
-    for key in graph.get_all_asset_keys():
-        node = graph.get(key)
-        assert node.group_name == key.path[0]
-        assert node.description
-        assert node.code_version
-        assert graph.get_check_keys_for_assets({key})
-    for key in graph.asset_check_keys:
-        check = graph.get(key)
-        assert check.blocking
-        assert check.description
-
-
-def test_stages_that_start_jax_share_the_pool(defs):
-    graph = defs.resolve_asset_graph()
-    pools = {key.to_user_string(): graph.get(key).pools for key in graph.get_all_asset_keys()}
-    assert {key for key, names in pools.items() if "accelerator" in names} == {
-        "nano/checkpoint", "nano/eval_report", "nano/hf_model"
-    }  # fmt: skip
-
-
 def test_an_experiments_job_takes_all_above_it_and_no_other_length(defs):
     keys = defs.resolve_job_def("nano").asset_layer.executable_asset_keys
     names = {key.to_user_string() for key in keys}
