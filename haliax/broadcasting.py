@@ -7,6 +7,7 @@ the left one does. Arrays that merely overlap do not fit: broadcast one of them 
 Alignment inserts size-1 dimensions and leaves the stretching to `jnp`, which fuses it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from haliax.axis import Axis, AxisSelection, AxisSpec, axis_spec_to_tuple, pairs
 from haliax.core import NamedArray, trusted
@@ -87,7 +89,21 @@ def binary(fn: Callable[..., Any], operation: str, a: Any, b: Any) -> Any:
     if a.axes == b.axes:
         return trusted(fn(a.array, b.array), a.axes)
     axes = common_axes(operation, a.axes, b.axes)
+    if _is_concrete(a.array) and _is_concrete(b.array):
+        return trusted(_compiled(fn, a.axes, b.axes, axes)(a.array, b.array), axes)
     return trusted(fn(aligned(a.array, a.axes, axes), aligned(b.array, b.axes, axes)), axes)
+
+
+def _is_concrete(array: Any) -> bool:
+    return isinstance(array, jax.Array) and not isinstance(array, Tracer)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(
+    fn: Callable[..., Any], a: tuple[Axis, ...], b: tuple[Axis, ...], to: tuple[Axis, ...]
+) -> Callable[..., Any]:
+    """Alignment and operation in one dispatch: outside `jit`, each reshape costs as much as `fn`."""
+    return jax.jit(lambda x, y: fn(aligned(x, a, to), aligned(y, b, to)))
 
 
 def _with_raw(fn: Callable[..., Any], operation: str, a: NamedArray, raw: Any) -> Any:

@@ -310,7 +310,9 @@ def _copy_signature(wrapper: Any, fn: Any, leading: Sequence[str] = ()) -> None:
     first = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_ONLY) for name in leading]
     with contextlib.suppress(TypeError, ValueError):
         signature = inspect.signature(fn)
-        wrapper.__signature__ = signature.replace(parameters=[*first, *signature.parameters.values()])
+        wrapper.__signature__ = signature.replace(
+            parameters=[*first, *signature.parameters.values()]
+        )
 
 
 def fold(

@@ -24,14 +24,22 @@ def _reference(q, k, v, mask=None, bias=None):
 
 
 def test_dot_product_attention():
-    q, k, v = _normal(B, H, QPos, Key), _normal(B, H, KPos, Key, seed=1), _normal(B, H, KPos, Key, seed=2)
+    q, k, v = (
+        _normal(B, H, QPos, Key),
+        _normal(B, H, KPos, Key, seed=1),
+        _normal(B, H, KPos, Key, seed=2),
+    )
     mask, bias = attention.causal_mask(QPos, KPos), _normal(H, QPos, KPos, seed=3)
     out = attention.dot_product_attention(KPos, Key, q, k, v, mask, bias)
     assert out.axes == (B, H, QPos, Key)
-    expected = _reference(q.array, k.array, v.array, np.tri(4, 5, dtype=bool), np.asarray(bias.array)[None])
+    expected = _reference(
+        q.array, k.array, v.array, np.tri(4, 5, dtype=bool), np.asarray(bias.array)[None]
+    )
     np.testing.assert_allclose(out.array, expected, rtol=1e-4, atol=1e-6)
     plain = hax.nn.dot_product_attention("K", "D", q, k, v)
-    np.testing.assert_allclose(plain.array, _reference(q.array, k.array, v.array), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        plain.array, _reference(q.array, k.array, v.array), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_attention_in_another_dtype_returns_the_querys():
@@ -59,7 +67,9 @@ def test_causal_mask_with_offsets():
     np.testing.assert_array_equal(attention.causal_mask(QPos, KPos).array, np.tri(4, 5, dtype=bool))
     shifted = attention.causal_mask(QPos, KPos, q_start=1)
     np.testing.assert_array_equal(shifted.array, np.tri(4, 5, 1, dtype=bool))
-    np.testing.assert_array_equal(attention.causal_mask(QPos, KPos, 0, 1).array, np.tri(4, 5, -1, dtype=bool))
+    np.testing.assert_array_equal(
+        attention.causal_mask(QPos, KPos, 0, 1).array, np.tri(4, 5, -1, dtype=bool)
+    )
     per_row = attention.causal_mask(QPos, KPos, q_start=hax.named([0, 1], B))
     assert set(per_row.axes) == {B, QPos, KPos}
     np.testing.assert_array_equal(per_row["B", 1].rearrange((QPos, KPos)).array, shifted.array)
@@ -78,8 +88,12 @@ def test_masks_combine_over_the_axes_of_either():
     both = attention.combine_masks_and(causal, segments)
     either = attention.combine_masks_or(causal, segments)
     expected = np.asarray(segments.array)[:, None]
-    np.testing.assert_array_equal(both.rearrange(("B", "Q", "K")).array, np.tri(4, 5, dtype=bool) & expected)
-    np.testing.assert_array_equal(either.rearrange(("B", "Q", "K")).array, np.tri(4, 5, dtype=bool) | expected)
+    np.testing.assert_array_equal(
+        both.rearrange(("B", "Q", "K")).array, np.tri(4, 5, dtype=bool) & expected
+    )
+    np.testing.assert_array_equal(
+        either.rearrange(("B", "Q", "K")).array, np.tri(4, 5, dtype=bool) | expected
+    )
     assert attention.combine_masks_and(None, causal) is causal
     assert attention.combine_masks_or(None, None) is None
 

@@ -29,7 +29,9 @@ def test_scan_slices_what_has_the_axis_wherever_it_is():
     last, ys = hax.scan(step, T)(hax.zeros((H, D)), x, w)
     np.testing.assert_allclose(last.array, x.array.sum(1), rtol=1e-5)
     assert ys.axes == (T, H)
-    np.testing.assert_allclose(ys.array, (x.array * w.array[None, None]).sum(-1).T, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        ys.array, (x.array * w.array[None, None]).sum(-1).T, rtol=1e-4, atol=1e-6
+    )
 
 
 def test_scan_of_plain_arrays_and_bystanders():
@@ -56,11 +58,15 @@ def test_scan_honours_is_scanned():
     step = lambda c, x, b: (c + x + b.sum(), None)
     named_only = lambda leaf: hax.is_named_array(leaf) and leaf is not bias
     last, _ = hax.scan(step, T, is_scanned=named_only)(hax.named(0.0, ()), _normal(T, seed=1), bias)
-    np.testing.assert_allclose(float(last), float(_normal(T, seed=1).sum() + 4 * bias.sum()), rtol=1e-5)
+    np.testing.assert_allclose(
+        float(last), float(_normal(T, seed=1).sum() + 4 * bias.sum()), rtol=1e-5
+    )
 
 
 def test_a_carry_may_change_the_order_of_its_axes():
-    last = hax.fold(lambda c, x: (c + x).rearrange(("D", "H")), T)(hax.zeros((H, D)), _normal(T, H, D))
+    last = hax.fold(lambda c, x: (c + x).rearrange(("D", "H")), T)(
+        hax.zeros((H, D)), _normal(T, H, D)
+    )
     assert last.axes == (H, D)
     np.testing.assert_allclose(last.array, _normal(T, H, D).array.sum(0), rtol=1e-5)
 
@@ -68,7 +74,9 @@ def test_a_carry_may_change_the_order_of_its_axes():
 def test_fold_and_map():
     x = _normal(T, H)
     total = hax.fold(lambda c, xs: c * 0.5 + xs, T)(hax.zeros(H), x)
-    expected = functools.reduce(lambda c, xs: c * 0.5 + xs, np.asarray(x.array), np.zeros(3, np.float32))
+    expected = functools.reduce(
+        lambda c, xs: c * 0.5 + xs, np.asarray(x.array), np.zeros(3, np.float32)
+    )
     np.testing.assert_allclose(total.array, expected, rtol=1e-5)
     doubled = hax.map(lambda xs: {"d": xs * 2, "k": "static"}, T)(x)
     assert doubled["d"].axes == (T, H)
@@ -140,7 +148,9 @@ def test_the_policy_decides_what_is_kept():
     everything, carries = _residuals(False), _residuals(True)
     assert (4, 50, 3) in everything
     assert not any(50 in shape for shape in carries)
-    assert any(50 in shape for shape in _residuals(ScanCheckpointPolicy(save_block_internals=["wide"])))
+    assert any(
+        50 in shape for shape in _residuals(ScanCheckpointPolicy(save_block_internals=["wide"]))
+    )
     assert not any(50 in shape for shape in _residuals("nested"))
 
 
@@ -165,7 +175,9 @@ def test_vmap_maps_what_has_the_axis():
 
     found = hax.vmap(dot, T)(x, w)
     assert found.axes == (T, H)
-    np.testing.assert_allclose(found.array, jnp.einsum("htd,d->th", x.array, w.array), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        found.array, jnp.einsum("htd,d->th", x.array, w.array), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_vmap_over_a_new_axis_and_over_plain_arrays():
@@ -181,7 +193,9 @@ def test_vmap_defaults_and_overrides():
     f = lambda x, y: x + y.sum()
     np.testing.assert_array_equal(hax.vmap(f, T, args=(1, None))(a, jnp.ones(3)), a.T + 3)
     np.testing.assert_array_equal(hax.vmap(f, T, args=(1,), default=None)(a, jnp.ones(3)), a.T + 3)
-    np.testing.assert_array_equal(hax.vmap(f, T, args=(1,), kwargs={"y": None})(a, y=jnp.ones(3)), a.T + 3)
+    np.testing.assert_array_equal(
+        hax.vmap(f, T, args=(1,), kwargs={"y": None})(a, y=jnp.ones(3)), a.T + 3
+    )
     named = hax.vmap(lambda x: x.sum(), T, args=(None,))(_normal(T))
     assert named.axes == (T,)
     np.testing.assert_allclose(named.array, np.full(4, float(_normal(T).sum())), rtol=1e-6)
@@ -205,7 +219,9 @@ def test_raw_vmap_is_told():
 
 def test_transformations_compose():
     def loss(w, x):
-        per = hax.vmap(lambda xs: hax.fold(lambda c, v: hax.tanh(c * w + v), T)(hax.zeros(D), xs), H)
+        per = hax.vmap(
+            lambda xs: hax.fold(lambda c, v: hax.tanh(c * w + v), T)(hax.zeros(D), xs), H
+        )
         return per(x).sum().scalar()
 
     x, w = _normal(T, H, D), _normal(D, seed=1)
@@ -279,7 +295,11 @@ def test_unstacked_gives_the_blocks(kind):
 def test_both_stacks_share_a_state_dict():
     stacked, seq = _blocks(Stacked), _blocks(BlockSeq)
     one, other = (hax.state_dict.to_state_dict(b, "h") for b in (stacked, seq))
-    assert sorted(one) == sorted(other) == sorted(f"h.{i}.{n}" for i in range(4) for n in ("w", "scale"))
+    assert (
+        sorted(one)
+        == sorted(other)
+        == sorted(f"h.{i}.{n}" for i in range(4) for n in ("w", "scale"))
+    )
     for key, array in one.items():
         np.testing.assert_array_equal(array, other[key])
     doubled = {key: array * 2 for key, array in one.items()}

@@ -85,7 +85,9 @@ def test_embeddings_resize():
 def test_layer_norm():
     x = _normal(B, E, S)
     layer = hax.nn.LayerNorm.init(E)
-    layer = eqx.tree_at(lambda m: (m.weight, m.bias), layer, (_normal(E, seed=1), _normal(E, seed=2)))
+    layer = eqx.tree_at(
+        lambda m: (m.weight, m.bias), layer, (_normal(E, seed=1), _normal(E, seed=2))
+    )
     raw = jnp.moveaxis(x.array, 1, 2)
     expected = (raw - raw.mean(-1, keepdims=True)) / jnp.sqrt(raw.var(-1, keepdims=True) + 1e-5)
     expected = expected * layer.weight.array[None, None] + layer.bias.array[None, None]
@@ -138,7 +140,9 @@ def test_activations_are_those_of_jax(name):
 
 def test_further_activations():
     x = _normal(B, E)
-    np.testing.assert_allclose(hax.nn.quick_gelu(x).array, x.array * jax.nn.sigmoid(1.702 * x.array), rtol=1e-6)
+    np.testing.assert_allclose(
+        hax.nn.quick_gelu(x).array, x.array * jax.nn.sigmoid(1.702 * x.array), rtol=1e-6
+    )
     np.testing.assert_allclose(hax.nn.relu_squared(x).array, jax.nn.relu(x.array) ** 2)
     exact = hax.nn.gelu(x, approximate=False).array
     np.testing.assert_array_equal(exact, jax.nn.gelu(x.array, approximate=False))
@@ -169,7 +173,9 @@ def test_cross_entropy_of_class_numbers_is_exact():
     each = hax.nn.cross_entropy_loss(logits, V, ids, reduction=None)
     assert each.axes == (B, S)
     np.testing.assert_allclose(each.array, expected, rtol=1e-5)
-    assert float(hax.nn.cross_entropy_loss(logits, "vocab", ids)) == pytest.approx(expected.mean(), rel=1e-5)
+    assert float(hax.nn.cross_entropy_loss(logits, "vocab", ids)) == pytest.approx(
+        expected.mean(), rel=1e-5
+    )
     one_hot = hax.nn.one_hot(ids, V)
     np.testing.assert_allclose(
         hax.nn.cross_entropy_loss(logits, V, one_hot, reduction=None).array, expected, rtol=1e-5
@@ -217,7 +223,9 @@ def test_binary_cross_entropy():
     expected = -np.where(targets.array == 1, np.log(p), np.log(1 - p))
     found = hax.nn.binary_cross_entropy_loss(logits, targets, reduction=None)
     np.testing.assert_allclose(found.array, expected, rtol=1e-5)
-    assert float(hax.nn.binary_cross_entropy_loss(logits, targets)) == pytest.approx(expected.mean(), rel=1e-5)
+    assert float(hax.nn.binary_cross_entropy_loss(logits, targets)) == pytest.approx(
+        expected.mean(), rel=1e-5
+    )
 
 
 def test_mlp():
@@ -246,7 +254,9 @@ def test_moe_linear_uses_each_tokens_expert(use_gmm):
     expert = np.array([0, 0, 2, 2, 2])
     expected = np.einsum("te,tef->tf", x.array, np.asarray(layer.weight.array)[expert])
     assert out.axes == (Tokens, F)
-    np.testing.assert_allclose(out.array, expected + np.asarray(layer.bias.array)[expert], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        out.array, expected + np.asarray(layer.bias.array)[expert], rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(
@@ -260,7 +270,9 @@ def test_conv_is_that_of_equinox(options):
     layer = hax.nn.Conv.init(("height", "width"), In, Out, 3, key=KEY, **options)
     reference = eqx.nn.Conv2d(4, 8, 3, key=KEY, **options)
     reference = eqx.tree_at(
-        lambda m: (m.weight, m.bias), reference, (layer.weight.array, layer.bias.array.reshape(8, 1, 1))
+        lambda m: (m.weight, m.bias),
+        reference,
+        (layer.weight.array, layer.bias.array.reshape(8, 1, 1)),
     )
     expected = jax.vmap(reference)(jnp.moveaxis(x.array, 2, 1))
     out = layer(x)
@@ -275,7 +287,9 @@ def test_conv_transpose_is_that_of_equinox():
     layer = hax.nn.ConvTranspose.init(Length, In, In, 3, key=KEY, **options)
     reference = eqx.nn.ConvTranspose1d(4, 4, 3, key=KEY, **options)
     reference = eqx.tree_at(
-        lambda m: (m.weight, m.bias), reference, (layer.weight.array, layer.bias.array.reshape(4, 1))
+        lambda m: (m.weight, m.bias),
+        reference,
+        (layer.weight.array, layer.bias.array.reshape(4, 1)),
     )
     out = layer(x)
     assert [a.name for a in out.axes] == ["channel", "length"]
@@ -295,6 +309,8 @@ def test_pools():
         assert getattr(hax.nn, name)(pool, x, 1, "SAME").shape == x.shape
     edge = hax.nn.mean_pool(Width.resize(2), hax.ones(Width), 2, padding=1)
     np.testing.assert_allclose(edge.array, np.ones(3))
-    padded = hax.nn.mean_pool(Width.resize(2), hax.ones(Width), 2, padding=1, count_include_pad=True)
+    padded = hax.nn.mean_pool(
+        Width.resize(2), hax.ones(Width), 2, padding=1, count_include_pad=True
+    )
     np.testing.assert_allclose(padded.array, [0.5, 1, 1])
     assert hax.nn.max_pool(Width.resize(2), hax.arange(Width)).tolist() == [1, 2, 3, 4]

@@ -16,7 +16,9 @@ LETTERS = {axis: string.ascii_lowercase[i] for i, axis in enumerate(AXES)}
 
 @st.composite
 def axes(draw, pool=AXES, min_size=0):
-    chosen = draw(st.lists(st.sampled_from(pool), unique=True, min_size=min_size, max_size=len(pool)))
+    chosen = draw(
+        st.lists(st.sampled_from(pool), unique=True, min_size=min_size, max_size=len(pool))
+    )
     return tuple(chosen)
 
 
@@ -49,10 +51,21 @@ def test_elementwise_broadcasting(big, data):
     expected = _by_letters(x, big) - _by_letters(y, big)
     _same(x - y, big, np.broadcast_to(expected, [a.size for a in big]))
     reversed_order = small if set(small) == set(big) else big
-    _same(y - x, reversed_order, np.broadcast_to(_by_letters(y, reversed_order) - _by_letters(x, reversed_order), [a.size for a in reversed_order]))
+    _same(
+        y - x,
+        reversed_order,
+        np.broadcast_to(
+            _by_letters(y, reversed_order) - _by_letters(x, reversed_order),
+            [a.size for a in reversed_order],
+        ),
+    )
     chosen = hax.where(x > 0, x, y)
     assert set(chosen.axes) == set(big)
-    _same(chosen.rearrange(big), big, np.where(_by_letters(x, big) > 0, _by_letters(x, big), _by_letters(y, big)))
+    _same(
+        chosen.rearrange(big),
+        big,
+        np.where(_by_letters(x, big) > 0, _by_letters(x, big), _by_letters(y, big)),
+    )
 
 
 @SETTINGS
@@ -63,7 +76,9 @@ def test_dot(first, second, wanted):
     summed = tuple(axis for axis in wanted if axis in union)
     kept = tuple(axis for axis in union if axis not in summed)
     expected = np.einsum(
-        f"{_letters(first)},{_letters(second)}->{_letters(kept)}", np.asarray(x.array), np.asarray(y.array)
+        f"{_letters(first)},{_letters(second)}->{_letters(kept)}",
+        np.asarray(x.array),
+        np.asarray(y.array),
     )
     _same(hax.dot(x, y, axis=summed), kept, expected)
     _same(hax.dot(x, y, axis=summed, out_axes=kept[::-1]), kept[::-1], expected.T)
@@ -76,7 +91,8 @@ def test_einsum_of_three(first, second, third, order):
     union = set(first) | set(second) | set(third)
     kept = [axis for axis in order if axis in union][:3]
     expected = np.einsum(
-        ",".join(_letters(a.axes) for a in arrays) + f"->{_letters(kept)}", *(np.asarray(a.array) for a in arrays)
+        ",".join(_letters(a.axes) for a in arrays) + f"->{_letters(kept)}",
+        *(np.asarray(a.array) for a in arrays),
     )
     ordered = ", ".join(" ".join(a.name for a in x.axes) for x in arrays)
     if all(x.axes for x in arrays):
@@ -90,13 +106,21 @@ def test_rearranging_and_grouping(some, data):
     order = data.draw(st.permutations(some))
     x = _array(some)
     _same(x.rearrange(order), order, _by_letters(x, order))
-    _same(hax.rearrange(x, f"{{{' '.join(a.name for a in some)}}} -> {' '.join(a.name for a in order)}"), order, _by_letters(x, order))
+    _same(
+        hax.rearrange(
+            x, f"{{{' '.join(a.name for a in some)}}} -> {' '.join(a.name for a in order)}"
+        ),
+        order,
+        _by_letters(x, order),
+    )
     merged = data.draw(st.lists(st.sampled_from(some), unique=True, min_size=1))
     flat = x.flatten_axes(merged, "flat")
     at = min(some.index(axis) for axis in merged)
     head = [axis for axis in some[:at] if axis not in merged]
     tail = [axis for axis in some[at:] if axis not in merged]
-    expected = _by_letters(x, (*head, *merged, *tail)).reshape([*(a.size for a in head), -1, *(a.size for a in tail)])
+    expected = _by_letters(x, (*head, *merged, *tail)).reshape(
+        [*(a.size for a in head), -1, *(a.size for a in tail)]
+    )
     np.testing.assert_array_equal(flat.array, expected)
     _same(flat.unflatten_axis("flat", merged).rearrange(some), some, x.array)
 
@@ -151,12 +175,18 @@ def test_slicing(some, data):
             item[axis.name] = data.draw(st.integers(-axis.size, axis.size - 1))
             raw.append(item[axis.name])
         elif choice == "slice" or choice == "int":
-            item[axis] = slice(data.draw(st.integers(-3, 3)), data.draw(st.integers(-3, 5)), data.draw(st.sampled_from([1, 2, -1])))
+            item[axis] = slice(
+                data.draw(st.integers(-3, 3)),
+                data.draw(st.integers(-3, 5)),
+                data.draw(st.sampled_from([1, 2, -1])),
+            )
             raw.append(item[axis])
         else:
             item[axis] = [0, axis.size - 1, 0]
             raw.append(item[axis])
-    if any(isinstance(r, list) for r in raw):  # keep NumPy's rule for mixed integers out of the oracle
+    if any(
+        isinstance(r, list) for r in raw
+    ):  # keep NumPy's rule for mixed integers out of the oracle
         item = {k: v for k, v in item.items() if not isinstance(v, int)}
         raw = [slice(None) if isinstance(r, int) else r for r in raw]
     found = x[item]
@@ -178,7 +208,9 @@ def test_vmap_scan_jit_and_grad_compose(some, data):
 
     def loss(x):
         def one(row):
-            return hax.fold(lambda c, v: hax.sin(c) + v * v, scanned)(hax.zeros_like(row.sum(scanned)), row)
+            return hax.fold(lambda c, v: hax.sin(c) + v * v, scanned)(
+                hax.zeros_like(row.sum(scanned)), row
+            )
 
         return hax.vmap(one, mapped)(x).sum().scalar()
 
@@ -196,7 +228,11 @@ def test_vmap_scan_jit_and_grad_compose(some, data):
 
 
 @settings(SETTINGS, max_examples=6)
-@given(st.permutations(hax.make_axes(a=8, b=4, d=6)), st.sampled_from(["a", "b", None]), st.sampled_from(["a", "b", None]))
+@given(
+    st.permutations(hax.make_axes(a=8, b=4, d=6)),
+    st.sampled_from(["a", "b", None]),
+    st.sampled_from(["a", "b", None]),
+)
 def test_sharded_equals_unsharded(order, over_data, over_model):
     mapping = {name: mesh for name, mesh in ((over_data, "data"), (over_model, "model")) if name}
     if over_data == over_model:

@@ -48,7 +48,9 @@ def test_parameters_broadcast_by_name():
     low = hax.arange(W).astype(jnp.float32)
     found = hax.random.uniform(KEY, (H, W), minval=low, maxval=low + 1)
     raw = np.arange(3, dtype=np.float32)[None]
-    np.testing.assert_array_equal(found.array, jrandom.uniform(KEY, SHAPE, minval=raw, maxval=raw + 1))
+    np.testing.assert_array_equal(
+        found.array, jrandom.uniform(KEY, SHAPE, minval=raw, maxval=raw + 1)
+    )
     p = hax.linspace(H, start=0.0, stop=1.0)
     drawn = hax.random.bernoulli(KEY, (W, H), p)
     assert not bool(drawn["H", 0].any())
@@ -73,7 +75,9 @@ def test_categorical():
     logits = hax.random.normal(KEY, (H, D, W))
     found = hax.random.categorical(KEY, logits, "D")
     assert found.axes == (H, W)
-    np.testing.assert_array_equal(found.array, jrandom.categorical(KEY, jnp.moveaxis(logits.array, 1, -1)))
+    np.testing.assert_array_equal(
+        found.array, jrandom.categorical(KEY, jnp.moveaxis(logits.array, 1, -1))
+    )
     many = hax.random.categorical(KEY, hax.named([0.0, 50.0], "c"), "c", shape=(H,))
     assert many.tolist() == [1, 1, 1, 1]
 

@@ -77,7 +77,9 @@ def test_reading_says_what_is_missing_or_misshapen():
     with pytest.raises(KeyError, match=r"c_proj\.bias"):
         state_dict.from_state_dict(_net(), written)
     with pytest.raises(ValueError, match=r"'scale' has shape \(9,\)"):
-        state_dict.from_state_dict(_net(), {**state_dict.to_state_dict(_net()), "scale": jnp.ones(9)})
+        state_dict.from_state_dict(
+            _net(), {**state_dict.to_state_dict(_net()), "scale": jnp.ones(9)}
+        )
 
 
 def test_prefixes_join():
@@ -97,7 +99,10 @@ def test_containers_and_numpy():
 
 
 def _quantized(**options):
-    net = {"first": Linear.init(E, F, key=KEY), "stack": Stacked.init(L, Linear)(E, F, key=jax.random.split(KEY, 2))}
+    net = {
+        "first": Linear.init(E, F, key=KEY),
+        "stack": Stacked.init(L, Linear)(E, F, key=jax.random.split(KEY, 2)),
+    }
     return net, quantization.quantize_linear_layers(net, quantization.QuantizationConfig(**options))
 
 
@@ -122,8 +127,12 @@ def test_fp8_state_comes_back_as_its_gradient():
     assert overwrites.weight is None
     updates = jax.tree_util.tree_map(lambda g: -0.1 * g, proper)
     stepped = quantization.apply_updates(layer, updates, overwrites)
-    assert float(stepped.dot_general.input_amax_history[0]) == pytest.approx(float(hax.abs(x).max()))
-    np.testing.assert_allclose(stepped.weight.array, layer.weight.array - 0.1 * grad.weight.array, rtol=1e-6)
+    assert float(stepped.dot_general.input_amax_history[0]) == pytest.approx(
+        float(hax.abs(x).max())
+    )
+    np.testing.assert_allclose(
+        stepped.weight.array, layer.weight.array - 0.1 * grad.weight.array, rtol=1e-6
+    )
     again = eqx.filter_grad(lambda m: (m(x) ** 2).sum().scalar())(stepped)
     wanted = float(hax.abs(x).max()) / float(jnp.finfo(jnp.float8_e4m3fn).max)
     assert float(again.dot_general.input_scale) == pytest.approx(wanted)
@@ -146,12 +155,20 @@ def test_int8_products_are_near_and_differentiate_as_if_exact():
 
 
 @pytest.mark.parametrize(
-    ("targets", "hit"), [(["first"], {"first"}), (r"stack.*", {"stack"}), (["nothing"], set()), (None, {"first", "stack"})]
+    ("targets", "hit"),
+    [
+        (["first"], {"first"}),
+        (r"stack.*", {"stack"}),
+        (["nothing"], set()),
+        (None, {"first", "stack"}),
+    ],
 )
 def test_quantization_targets(targets, hit):
     _, quantized = _quantized(int8=True, targets=targets)
     layers = {"first": quantized["first"], "stack": quantized["stack"].stacked}
-    found = {k for k, v in layers.items() if isinstance(v.dot_general, quantization.Int8DotGeneralOp)}
+    found = {
+        k for k, v in layers.items() if isinstance(v.dot_general, quantization.Int8DotGeneralOp)
+    }
     assert found == hit
 
 
@@ -168,7 +185,10 @@ def test_diagnosis_finds_reused_and_static_arrays():
 
     layer = Linear.init(E, F, key=KEY)
     problems = debug.diagnose_common_issues(Bad(layer, layer, hax.nn.relu))
-    assert {tuple(paths) for _, paths in problems.reused_arrays} == {(".a.weight", ".b.weight"), (".a.bias", ".b.bias")}
+    assert {tuple(paths) for _, paths in problems.reused_arrays} == {
+        (".a.weight", ".b.weight"),
+        (".a.bias", ".b.bias"),
+    }
     assert "eqx.nn.Shared" in str(problems)
     assert not debug.diagnose_common_issues(_net())
     with pytest.warns(UserWarning, match="static"):
@@ -187,8 +207,15 @@ def test_shardings_are_shown_by_axis_name(capsys):
 
 def test_trees_take_named_arrays_as_leaves():
     tree = {"a": hax.ones(E), "b": [hax.ones(F), 3]}
-    assert [type(x).__name__ for x in tree_util.tree_leaves(tree)] == ["NamedArray", "NamedArray", "int"]
-    mapped = tree_util.tree_map(lambda x: x.rename({"embed": "e"}) if hax.is_named_array(x) and x.has_axis("embed") else x, tree)
+    assert [type(x).__name__ for x in tree_util.tree_leaves(tree)] == [
+        "NamedArray",
+        "NamedArray",
+        "int",
+    ]
+    mapped = tree_util.tree_map(
+        lambda x: x.rename({"embed": "e"}) if hax.is_named_array(x) and x.has_axis("embed") else x,
+        tree,
+    )
     assert mapped["a"].shape == {"e": 4}
     stop = tree_util.tree_leaves(tree, is_leaf=lambda x: isinstance(x, list))
     assert len(stop) == 2
