@@ -19,12 +19,14 @@ RUN_WORKER = """
 import json, sys
 from pathlib import Path
 import dagster as dg
+from modeling.artifacts import Workspace
 from resources.launcher import Job, LauncherResource
 
 @dg.asset
 def trained(context: dg.AssetExecutionContext, launcher: LauncherResource) -> dg.MaterializeResult:
     arguments = json.loads(sys.argv[1])
-    job = Job("children:stop_when_asked", arguments, {"PYTHONPATH": sys.argv[2]})
+    space = Workspace(*map(Path, sys.argv[4:])) if sys.argv[4:] else None
+    job = Job("children:stop_when_asked", arguments, {"PYTHONPATH": sys.argv[2]}, space)
     launcher.run(context, job)
     return dg.MaterializeResult()
 
@@ -34,7 +36,7 @@ with dg.DagsterInstance.ephemeral() as instance:
         [trained], resources={"launcher": launcher}, instance=instance, raise_on_error=False
     )
     run = instance.get_run_by_id(done.run_id)
-    Path(arguments_notes := json.loads(sys.argv[1])["notes"], "status").write_text(run.status.value)
+    Path(json.loads(sys.argv[1])["notes"], "status").write_text(run.status.value)
 """
 
 
@@ -157,13 +159,14 @@ def test_kill_9_of_the_run_worker_leaves_no_orphan(tmp_path, save_s, is_saved):
     assert (notes / "saved").exists() == is_saved
 
 
-def start_run(tmp_path, *, save_s, grace_s):
+def start_run(tmp_path, *, save_s, grace_s, workspace=None):
     """Starts a Dagster run in a process of its own and waits until its child works."""
     notes = tmp_path / "notes"
     notes.mkdir()
     arguments = json.dumps({"notes": str(notes), "save_s": save_s})
+    places = [str(workspace.progress), str(workspace.output)] if workspace else []
     run = subprocess.Popen(
-        [sys.executable, "-c", RUN_WORKER, arguments, str(HERE), str(grace_s)],
+        [sys.executable, "-c", RUN_WORKER, arguments, str(HERE), str(grace_s), *places],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
@@ -193,3 +196,46 @@ def wait_until(condition, timeout_s):
     while not condition():
         assert time.monotonic() < deadline, "this took too long"
         time.sleep(0.05)
+
+
+def test_a_worker_whose_parent_is_gone_does_nothing(tmp_path):
+    job = {
+        "entry": "children:write_and_return", "arguments": {}, "workspace": None,
+        "result": str(tmp_path / "result.json"), "parent": os.getpid() + 1, "grace_s": 1.0,
+    }  # fmt: skip
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    done = subprocess.run(
+        [sys.executable, "-m", "resources.worker", str(tmp_path / "job.json")],
+        env={**os.environ, "PYTHONPATH": str(HERE)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "The process that started this one is gone." in done.stderr
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_a_second_worker_waits_for_the_first_in_the_same_workspace(workspace, tmp_path):
+    """As when a run worker was killed and its child still saves."""
+    run, notes = start_run(tmp_path, save_s=3, grace_s=30, workspace=workspace)
+    run.kill()
+    run.wait(30)
+    done, _, _ = launch("write_and_return", workspace, {"text": "second"})
+    assert done.success
+    assert (notes / "saved").exists(), "the first was let finish"
+
+
+def test_the_platform_is_what_is_asked_for(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")
+    monkeypatch.delenv("LEVANTER_PLATFORM", raising=False)
+    assert LauncherResource().platform_name() == "gpu"
+    monkeypatch.setenv("LEVANTER_PLATFORM", "tpu")
+    assert LauncherResource().platform_name() == "tpu"
+    assert LauncherResource(platform="cpu").platform_name() == "cpu"
+    monkeypatch.delenv("LEVANTER_PLATFORM")
+    monkeypatch.delenv("JAX_PLATFORMS")
+    assert LauncherResource().platform_name() == "cpu"
+    with pytest.raises(ValueError, match="'abacus' is not one of"):
+        LauncherResource(platform="abacus").platform_name()
