@@ -1,4 +1,4 @@
-"""The promises of the announcement: one attention for every layout, names beat order, one-line sharding."""
+"""The announcement: one attention for every layout, names beat order, one-line sharding."""
 
 import math
 import warnings
@@ -77,7 +77,7 @@ def test_the_same_attention_reads_image_patches():
 
 
 def test_mean_squared_error_goes_by_name_not_by_order():
-    """With positions, (4, 8) against (8, 4) errs or, worse, (4, 1) against (4,) broadcasts silently."""
+    """By position, (4, 8) against (8, 4) fails and (4, 1) against (4,) silently broadcasts."""
     B, D = hax.make_axes(batch=4, dim=8)
     pred, target = _normal(0, B, D), _normal(1, D, B)
 

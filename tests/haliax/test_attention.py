@@ -2,11 +2,12 @@
 
 import math
 
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import haliax as hax
 from haliax.nn import attention
 
 B, H, QPos, KPos, Key = hax.make_axes(B=2, H=3, Q=4, K=5, D=6)

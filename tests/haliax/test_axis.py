@@ -1,4 +1,4 @@
-"""Axis arithmetic: every helper answers in the spelling it was given, and size clashes are errors."""
+"""Axis arithmetic: helpers answer in the spelling they were given; size clashes are errors."""
 
 import pytest
 
@@ -78,7 +78,7 @@ def test_set_arithmetic(function, first, second, expected):
     ],
 )
 def test_clashes_are_value_errors(function, first, second):
-    with pytest.raises(ValueError, match="H|W|D"):
+    with pytest.raises(ValueError, match=r"H|W|D"):
         function(first, second)
 
 

@@ -1,10 +1,11 @@
 """`dot` and `einsum` against jnp.einsum."""
 
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import haliax as hax
 
 B, H, P, K, D = hax.make_axes(B=2, H=3, P=4, K=5, D=6)
 LETTERS = {"B": "b", "H": "h", "P": "p", "K": "k", "D": "d"}

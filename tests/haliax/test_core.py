@@ -1,4 +1,4 @@
-"""The NamedArray class: construction, questions about axes, conversions, pytree and typing behaviour."""
+"""The NamedArray class: construction, questions about axes, conversions, pytrees, typing."""
 
 import dataclasses
 from typing import get_args

@@ -1,12 +1,14 @@
+# ruff: noqa: E501 - tables read best with one row a line
 """Mistakes teach: each message names the operation, the axes with their sizes, and a way out."""
 
 import re
 
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import haliax as hax
 from haliax import nn
 from haliax.nn import attention
 from haliax.partitioning import pspec_for_axis

@@ -4,11 +4,12 @@ import collections
 import re
 
 import equinox as eqx
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import haliax as hax
 
 Batch, Pos, KPos, Embed, Heads, HeadSize, Mlp = hax.make_axes(
     batch=2, position=8, key_position=8, embed=12, heads=3, head_size=4, mlp=48

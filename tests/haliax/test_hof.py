@@ -1,13 +1,14 @@
-"""scan, fold, map, vmap, Stacked and BlockSeq: they loop over a name, and equal the written-out loop."""
+"""scan, fold, map, vmap, Stacked and BlockSeq loop over a name as a written-out loop does."""
 
 import functools
 
 import equinox as eqx
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import haliax as hax
 from haliax import ScanCheckpointPolicy
 from haliax.nn import BlockSeq, Stacked
 
@@ -213,7 +214,7 @@ def test_vmap_passes_through_what_is_no_array():
 
 
 def test_raw_vmap_is_told():
-    with pytest.raises(ValueError, match="hax.vmap"):
+    with pytest.raises(ValueError, match=r"hax\.vmap"):
         jax.vmap(lambda x: x.sum("H"))(_normal(T, H))
 
 

@@ -1,10 +1,11 @@
 """Indexing by name against NumPy's rules, where each name is an explicit position."""
 
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import haliax as hax
 
 H, W, D = hax.make_axes(H=4, W=5, D=6)
 X = np.arange(120, dtype=np.float32).reshape(4, 5, 6)

@@ -3,11 +3,12 @@
 import math
 
 import equinox as eqx
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import haliax as hax
 from haliax import NamedArray
 
 B, S, E, F, V = hax.make_axes(batch=2, seq=3, embed=4, mlp=6, vocab=7)
@@ -124,8 +125,8 @@ def test_dropout_keeps_the_mean_and_needs_a_key():
 
 
 ACTIVATIONS = [
-    "celu", "elu", "hard_sigmoid", "hard_silu", "hard_swish", "hard_tanh", "leaky_relu", "log_sigmoid",
-    "relu", "relu6", "selu", "sigmoid", "silu", "soft_sign", "softplus", "swish", "gelu", "mish",
+    "celu", "elu", "hard_sigmoid", "hard_silu", "hard_swish", "hard_tanh", "leaky_relu",
+    "log_sigmoid", "relu", "relu6", "selu", "sigmoid", "silu", "soft_sign", "softplus", "swish", "gelu", "mish",
 ]  # fmt: skip
 
 

@@ -1,16 +1,17 @@
-"""Mappings, meshes and named_jit on eight virtual devices: what is asked is what the devices hold."""
+"""Mappings, meshes and named_jit on eight devices: what is asked is what the devices hold."""
 
 import warnings
 
 import equinox as eqx
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from haliax.partitioning import ResourceAxis, auto_sharded, current_mesh, named_jit
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+import haliax as hax
+from haliax.partitioning import ResourceAxis, auto_sharded, current_mesh, named_jit
 
 B, E, M = hax.make_axes(batch=8, embed=16, mlp=4)
 MAPPING = {"batch": ResourceAxis.DATA, "mlp": ResourceAxis.MODEL}

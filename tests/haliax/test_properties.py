@@ -1,13 +1,14 @@
-"""Whatever the order and size of axes, named operations agree with NumPy told the same by position."""
+"""Whatever the order and size of axes, named operations agree with NumPy by position."""
 
 import string
 
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import haliax as hax
 
 SETTINGS = settings(max_examples=25, deadline=None, derandomize=True, database=None)
 AXES = hax.make_axes(a=2, b=3, c=1, d=4, e=2)
@@ -32,7 +33,7 @@ def _letters(some):
 
 
 def _by_letters(x, order):
-    """The array with size-1 dimensions for axes it lacks, in the given order: NumPy broadcasting."""
+    """The array in the given order, with size-1 dimensions for axes it lacks."""
     present = [axis for axis in order if axis in x.axes]
     raw = np.einsum(f"{_letters(x.axes)}->{_letters(present)}", np.asarray(x.array))
     return raw.reshape([axis.size if axis in x.axes else 1 for axis in order])

@@ -1,11 +1,13 @@
+# ruff: noqa: E501 - tables read best with one row a line
 """Named random numbers are exactly those of jax.random on the raw shape."""
 
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import random as jrandom
+
+import haliax as hax
 
 H, W, D = hax.make_axes(H=4, W=3, D=5)
 KEY = jrandom.PRNGKey(7)

@@ -1,10 +1,12 @@
+# ruff: noqa: E501 - tables read best with one row a line
 """Rearranging, renaming, grouping, joining and cutting, by sequence and by string."""
 
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import haliax as hax
 
 B, H, W, C = hax.make_axes(B=2, H=4, W=6, C=3)
 X = np.arange(144, dtype=np.float32).reshape(2, 4, 6, 3)

@@ -1,11 +1,12 @@
 """State dicts, quantized products, diagnosis of modules, and trees with named leaves."""
 
 import equinox as eqx
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import haliax as hax
 from haliax import debug, quantization, state_dict, tree_util
 from haliax.nn import Linear, Stacked
 
