@@ -3,10 +3,11 @@
     loss = sum_t w_t (logsumexp(z_t) - z_t[token_(t+1)]) / sum_t w_t        z = logits, w = weights
 
 The two sums are returned apart: a step divides once, after the sums of all microbatches, or a
-ragged batch would count short rows twice. Everything from the logits on is float32.
+ragged batch would count short rows twice. Everything from the logits on is float32; `loss` says how
+they are computed.
 """
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -15,7 +16,8 @@ from jaxtyping import Array, PRNGKeyArray
 import haliax as hax
 from haliax import Axis, AxisSelector, NamedArray
 from modeling.models.config import ModelConfig
-from modeling.models.gpt2 import Gpt2LmHeadModel, logits
+from modeling.models.gpt2 import Gpt2LmHeadModel
+from modeling.models.loss import summed_cross_entropy, token_cross_entropy
 
 
 @runtime_checkable
@@ -68,8 +70,10 @@ def next_token_loss(
     Dropout acts when `key` is given.
     """
     weights = example.loss_weight.astype(jnp.float32)
-    losses = token_losses(model, example.tokens, key=key) * weights
-    return hax.sum(losses).scalar(), hax.sum(weights).scalar()
+    activations, targets, Pos = _predictions(model, example.tokens, key)
+    # `custom_vjp` hides what the function returns from type checkers.
+    total: Any = summed_cross_entropy(activations, model.head, targets, weights, model.Vocab, Pos)
+    return total, hax.sum(weights).scalar()
 
 
 def token_losses(
@@ -79,6 +83,13 @@ def token_losses(
 
     The last one, with nothing to predict, is compared with the row's first token; weigh it 0.
     """
-    targets = hax.roll(tokens, -1, model.Pos.name)
-    z = logits(model.activations(tokens, key=key), model.head)
-    return hax.nn.cross_entropy_loss(z, model.Vocab, targets, reduction=None)
+    activations, targets, Pos = _predictions(model, tokens, key)
+    return token_cross_entropy(activations, model.head, targets, model.Vocab, Pos)
+
+
+def _predictions(
+    model: LanguageModel, tokens: NamedArray, key: PRNGKeyArray | None
+) -> tuple[NamedArray, NamedArray, Axis]:
+    """Returns what the head is applied to at each position, the id that follows, and the axis."""
+    Pos = tokens.resolve_axis(model.Pos.name)
+    return model.activations(tokens, key=key), hax.roll(tokens, -1, Pos), Pos
