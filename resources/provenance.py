@@ -32,10 +32,12 @@ from modeling.artifacts import Artifact, ArtifactStore, Build, Built, Recipe, Wo
 REMOVED = "[removed]"
 CHECKOUT = Path(__file__).resolve().parent.parent
 
-_SECRET_NAME = re.compile(
-    r"(?i)(pass(word|wd|phrase)?|secret|token|credential|api[-_]?key|access[-_]?key|private[-_]?key"
-    r"|auth|bearer|signature|\bsig\b)"
+# Whole words, since `tokenizer` and `author` are none: letters may not go on on either side.
+_SECRET_WORD = (
+    r"(?<![A-Za-z])(?:pass|passwd|password|passphrase|secret|(?:access|api|auth|id|refresh)?[-_]?token|credentials?|auth|authorization"
+    r"|bearer|sig|signature|(?:api|access|private|secret|account)[-_]?key)(?![A-Za-z])"
 )
+_SECRET_NAME = re.compile(_SECRET_WORD, re.IGNORECASE)
 _SECRET_VALUE = re.compile(
     r"hf_[A-Za-z0-9]{8,}"  # Hugging Face
     r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"  # GitHub, GitLab
@@ -44,7 +46,9 @@ _SECRET_VALUE = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
     r"|\b[0-9a-f]{40}\b"  # Weights & Biases
 )
-_NAMED_VALUE = re.compile(r"""(([\w-]+)["']?\s*[=:]\s*["']?)([^&\s"',}]+)""")
+_NAMED_VALUE = re.compile(
+    rf"""([\w-]*{_SECRET_WORD}[\w-]*["']?\s*[=:]\s*["']?)[^&\s"',}}]+""", re.IGNORECASE
+)
 _AUTHORIZATION = re.compile(r"(?i)\b(bearer|basic)\s+\S+")
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
 _PACKAGES = (
@@ -129,9 +133,7 @@ def without_secrets(argv: Sequence[str]) -> list[str]:
 def scrub(text: str) -> str:
     """Returns `text` without tokens of well-known forms and without credentials in URLs."""
     text = _AUTHORIZATION.sub(REMOVED, _USER_INFO.sub("", text))
-    text = _NAMED_VALUE.sub(
-        lambda found: f"{found[1]}{REMOVED}" if _SECRET_NAME.search(found[2]) else found[0], text
-    )
+    text = _NAMED_VALUE.sub(rf"\1{REMOVED}", text)
     return _SECRET_VALUE.sub(REMOVED, text)
 
 

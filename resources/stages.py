@@ -124,6 +124,7 @@ def parity(
     arguments: Arguments, workspace: Workspace | None, channel: Channel
 ) -> Mapping[str, Any]:
     """Compares the logits of an export, by NumPy from its files, with the checkpoint's own."""
+    import equinox as eqx
     import jax
     import numpy as np
 
@@ -131,7 +132,13 @@ def parity(
     from modeling.hf import reference
     from modeling.models.trained import load_model
 
-    model = load_model(Path(arguments["checkpoint"]), _experiment(arguments))
+    experiment = _experiment(arguments)
+    exported = experiment.export.dtype
+    # The weights as they were exported: what is left to differ is the computation.
+    model = jax.tree.map(
+        lambda x: x.astype(exported).astype("float32") if eqx.is_inexact_array(x) else x,
+        load_model(Path(arguments["checkpoint"]), experiment),
+    )
     cache = _cache(arguments)
     split = "validation" if cache.num_rows("validation") else "train"
     rows = cache.rows(split, np.arange(min(PARITY_ROWS, cache.num_rows(split))))

@@ -102,6 +102,15 @@ def test_a_run_of_one_asset_takes_what_earlier_runs_left(chain, first_run):
     assert chain.was(result) == {"tales/tokenized_corpus": "reused"}
 
 
+def test_a_bfloat16_export_equals_the_rounded_weights(other_instance):
+    result = other_instance.run("export.dtype=bfloat16")
+    assert result.success
+    built = [key for key, state in other_instance.was(result).items() if state == "built"]
+    assert built == ["tiny/hf_model"]
+    shown = other_instance.metadata_of(result)["tiny/hf_model"]
+    assert shown["dtype"] == "bfloat16"
+
+
 def test_an_asset_whose_parent_was_never_made_says_what_to_do(empty_chain):
     result = empty_chain.run(select=[("tales", "tokenizer")])
     (failure,) = result.get_step_failure_events()

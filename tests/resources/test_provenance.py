@@ -60,6 +60,9 @@ def test_a_folder_without_git_says_so(tmp_path):
     [
         ["run", f"--api-key={CANARY}"],
         ["run", "--api_key", CANARY],
+        ["run", f"WANDB_API_KEY={CANARY}"],
+        ["run", f"https://example.com/?accessToken={CANARY}"],
+        ["run", f"{{'aws_secret_access_key': '{CANARY}'}}"],
         ["run", "--wandb-token", CANARY, "--seed", "3"],
         ["run", f"password={CANARY}"],
         ["run", f"hf_{CANARY}ABCDEF"],
@@ -67,6 +70,7 @@ def test_a_folder_without_git_says_so(tmp_path):
         ["run", f"https://example.com/x?access_token={CANARY}&y=1"],
         ["run", f"gs://bucket/x?X-Goog-Signature={CANARY}"],
         ["run", "--set", f'{{"secret": "{CANARY}"}}'],
+        ["run", "--instance-ref", f'{{"config_yaml": "password: {CANARY}\\nuser: x"}}'],
         ["run", f"Authorization: Bearer {CANARY}"],
         ["run", f"ghp_{CANARY}{CANARY}"],
         ["run", "0123456789abcdef0123456789abcdef01234567"],
@@ -81,7 +85,15 @@ def test_arguments_lose_their_secrets(argv):
 
 
 def test_harmless_arguments_stay():
-    argv = ["levanter", "run", "nano", "--set", "trainer.seed=3", "--verbose", "a/b.yaml"]
+    argv = [
+        "levanter",
+        "run",
+        "nano",
+        "--set",
+        "dataset.tokenizer.vocab_size=512",
+        "--verbose",
+        "a/b.yaml",
+    ]
     assert without_secrets(argv) == argv
     digest = "ab" * 32
     assert scrub(digest) == digest
