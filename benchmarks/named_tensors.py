@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import equinox as eqx
-import haliax as hax
-import haliax.nn
 import jax
 import jax.numpy as jnp
+
+import haliax as hax
+import haliax.nn
 
 Batch, Pos, Embed, Mlp = (
     hax.Axis(*a) for a in (("batch", 8), ("pos", 16), ("embed", 32), ("mlp", 64))
@@ -84,8 +85,8 @@ class Block(eqx.Module):
         k_up, k_down = jax.random.split(key)
         return Block(
             hax.nn.LayerNorm.init(Embed),
-            hax.nn.Linear.init(Embed, Mlp, key=k_up),
-            hax.nn.Linear.init(Mlp, Embed, key=k_down),
+            hax.nn.Linear.init(Embed, Mlp, key=k_up, out_first=True),
+            hax.nn.Linear.init(Mlp, Embed, key=k_down, out_first=True),
         )
 
     def __call__(self, x: Any) -> Any:

@@ -24,7 +24,6 @@ from haliax.axis import (
     Axis,
     AxisSelection,
     AxisSelector,
-    AxisSpec,
     PartialShapeDict,
     axis_name,
     axis_spec_to_tuple,
