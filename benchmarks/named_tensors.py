@@ -2,9 +2,9 @@
 
     python benchmarks/named_tensors.py [--repeats 30] > named_tensors.jsonl
 
-Prints one JSON object per line: `{"case", "library", "named_us", "jnp_us", "ratio"}`, where `library` is
-the `haliax` that is importable: this repository's, or PyPI's in an environment that has it. The two
-sides of a case alternate, so that both see the same machine, and each figure is a median.
+Prints one JSON object a line: `{"case", "library", "named_us", "jnp_us", "ratio"}`, where `library`
+is the `haliax` that is importable: this repository's, or PyPI's in an environment that has it. The
+two sides of a case alternate, so that both see the same machine, and each figure is a median.
 """
 
 import argparse

@@ -102,7 +102,7 @@ def _is_concrete(array: Any) -> bool:
 def _compiled(
     fn: Callable[..., Any], a: tuple[Axis, ...], b: tuple[Axis, ...], to: tuple[Axis, ...]
 ) -> Callable[..., Any]:
-    """Alignment and operation in one dispatch: outside `jit`, each reshape costs as much as `fn`."""
+    """Alignment and operation in one dispatch: outside `jit`, a reshape costs as much as `fn`."""
     return jax.jit(lambda x, y: fn(aligned(x, a, to), aligned(y, b, to)))
 
 

@@ -39,6 +39,13 @@ class ScanCheckpointPolicy:
     simple: bool = False
     nested: bool | int = False
 
+    def __post_init__(self) -> None:
+        # A policy is part of the structure of a module, so it must be hashable.
+        for name in ("save_block_internals", "offload_block_internals"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                object.__setattr__(self, name, tuple(value))
+
     @staticmethod
     def from_bool_or_str(remat: "bool | str | ScanCheckpointPolicy") -> "ScanCheckpointPolicy":
         """The policy of a name: a bool, `offload`, `recompute`/`full`, `save_all`, `nested`."""

@@ -196,8 +196,8 @@ class _Static:
         except TypeError:
             bad = next(leaf for leaf in leaves if not _is_hashable(leaf))
             raise TypeError(
-                f"named_jit: {type(bad).__name__} is no array, so it is static and must be hashable: "
-                f"{bad!r}. Convert it with `jnp.asarray`, or close over it."
+                f"named_jit: {type(bad).__name__} is no array, so it is static and must be "
+                f"hashable: {bad!r}. Convert it with `jnp.asarray`, or close over it."
             ) from None
 
     def __hash__(self) -> int:

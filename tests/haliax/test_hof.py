@@ -130,6 +130,22 @@ def test_checkpointing_changes_no_number(policy):
     np.testing.assert_allclose(gradient.array, expected_gradient.array, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "policy", ["offload", ScanCheckpointPolicy(offload_block_internals=["inner"])], ids=str
+)
+def test_offloading_moves_residuals_to_the_host(policy):
+    def run(x, remat):
+        def step(c, xs):
+            return hax.sin(hax.jax_utils.tree_checkpoint_name(c + xs, "inner")), None
+
+        return hax.scan(step, T, remat=remat)(hax.zeros(H), x)[0].sum().scalar()
+
+    x = _normal(T, H)
+    gradient = jax.jit(jax.grad(run), static_argnums=1)
+    np.testing.assert_allclose(gradient(x, policy).array, gradient(x, False).array, rtol=1e-6)
+    assert "Host" in str(jax.make_jaxpr(lambda x: jax.grad(run)(x, policy))(x))
+
+
 def _residuals(policy):
     """Shapes saved for the backward pass of a scan with a wide intermediate."""
     Wide = hax.Axis("wide", 50)
