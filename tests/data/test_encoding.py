@@ -83,6 +83,28 @@ def test_hostile_text_gets_the_librarys_ids(backend):
     check()
 
 
+def test_hostile_text_is_split_where_the_library_splits_it(backend):
+    pre_tokenize = backend.pre_tokenizer.pre_tokenize_str
+    splitter = Splitter(pre_tokenize)
+
+    def split(texts):
+        joined = b"".join(text.encode() + b"\xff" for text in texts)
+        starts = splitter.starts(np.frombuffer(joined, np.uint8)).tolist()
+        return [joined[a:b] for a, b in zip(starts, [*starts[1:], len(joined)], strict=True)]
+
+    @settings(max_examples=600, deadline=None)
+    @given(documents.filter(len))
+    @example(["we'really", "it'sn't", "x'llx'vex'mx'dx", "'re", "'r", "'ve're"])
+    def check(texts):
+        expected = []
+        for text in texts:
+            words = [text[a:b].encode() for _, (a, b) in pre_tokenize(text)]
+            expected += [*words, b"\xff"]
+        assert split(texts) == expected
+
+    check()
+
+
 def test_pairs_and_triples_of_every_kind_of_character(backend):
     fast = encoder_for(backend, U16)
     kinds = ["'", "s", "l", "r", "e", "a", " ", "\n", "\u3000", "1", "!", "日", "²", "\u0301", "🎉"]
@@ -117,6 +139,7 @@ def test_words_forgotten_for_lack_of_room_are_asked_again(backend, monkeypatch):
     draw = random.Random(3)
     for _ in range(30):
         assert_same(fast, backend, ["".join(draw.choices(PIECES, k=30)) for _ in range(5)])
+        assert len(fast._known) < 200  # of about 1,500 distinct words in all
 
 
 def test_text_beyond_arrows_reach_goes_through_the_library(backend, monkeypatch):

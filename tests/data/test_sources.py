@@ -69,6 +69,16 @@ def test_compressing_a_file_changes_the_corpus_but_no_document(suffix, tmp_path,
     assert [document.text for document in corpus.documents(workspace.output)] == TEXTS
 
 
+def test_the_listing_knows_the_split_of_each_compressed_text(tmp_path, make_workspace):
+    for index, text in enumerate(TEXTS):
+        (tmp_path / f"{index}.txt.gz").write_bytes(gzip.compress(text.encode()))
+    config, workspace = source(tmp_path), make_workspace("c")
+    listing = corpus.scan(config, validation=HALF)
+    corpus.build(config, listing, workspace)
+    splits = {d.doc_id + ".gz": d.split for d in corpus.documents(workspace.output)}
+    assert {file.logical_path: file.split for file in listing.files} == splits
+
+
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
 def test_streams_one_after_another_are_one_file(suffix, tmp_path, make_workspace):
     compress = COMPRESSIONS[suffix]

@@ -96,6 +96,16 @@ def test_batches_and_shards_leave_no_trace(
     assert stream(workspace.output, "train") == chain.tokens("train")
 
 
+def test_a_shard_is_closed_by_the_document_that_fills_it_exactly(chain, make_workspace):
+    encoder = Tokenizer.load(chain.tokenizer_dir)
+    documents = list(corpus.documents(chain.corpus_dir, "train"))
+    lengths = [len(encoder.encode(document.text)) + 1 for document in documents]
+    workspace = make_workspace("exact")
+    build(chain, workspace, shard_tokens=lengths[0] + lengths[1])
+    first = tokenized.Manifest.read(workspace.output).splits["train"].shards[0]
+    assert (first.documents, first.tokens) == (2, lengths[0] + lengths[1])
+
+
 def test_shard_bounds_do_not_depend_on_batches(chain, make_workspace, monkeypatch):
     monkeypatch.setattr(tokenized, "_BATCH_DOCUMENTS", 3)
     workspace = make_workspace("other")
@@ -224,6 +234,17 @@ def test_gathering_crosses_shards_of_any_size():
         assert np.array_equal(rows, expected)
     assert np.array_equal(flat.span(3, 480), whole[3:480])
     assert flat.span(5, 5).size == 0
+
+
+def test_rows_inside_a_shard_are_not_copied_one_by_one(monkeypatch):
+    flat = FlatTokens(np.split(np.arange(120, dtype=np.uint16), [40, 80]))
+    starts = np.array([0, 30, 40, 70, 80, 110])
+
+    def copies_a_row(*bounds):
+        raise AssertionError(f"row {bounds} lies inside one shard")
+
+    monkeypatch.setattr(flat, "span", copies_a_row)
+    assert np.array_equal(flat.gather(starts, 10), starts[:, None] + np.arange(10))
 
 
 def test_the_manifest_says_what_its_format_is(chain, tmp_path):
