@@ -136,8 +136,8 @@ def axis_spec_to_tuple(axis_spec: AxisSpec) -> tuple[Axis, ...]:
     axes = tuple(axis_spec) if isinstance(axis_spec, Sequence) else (axis_spec,)
     if isinstance(axis_spec, str) or not all(isinstance(axis, Axis) for axis in axes):
         raise ValueError(
-            f"Sizes are needed here, but {axis_spec!r} has only names. "
-            "Pass `Axis(name, size)`, a tuple of them, or `{name: size}`."
+            f"Sizes are needed here, but {axis_spec!r} has only names. Pass `Axis(name, size)`, a "
+            "tuple of them, or `{name: size}`."
         )
     return axes
 
@@ -457,8 +457,7 @@ def renamed(operation: str, axes: tuple[Axis, ...], renames: Mapping[Any, Any]) 
         if old_name not in known:
             raise ValueError(
                 f"{operation}: axis '{old_name}' not found in {describe(axes)}, so it cannot "
-                "become "
-                f"'{new_name}'.{suggestion(old_name, known)}"
+                f"become '{new_name}'.{suggestion(old_name, known)}"
             )
         for size in (old_size, new_size):
             if size is not None and size != known[old_name]:

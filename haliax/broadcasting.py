@@ -65,18 +65,16 @@ def cannot_broadcast(operation: str, a: tuple[Axis, ...], b: tuple[Axis, ...]) -
         if sizes.get(axis.name, axis.size) != axis.size:
             return ValueError(
                 f"{sides}axis '{axis.name}' has size {axis.size} on one side and "
-                f"{sizes[axis.name]} "
-                f"on the other. Slice one of them, or rename it if it is another axis."
+                f"{sizes[axis.name]} on the other. Slice one of them, or rename it if it is "
+                "another axis."
             )
     only_a = [axis.name for axis in a if axis not in b]
     only_b = [axis.name for axis in b if axis not in a]
     typo = next((s for name in only_b if (s := suggestion(name, only_a))), "")
     return ValueError(
         f"{sides}only the first has {only_a} and only the second has {only_b}, so there is no "
-        "subset "
-        "relationship. Rename an axis, or call `.broadcast_axis` on one side if an outer product "
-        "is "
-        f"meant.{typo}"
+        "subset relationship. Rename an axis, or call `.broadcast_axis` on one side if an outer "
+        f"product is meant.{typo}"
     )
 
 
@@ -139,8 +137,7 @@ def broadcast_to(
     if enforce_no_extra_axes and extra:
         raise ValueError(
             f"broadcast_to: {describe(a.axes)} has axes {[axis.name for axis in extra]} that are "
-            "not in "
-            f"{describe(wanted)}. Reduce them first, add them to the target, or use "
+            f"not in {describe(wanted)}. Reduce them first, add them to the target, or use "
             "`broadcast_axis`."
         )
     new = tuple(axis for axis in wanted if axis not in a.axes)

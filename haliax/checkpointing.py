@@ -56,8 +56,7 @@ class ScanCheckpointPolicy:
         if remat not in _POLICIES:
             raise ValueError(
                 f"'{remat}' is not a checkpointing policy. Use True, False, {sorted(_POLICIES)}, "
-                "or a "
-                "`ScanCheckpointPolicy`."
+                "or a `ScanCheckpointPolicy`."
             )
         return _POLICIES[remat]
 
@@ -75,8 +74,8 @@ class ScanCheckpointPolicy:
         if self.nested is not True:
             if length % self.nested:
                 raise ValueError(
-                    f"nested={self.nested} groups do not divide {length} steps evenly. "
-                    "Choose a divisor, or `nested=True` to have one chosen."
+                    f"nested={self.nested} groups do not divide {length} steps evenly. Choose a "
+                    "divisor, or `nested=True` to have one chosen."
                 )
             return int(self.nested)
         return next(n for n in range(isqrt(length), 0, -1) if length % n == 0)
@@ -90,8 +89,7 @@ class ScanCheckpointPolicy:
             if offloaded:
                 raise ValueError(
                     f"save_block_internals=True keeps everything, so {offloaded} cannot be "
-                    "offloaded. "
-                    "Name the internals to keep instead."
+                    "offloaded. Name the internals to keep instead."
                 )
             dropped = [name for name, choice in chosen.items() if not choice]
             return jax.checkpoint_policies.save_anything_except_these_names(*dropped)

@@ -66,8 +66,8 @@ def _from_old_order(arrays: tuple[Any, ...], axis: Any) -> tuple[tuple[Any, ...]
         ]
         if strange:
             raise TypeError(
-                f"dot: every operand must be a NamedArray, got {strange}. "
-                "Name plain arrays with `hax.named(array, axes)`."
+                f"dot: every operand must be a NamedArray, got {strange}. Name plain arrays with "
+                "`hax.named(array, axes)`."
             )
         raise TypeError(
             "dot: say what to sum over: `dot(a, b, axis=...)`; `None` means every axis."
@@ -92,9 +92,8 @@ def matched_axes(operation: str, many: Sequence[tuple[Axis, ...]]) -> tuple[Axis
                 sides = " and ".join(describe(a) for a in many)
                 raise ValueError(
                     f"{operation}: axis '{axis.name}' has size {known.size} in one operand and "
-                    "size "
-                    f"{axis.size} in another: {sides}. Slice one of them, or rename it if it is "
-                    "another axis."
+                    f"size {axis.size} in another: {sides}. Slice one of them, or rename it if it "
+                    "is another axis."
                 )
     return tuple(found.values())
 

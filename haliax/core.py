@@ -81,8 +81,8 @@ class NamedArray(Methods):
     def __init__(self, array: Any, axes: Any) -> None:
         if isinstance(axes, str):
             raise TypeError(
-                f"NamedArray takes axes with sizes, not the name '{axes}'. "
-                "Use `hax.named(array, axes)` to take the sizes from the array."
+                f"NamedArray takes axes with sizes, not the name '{axes}'. Use `hax.named(array, "
+                "axes)` to take the sizes from the array."
             )
         axes = axis_spec_to_tuple(axes)
         if len(axes) > 1:
@@ -197,8 +197,8 @@ class NamedArray(Methods):
         """The array itself, if it has no axes; otherwise a ValueError."""
         if self.axes:
             raise ValueError(
-                f"Expected a scalar, but the array has axes {describe(self.axes)}. "
-                "Reduce them first, for example with `.sum()`, or index them."
+                f"Expected a scalar, but the array has axes {describe(self.axes)}. Reduce them "
+                "first, for example with `.sum()`, or index them."
             )
         return self.array
 
@@ -309,9 +309,8 @@ def _check_shape(shape: tuple[int, ...], axes: tuple[Axis, ...]) -> None:
     bad = next(i for i, axis in enumerate(axes) if axis.size != shape[i])
     raise ValueError(
         f"Shape mismatch: axis '{axes[bad].name}' has size {axes[bad].size}, but dimension {bad} "
-        "of "
-        f"the array has size {shape[bad]} (shape {shape}, axes {describe(axes)}). "
-        "Use `hax.named(array, names)` to take the sizes from the array."
+        f"of the array has size {shape[bad]} (shape {shape}, axes {describe(axes)}). Use "
+        "`hax.named(array, names)` to take the sizes from the array."
     )
 
 
@@ -322,8 +321,7 @@ def _position(axes: tuple[Axis, ...], axis: AxisSelector) -> int | None:
             if isinstance(axis, Axis) and axis.size != own.size:
                 raise RuntimeError(
                     f"Axis '{name}' has size {own.size} in {describe(axes)}, but size {axis.size} "
-                    "was "
-                    f"asked for. Pass '{name}' to accept any size."
+                    f"was asked for. Pass '{name}' to accept any size."
                 )
             return i
     return None
@@ -349,8 +347,7 @@ def named(
     if len(wanted) != len(a.shape):
         raise ValueError(
             f"named: Shape mismatch: an array of shape {tuple(a.shape)} has {len(a.shape)} "
-            "dimensions, "
-            f"but {describe(axes)} names {len(wanted)}. Give one name per dimension."
+            f"dimensions, but {describe(axes)} names {len(wanted)}. Give one name per dimension."
         )
     sized = tuple(Axis(n, a.shape[i] if s is None else s) for i, (n, s) in enumerate(wanted))
     return NamedArray(a, sized)

@@ -119,9 +119,8 @@ def _ordered(
 ) -> tuple[Axis, ...]:
     if len(pattern.operands) != len(arrays):
         pattern.fail(
-            f"einsum: the left side has {len(pattern.operands)} operands, but {len(arrays)} arrays "
-            "were "
-            "passed.",
+            f"einsum: the left side has {len(pattern.operands)} operands, but {len(arrays)} "
+            "arrays were passed.",
             0,
         )
     letters: Letters = {}
@@ -172,9 +171,8 @@ def _bind_letter(
     if letters.setdefault(item.name, axis) != axis:
         pattern.fail(
             f"einsum: '{item.name}' stands for {letters[item.name]} and for {axis}; one letter is "
-            "one "
-            "axis name. Rename one of them: "
-            f"`x.rename({{'{axis.name}': '{letters[item.name].name}'}})`.",
+            f"one axis name. Rename one of them: `x.rename({{'{axis.name}': "
+            f"'{letters[item.name].name}'}})`.",
             item.start,
             item.end,
         )
@@ -182,8 +180,7 @@ def _bind_letter(
     if other is not None:
         pattern.fail(
             f"einsum: '{other}' and '{item.name}' both stand for the axis '{axis.name}'. Use one "
-            "letter, "
-            "or rename the axis of one operand.",
+            "letter, or rename the axis of one operand.",
             item.start,
             item.end,
         )

@@ -236,8 +236,8 @@ def comparison(fn: Callable[[Any, Any], Any], name: str, symbol: str) -> Any:
     def method(self: NamedArray, other: Any) -> Any:
         if not _is_operand(other):
             raise ValueError(
-                f"`{symbol}` compares a named array elementwise, so it cannot take {other!r}. "
-                "Use `is None`, or `isinstance`, to ask what the object is."
+                f"`{symbol}` compares a named array elementwise, so it cannot take {other!r}. Use "
+                "`is None`, or `isinstance`, to ask what the object is."
             )
         return operate(self, other)
 

@@ -63,6 +63,5 @@ def repeated_axis(operation: str, name: str, axes: Any, *, fix: str = "") -> Val
     remedy = fix or f"Rename one of them, for example with `.rename({{'{name}': '{name}2'}})`."
     return ValueError(
         f"{operation}: Axes must be unique, but '{name}' occurs more than once in "
-        f"{describe(axes)}. "
-        f"{remedy}"
+        f"{describe(axes)}. {remedy}"
     )

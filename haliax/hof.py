@@ -84,8 +84,8 @@ def _take_apart(
         mapped.append(raw if dimension == 0 else jnp.moveaxis(raw, dimension, 0))
     if size is None:
         raise ValueError(
-            f"{operation}: no argument has the axis '{name}', so its size is unknown. "
-            f"Pass `Axis('{name}', size)`, or check the name."
+            f"{operation}: no argument has the axis '{name}', so its size is unknown. Pass "
+            f"`Axis('{name}', size)`, or check the name."
         )
     return _Arguments(mapped, leaves, treedef), Axis(name, size)
 
@@ -103,8 +103,7 @@ def _agreed_size(
     raise ValueError(
         f"{operation}: the axis '{name}' has size {size}, but {_path_name(f, path)} has {kind}. "
         "All scanned arrays must agree; arrays to pass whole must not have the axis, or must be "
-        "bound "
-        "outside with `functools.partial`."
+        "bound outside with `functools.partial`."
     )
 
 

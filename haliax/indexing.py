@@ -139,8 +139,8 @@ def _normalized(operation: str, axis: Axis, value: Any) -> Any:
         return _without_mask(operation, axis, NamedArray(value, (axis.resize(value.shape[0]),)))
     raise ValueError(
         f"{operation}: axis '{axis.name}' cannot be indexed by {_kind(value)}. Use an integer, a "
-        "slice, a "
-        "list of integers, a `hax.ds`, or a named array of integers: `hax.named(array, axes)`."
+        "slice, a list of integers, a `hax.ds`, or a named array of integers: `hax.named(array, "
+        "axes)`."
     )
 
 
@@ -163,14 +163,14 @@ def _without_mask(operation: str, axis: Axis, value: NamedArray) -> NamedArray:
         return value
     if isinstance(value.array, Tracer):
         raise ValueError(
-            f"{operation}: a boolean mask over '{axis.name}' has no static size under `jit`. "
-            "Use `hax.where(mask, x, fill)`."
+            f"{operation}: a boolean mask over '{axis.name}' has no static size under `jit`. Use "
+            "`hax.where(mask, x, fill)`."
         )
     if value.ndim != 1 or value.axes[0].size != axis.size:
         raise ValueError(
             f"{operation}: a mask over axis '{axis.name}' of size {axis.size} must have that one "
-            "axis, got "
-            f"{describe(value.axes)}. Use `hax.where(mask, x, fill)` for masks over several axes."
+            f"axis, got {describe(value.axes)}. Use `hax.where(mask, x, fill)` for masks over "
+            "several axes."
         )
     (kept,) = np.nonzero(np.asarray(value.array))
     return NamedArray(jnp.asarray(kept), (value.axes[0].resize(len(kept)),))
@@ -302,8 +302,8 @@ def _paired(operation: str, axis: Axis, value: Any, new: tuple[Axis, ...]) -> An
     if own.size != len(positions):
         raise ValueError(
             f"{operation}: axis '{axis.name}' has size {len(positions)} in the array and "
-            f"{own.size} in the "
-            "index; shared axes are matched element by element. Slice or rename one of them."
+            f"{own.size} in the index; shared axes are matched element by element. Slice or rename "
+            "one of them."
         )
     return aligned(jnp.asarray(positions), (own,), new)
 
@@ -418,7 +418,7 @@ def updated_slice(array: NamedArray, start: Mapping[Any, Any], update: NamedArra
         own = next((a for a in array.axes if a.name == axis.name), None)
         if own is None:
             raise ValueError(
-                f"updated_slice: the update has axes that are not in the original array with shape "
+                "updated_slice: the update has axes that are not in the original array with shape "
                 f"{array.shape}: '{axis.name}' of {describe(update.axes)}. Rename or index it "
                 "first."
             )
@@ -536,8 +536,7 @@ class IndexUpdate:
             if not contains(axes, update.axes):
                 raise ValueError(
                     f"at[...].{kind}: the update has axes {describe(update.axes)}, but the "
-                    "selected part has "
-                    f"{describe(axes)}. Its axes must be among those."
+                    f"selected part has {describe(axes)}. Its axes must be among those."
                 )
             update = aligned(update.array, update.axes, axes)
         elif getattr(update, "ndim", 0) > 0:

@@ -288,9 +288,8 @@ class _Rearrangement:
         fits = known != 0 and axis.size % known == 0 if len(unknown) == 1 else known == axis.size
         if len(unknown) > 1 or not fits:
             self.pattern.fail(
-                f"rearrange: {axis} cannot be split into {dict(parts)}. Bind all sizes but one, as "
-                "in "
-                f"`{item.parts[0] if item.parts else 'a'}=2`, so that their product is "
+                f"rearrange: {axis} cannot be split into {dict(parts)}. Bind all sizes but one, "
+                f"as in `{item.parts[0] if item.parts else 'a'}=2`, so that their product is "
                 f"{axis.size}.",
                 item.start,
                 item.end,
@@ -336,9 +335,8 @@ class _Rearrangement:
                 items = self.pattern.operands[0].items
                 item = next(i for i in items if letter in (i.name, *(i.parts or ())))
                 self.pattern.fail(
-                    f"rearrange: '{letter}' is on the left but not on the right; rearranging keeps "
-                    "all "
-                    "axes. Index or reduce it first.",
+                    f"rearrange: '{letter}' is on the left but not on the right; rearranging "
+                    "keeps all axes. Index or reduce it first.",
                     item.start,
                     item.end,
                 )

@@ -21,8 +21,8 @@ def _coefficients(operation: str, p: Any) -> Any:
         return jnp.atleast_1d(jnp.asarray(p))
     if p.ndim != 1:
         raise ValueError(
-            f"{operation}: a polynomial has one axis of coefficients, got {describe(p.axes)}. "
-            "Use `hax.vmap` over the others."
+            f"{operation}: a polynomial has one axis of coefficients, got {describe(p.axes)}. Use "
+            "`hax.vmap` over the others."
         )
     return honest(operation, p)
 

@@ -34,15 +34,13 @@ def _parameter(name: str, value: Any, axes: tuple[Axis, ...]) -> Any:
         if getattr(value, "ndim", 0) > 0:
             raise ValueError(
                 f"random.{name}: an unnamed parameter of shape {value.shape} could mean any axes "
-                "of "
-                f"{describe(axes)}. Name it with `hax.named(array, axes)`."
+                f"of {describe(axes)}. Name it with `hax.named(array, axes)`."
             )
         return value
     if not contains(axes, value.axes):
         raise ValueError(
             f"random.{name}: a parameter with axes {describe(value.axes)} does not broadcast to "
-            "the shape "
-            f"{describe(axes)}. Its axes must be among those."
+            f"the shape {describe(axes)}. Its axes must be among those."
         )
     return aligned(value.array, value.axes, axes)
 

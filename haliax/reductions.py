@@ -86,8 +86,7 @@ def _mask(name: str, array: NamedArray, where: Any) -> Any:
     if not isinstance(where, NamedArray):
         raise TypeError(
             f"{name}: `where` must be a NamedArray, so that its axes are known, not "
-            f"{type(where).__name__}. "
-            "Name it with `hax.named(where, axes)`."
+            f"{type(where).__name__}. Name it with `hax.named(where, axes)`."
         )
     if not contains(array.axes, where.axes):
         raise cannot_broadcast(f"{name}(where=)", array.axes, where.axes)

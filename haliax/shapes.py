@@ -88,8 +88,7 @@ def _flattened(
     if size is not None and size != total:
         raise ValueError(
             f"flatten_axes: {describe(old)} hold {total} elements, but the new axis '{name}' has "
-            "size "
-            f"{size}. Pass the name '{name}' alone to get the right size."
+            f"size {size}. Pass the name '{name}' alone to get the right size."
         )
     at = min((axes.index(axis) for axis in old), default=0)
     head = tuple(axis for axis in axes[:at] if axis not in old)
@@ -140,8 +139,7 @@ def split(a: NamedArray, axis: AxisSelector, new_axes: Sequence[Axis]) -> Sequen
     if total != a.axes[at].size:
         raise ValueError(
             f"split: the sizes of {[str(new) for new in new_axes]} add up to {total}, but "
-            f"{a.axes[at]} of "
-            f"{describe(a.axes)} has size {a.axes[at].size}."
+            f"{a.axes[at]} of {describe(a.axes)} has size {a.axes[at].size}."
         )
     pieces = lax.split(jnp.asarray(honest("split", a)), [new.size for new in new_axes], axis=at)
     found = []
@@ -176,8 +174,7 @@ def stack(axis: AxisSelector, arrays: Sequence[NamedArray]) -> NamedArray:
         if set(a.axes) != set(axes):
             raise ValueError(
                 f"stack: the arrays must have the same axes, got {describe(axes)} and "
-                f"{describe(a.axes)}. "
-                "Broadcast or slice them to the same axes first."
+                f"{describe(a.axes)}. Broadcast or slice them to the same axes first."
             )
     joint = (Axis(name, len(arrays)), *axes)
     check_unique("stack", joint, fix="Use `concatenate` to join along an axis that is there.")
@@ -248,8 +245,7 @@ def roll(array: NamedArray, shift: Any, axis: AxisSelection) -> NamedArray:
         if shift.ndim:
             raise TypeError(
                 "roll: shift must be a number or an array without axes, got axes "
-                f"{describe(shift.axes)}. "
-                "Use `hax.vmap` over those axes."
+                f"{describe(shift.axes)}. Use `hax.vmap` over those axes."
             )
         shift = shift.array
     shifts = shift if isinstance(shift, (tuple, list)) else [shift] * len(positions)

@@ -124,10 +124,8 @@ def pspec_for_axis(axis: AxisSelection, mapping: ResourceMapping | None = None) 
             if mesh_axis in taken:
                 raise ValueError(
                     f"Axes '{taken[mesh_axis]}' and '{name}' of {names} are both mapped to the "
-                    "mesh axis "
-                    f"'{mesh_axis}', but one array can use it once. Map one of them to another "
-                    "mesh axis, "
-                    "or leave it out of the mapping."
+                    f"mesh axis '{mesh_axis}', but one array can use it once. Map one of them to "
+                    "another mesh axis, or leave it out of the mapping."
                 )
             taken[mesh_axis] = name
         spec.append(physical if physical is None or isinstance(physical, str) else tuple(physical))
@@ -179,7 +177,7 @@ def check_divisible(axes: tuple[Axis, ...], mapping: ResourceMapping | None, mes
             rounded = -(-axis.size // ways) * ways
             raise ValueError(
                 f"Axis '{axis.name}' of size {axis.size} in {describe(axes)} cannot be split "
-                "evenly over "
-                f"mesh axis {' x '.join(physical)} of size {ways}. Round it up to {rounded} with "
-                "`hax.partitioning.round_axis_for_partitioning`, or leave it out of the mapping."
+                f"evenly over mesh axis {' x '.join(physical)} of size {ways}. Round it up to "
+                f"{rounded} with `hax.partitioning.round_axis_for_partitioning`, or leave it out "
+                "of the mapping."
             )

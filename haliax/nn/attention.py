@@ -89,10 +89,8 @@ def _check_axes(Key: AxisSelector, KPos: AxisSelection, query: NamedArray, key: 
         if name in query.shape:
             raise ValueError(
                 f"attention: query positions and key positions must be distinct, but '{name}' is "
-                "in the query "
-                f"{describe(query.axes)} and in the key {describe(key.axes)}. Rename the key's "
-                "(and the "
-                f"value's): `key.rename({{'{name}': 'key_{name}'}})`."
+                f"in the query {describe(query.axes)} and in the key {describe(key.axes)}. Rename "
+                f"the key's (and the value's): `key.rename({{'{name}': 'key_{name}'}})`."
             )
         if name == axis_name(Key):
             raise ValueError(f"attention: KPos and Key must be distinct, but both are '{name}'.")

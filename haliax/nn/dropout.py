@@ -25,8 +25,8 @@ def dropout(
         return x
     if key is None:
         raise RuntimeError(
-            "dropout needs a `key` while training. Pass one, or set `inference=True` "
-            "(for a whole model: `eqx.nn.inference_mode(model)`)."
+            "dropout needs a `key` while training. Pass one, or set `inference=True` (for a whole "
+            "model: `eqx.nn.inference_mode(model)`)."
         )
     shape = x.axes
     if broadcast_axes is not None:

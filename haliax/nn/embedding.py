@@ -39,9 +39,8 @@ class Embedding(ModuleWithStateDictSerialization):
         """The vectors of token ids: the axes of the ids, then `Embed`."""
         if not jnp.issubdtype(input_ids.dtype, jnp.integer):
             raise TypeError(
-                f"Embedding: token ids are integers, not {input_ids.dtype}. "
-                "For a distribution over tokens, use `hax.dot(probs, embedding.weight, "
-                "axis=Vocab)`."
+                f"Embedding: token ids are integers, not {input_ids.dtype}. For a distribution "
+                "over tokens, use `hax.dot(probs, embedding.weight, axis=Vocab)`."
             )
         return take(self.weight, self.Vocab, input_ids)
 

@@ -51,8 +51,7 @@ class Linear(ModuleWithStateDictSerialization):
         if both:
             raise ValueError(
                 f"Linear: {sorted(both)} is in both In {describe(inputs)} and Out "
-                f"{describe(outputs)}. "
-                "Give the output another name, for example `In.alias('new')`."
+                f"{describe(outputs)}. Give the output another name, for example `In.alias('new')`."
             )
         axes = concat_axes(outputs, inputs) if out_first else concat_axes(inputs, outputs)
         scale = init_scale / math.sqrt(max(1, axis_size(inputs)))
@@ -76,8 +75,7 @@ class Linear(ModuleWithStateDictSerialization):
         raise ValueError(
             f"Linear: the input axis {bad} is not in {describe(inputs.axes)}; this layer maps "
             f"{describe(inputs_axes)} to {describe(self.Out)}. Rename the input's axis, or use the "
-            "other layer."
-            f"{suggestion(bad.name, inputs.shape)}"
+            f"other layer.{suggestion(bad.name, inputs.shape)}"
         )
 
     @property

@@ -99,8 +99,7 @@ def _check(layer: str, axis: AxisSpec, x: NamedArray) -> None:
         if own not in x.axes:
             raise ValueError(
                 f"{layer}: the axis {own} to normalize over is not in {describe(x.axes)}. Rename "
-                "the "
-                f"input's axis, or use the other layer.{suggestion(own.name, x.shape)}"
+                f"the input's axis, or use the other layer.{suggestion(own.name, x.shape)}"
             )
 
 

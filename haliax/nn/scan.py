@@ -233,8 +233,8 @@ class BlockSeq(ModuleWithStateDictSerialization, Generic[M]):
                 if not isinstance(result, tuple) or len(result) != 2:
                     raise ValueError(
                         "scan: the block must return (carry, output), got "
-                        f"{type(result).__name__}. "
-                        "Use `fold` for blocks that return the carry alone."
+                        f"{type(result).__name__}. Use `fold` for blocks that return the carry "
+                        "alone."
                     )
                 init, output = result
                 outputs.append(output)
