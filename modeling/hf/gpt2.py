@@ -107,9 +107,7 @@ def from_tensors(
         arrays.append(_unflat(given[name], _at(template, path), groups))
     for name, groups in _BLOCK.items():
         path = f"{BLOCKS}.{name}"
-        stacked = np.stack(
-            [given[f"transformer.h.{i}.{name}"] for i in range(config.num_layers)]
-        )
+        stacked = np.stack([given[f"transformer.h.{i}.{name}"] for i in range(config.num_layers)])
         paths.append(path)
         arrays.append(_unflat(stacked, _at(template, path), ((LAYERS,), *groups)))
     return eqx.tree_at(lambda model: [_at(model, path) for path in paths], template, arrays)
