@@ -125,6 +125,8 @@ def splits_like_gpt2(backend: tokenizers.Tokenizer) -> bool:
     model, split = setup["model"], setup["pre_tokenizer"] or {}
     return (
         setup["normalizer"] is None
+        and setup["truncation"] is None
+        and setup["padding"] is None
         and {key: split.get(key) for key in _GPT2_SPLIT} == _GPT2_SPLIT
         and model["type"] == "BPE"
         and not model["dropout"]

@@ -163,7 +163,14 @@ def with_special_tokens_recognized():
     return backend
 
 
+def with_truncation():
+    backend = train(gpt2_split())
+    backend.enable_truncation(6)
+    return backend
+
+
 OTHERS = {
+    "truncation": with_truncation,
     "prefix space": lambda: train(pre_tokenizers.ByteLevel(add_prefix_space=True)),
     "no pattern": lambda: train(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)),
     "normalizer": lambda: train(gpt2_split(), normalizer=normalizers.NFKC()),
