@@ -6,6 +6,9 @@ waits:
     run=$(python -c 'import uuid; print(uuid.uuid4())')
     dagster job launch -w workspace.yaml -j nano --run-id "$run" && python -m pipelines.wait "$run"
 
+(Any `levanter` command, such as `levanter status`, first puts the shipped `dagster.yaml` into
+DAGSTER_HOME: with Dagster's own defaults the run would wait for a daemon.)
+
 Exit codes: 0 the run succeeded; 1 it failed or was canceled; 2 there is no such run, or nobody took
 it out of the queue; 3 it was still going when the time was up (it goes on).
 """

@@ -35,9 +35,9 @@ from typing import IO, Any
 import dagster as dg
 from pydantic import Field
 
+from modeling import numerics
 from modeling.artifacts import Built, Workspace
 from modeling.experiment import ExperimentConfig
-from modeling.numerics import environment, numerics_class
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 _ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -85,7 +85,7 @@ class LauncherResource(dg.ConfigurableResource):
         name = self.platform_name()
         # The CPU is read from the operating system; only JAX knows how it calls an accelerator.
         device_kind = None if name == "cpu" else _device_kind(name)
-        return numerics_class(experiment.trainer, platform=name, device_kind=device_kind)
+        return numerics.numerics_class(experiment.trainer, platform=name, device_kind=device_kind)
 
     def job(
         self,
@@ -108,7 +108,7 @@ class LauncherResource(dg.ConfigurableResource):
             f"resources.stages:{entry}",
             {"name": name, "experiment": dataclasses.asdict(experiment)}
             | {key: str(v) if isinstance(v, Path) else v for key, v in arguments.items()},
-            environment(experiment.trainer, self.platform_name()),
+            numerics.environment(experiment.trainer, self.platform_name()),
             workspace,
         )
 
@@ -133,9 +133,9 @@ class LauncherResource(dg.ConfigurableResource):
             job_path = Path(directory) / "JOB.json"
             job_path.write_text(json.dumps(self._job_file(job, result_path)))
             command = [sys.executable, "-m", "resources.worker", str(job_path)]
-            code, last_lines = self._run_child(
-                command, {**os.environ, **job.environment, **variables}
-            )
+            # A crash in native code tells where Python stood.
+            environment = {"PYTHONFAULTHANDLER": "1", **job.environment, **variables}
+            code, last_lines = self._run_child(command, {**os.environ, **environment})
             if code == 0 and result_path.exists():
                 return json.loads(result_path.read_text())
             raise self._failure(job, code, last_lines)

@@ -26,8 +26,9 @@ class StoreLocationError(ValueError):
 
 def store_url(configured: str | None = None, environ: Mapping[str, str] = os.environ) -> str:
     """Returns where artifacts are kept."""
-    if configured or (configured := environ.get("LEVANTER_STORE")):
-        return configured
+    if url := configured or environ.get("LEVANTER_STORE"):
+        # Absolute, since code servers and run workers may stand in another directory.
+        return url if "://" in url else str(Path(url).absolute())
     if home := environ.get("DAGSTER_HOME"):
         return str(Path(home) / "store")
     raise StoreLocationError(
@@ -106,32 +107,37 @@ class StoreResource(dg.ConfigurableResource):
         So evaluation and export find tokenizer and cache with the checkpoint as only parent: an
         edge of their own would let Dagster pair a new tokenizer with an old checkpoint.
         """
-        store = self.open()
-        inputs = store.record(artifact.recipe_id, artifact.numerics)["recipe"]["inputs"]
+        inputs = _inputs(self.open(), artifact)
         if name not in inputs:
             raise ValueError(
                 f"{artifact.kind} {artifact.content_id[:12]} has no input `{name}`; it has "
                 f"{sorted(inputs)}."
             )
-        wanted = inputs[name]["kind"], inputs[name]["content_id"]
-        for record in store.records():
-            if (record["kind"], record["content_id"]) == wanted:
-                return _artifact(store, record)
-        raise ValueError(
-            f"{artifact.kind} {artifact.content_id[:12]} was made from {wanted[0]} "
-            f"{wanted[1][:12]}, of which {store.url} has no record. Materialize the assets above "
-            f"it again."
-        )
+        return self.inputs_above(artifact)[inputs[name]["kind"]]
 
     def inputs_above(self, artifact: Artifact) -> dict[str, Artifact]:
         """Returns everything that `artifact` was made from, directly or not, by kind."""
         store = self.open()
-        names = store.record(artifact.recipe_id, artifact.numerics)["recipe"]["inputs"]
+        known = {(record["kind"], record["content_id"]): record for record in store.records()}
         above: dict[str, Artifact] = {}
-        for name in names:
-            parent = self.input_of(artifact, name)
-            above |= self.inputs_above(parent) | {parent.kind: parent}
+        waiting = [artifact]
+        while waiting:
+            child = waiting.pop()
+            for wanted in _inputs(store, child).values():
+                record = known.get((wanted["kind"], wanted["content_id"]))
+                if record is None:
+                    raise ValueError(
+                        f"{child.kind} {child.content_id[:12]} was made from {wanted['kind']} "
+                        f"{wanted['content_id'][:12]}, of which {store.url} has no record. "
+                        f"Materialize the assets above it again."
+                    )
+                above[wanted["kind"]] = _artifact(store, record)
+                waiting.append(above[wanted["kind"]])
         return above
+
+
+def _inputs(store: ArtifactStore, artifact: Artifact) -> Mapping[str, Mapping[str, str]]:
+    return store.record(artifact.recipe_id, artifact.numerics)["recipe"]["inputs"]
 
 
 def _artifact(store: ArtifactStore, record: Mapping[str, Any]) -> Artifact:

@@ -48,6 +48,14 @@ def crash_once(arguments, workspace, channel):
     }
 
 
+def preempted(arguments, workspace, channel):
+    raise Preempted(7)
+
+
+def segfault(arguments, workspace, channel):
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 def stop_when_asked(arguments, workspace, channel):
     """Saves for `save_s` after a TERM, then stops; says in files what happened to it."""
     told = []

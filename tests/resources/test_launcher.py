@@ -130,6 +130,21 @@ def test_a_crash_is_a_failure_that_names_the_signal_when_retries_are_off(workspa
     assert "-9" in text
 
 
+def test_a_preempted_child_is_not_started_again(workspace):
+    done, _, _ = launch("preempted", workspace)
+    text, _ = failure_of(done)
+    assert "was asked to stop (exit code 75)" in text
+    assert "preempted after step 7" in text
+    assert not [e for e in done.all_events if e.is_step_up_for_retry]
+
+
+def test_a_crash_in_native_code_tells_where_python_stood(workspace):
+    done, _, _ = launch("segfault", workspace, max_retries=0)
+    text, _ = failure_of(done)
+    assert "SIGSEGV" in text
+    assert "in segfault" in text
+
+
 def test_terminate_waits_for_a_child_that_saves(tmp_path):
     run, notes = start_run(tmp_path, save_s=0.2, grace_s=30)
     run.send_signal(signal.SIGINT)

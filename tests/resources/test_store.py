@@ -1,5 +1,7 @@
 """Where the store is, and how an artifact becomes a materialization."""
 
+from pathlib import Path
+
 import pytest
 
 from modeling.artifacts import Artifact, Built, Recipe
@@ -27,6 +29,8 @@ def test_the_location_is_the_resources_then_the_variables_then_the_homes():
     assert store_url("/a", both) == "/a"
     assert store_url(None, both) == "/b"
     assert store_url(None, {"DAGSTER_HOME": "/c"}) == "/c/store"
+    assert store_url("gs://bucket/path", both) == "gs://bucket/path"
+    assert store_url("here", both) == str(Path.cwd() / "here")
     assert str(scratch_directory({"DAGSTER_HOME": "/c"})) == "/c/scratch"
 
 
