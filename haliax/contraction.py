@@ -23,6 +23,7 @@ from haliax.axis import (
     rearrange_for_partial_order,
 )
 from haliax.core import NamedArray, honest, trusted
+from haliax.dot_general import DefaultDotGeneralOp
 from haliax.errors import axis_not_found, describe, size_mismatch
 from haliax.partitioning import auto_sharded
 
@@ -172,6 +173,11 @@ def _cheapest_pair(operands: list[NamedArray], kept: set[str]) -> tuple[int, int
     return best
 
 
+def _is_symmetric(dot_general: DotGeneral) -> bool:
+    """Whether operands may change places; a quantized product scales each in its own way."""
+    return dot_general is lax.dot_general or isinstance(dot_general, DefaultDotGeneralOp)
+
+
 def _contract_pair(
     a: NamedArray,
     b: NamedArray,
@@ -189,6 +195,7 @@ def _contract_pair(
     summed = [axis for axis in shared if axis.name not in needed]
     if order is not None:
         batch.sort(key=order.index)
+    if order is not None and _is_symmetric(dot_general):
         free_a = [axis for axis in a.axes if axis not in shared]
         free_b = [axis for axis in b.axes if axis not in shared]
         if tuple(batch + free_a + free_b) != order and tuple(batch + free_b + free_a) == order:

@@ -6,7 +6,6 @@ from typing import Any, TypeVar, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 
@@ -16,11 +15,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 def is_jax_array_like(x: object) -> bool:
     """Whether `x` has a positional shape and a dtype: arrays, tracers, `ShapeDtypeStruct`."""
     return hasattr(x, "dtype") and isinstance(getattr(x, "shape", None), tuple)
-
-
-def is_scalarish(x: object) -> bool:
-    """Whether `x` is a number or an array of rank 0."""
-    return isinstance(x, (bool, int, float, complex)) or getattr(x, "shape", None) == ()
 
 
 def ensure_scalar(x: Any, *, convert_to_jnp: bool = False) -> Any:
@@ -85,8 +79,3 @@ def named_call(f: Any = None, name: str | None = None) -> Any:
             return f(*args, **kwargs)
 
     return in_scope
-
-
-def is_numeric(x: object) -> bool:
-    """Whether `x` is a number or an unnamed array."""
-    return isinstance(x, (bool, int, float, complex, jax.Array, np.ndarray, np.generic))

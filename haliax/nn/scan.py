@@ -18,7 +18,7 @@ from haliax.checkpointing import ScanCheckpointPolicy
 from haliax.core import NamedArray
 from haliax.hof import fold, scan, vmap
 from haliax.jax_utils import is_jax_array_like
-from haliax.shapes import stack, unbind
+from haliax.shapes import stack
 from haliax.state_dict import (
     ModuleWithStateDictSerialization,
     StateDict,
@@ -110,22 +110,11 @@ class Stacked(ModuleWithStateDictSerialization, Generic[M]):
 
     def get_layer(self, index: int) -> M:
         """One block."""
-        return self.unstacked()[index]
+        return _slices(self.Block, self.stacked, index)
 
     def unstacked(self) -> list[M]:
         """The blocks, one by one."""
-
-        def pieces(leaf: Any) -> list[Any]:
-            if isinstance(leaf, NamedArray):
-                return unbind(leaf, self.Block) if leaf.has_axis(self.Block.name) else [leaf] * size
-            if is_jax_array_like(leaf) and leaf.ndim > 0:
-                return list(leaf)
-            return [leaf] * size
-
-        size = self.Block.size
-        leaves, treedef = jax.tree_util.tree_flatten(self.stacked, is_leaf=is_named_array)
-        columns = [pieces(leaf) for leaf in leaves]
-        return [jax.tree_util.tree_unflatten(treedef, [c[i] for c in columns]) for i in range(size)]
+        return [self.get_layer(i) for i in range(self.Block.size)]
 
     def _state_dict_key_map(self) -> dict[str, str | None]:
         return {"stacked": None}

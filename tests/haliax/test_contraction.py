@@ -101,6 +101,21 @@ def test_a_custom_dot_general_is_called_with_raw_arrays():
     assert seen == [(([1], [0]), ([], []))]
 
 
+def test_operands_change_places_only_where_it_cannot_matter():
+    """The result order asks for `w` first; a product with one scale for each operand must not swap."""
+    x, w = _normal(B, D), _normal(K, D, seed=1)
+    shapes = []
+
+    def spy(lhs, rhs, dimension_numbers, precision=None, preferred_element_type=None):
+        shapes.append((lhs.shape, rhs.shape))
+        return jax.lax.dot_general(lhs, rhs, dimension_numbers)
+
+    _check(hax.dot(x, w, axis=D, out_axes=(K, B), dot_general=spy), "K B", x, w)
+    assert shapes == [(x.array.shape, w.array.shape)]
+    swapped = jax.make_jaxpr(lambda x, w: hax.dot(x, w, axis=D, out_axes=(K, B)))(x, w)
+    assert "transpose" not in str(swapped)
+
+
 def test_the_old_argument_order_warns():
     x, y = _normal(B, D), _normal(D, K, seed=1)
     with pytest.warns(DeprecationWarning, match="axis=axis"):
