@@ -15,8 +15,9 @@ class EvaluationConfig:
 
     batch_size: Positive = 16
     max_rows: Positive | None = None
-    """Stops after this many validation rows; all of them when absent."""
-    prompts: tuple[str, ...] = ("def ", "import ", "class ")
+    """Takes this many validation rows, evenly spaced; all of them when absent."""
+    prompts: tuple[str, ...] = ("def __init__(self", "class Test", "for i in range(")
+    """None ends in a space: byte-level BPE begins a word with its space, so one alone is rare."""
     sample_tokens: Positive = 64
 
     identity_tag: ClassVar[str] = "evaluation/1"

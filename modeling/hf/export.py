@@ -66,6 +66,7 @@ def build(
     num_parameters = sum(tensor.size for tensor in tensors.values())
     meter = Meter(report, "export", num_parameters, "parameters")
     save_file(tensors, output / WEIGHTS, metadata={"format": "pt"})
+    (output / WEIGHTS).chmod(0o644)  # the library makes it its owner's alone, unlike every other
     meter.advance(num_parameters)
 
     ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}

@@ -127,13 +127,17 @@ def test_a_model_that_knows_nothing_needs_the_log_of_the_vocabulary(model, token
     assert results.bits_per_byte == pytest.approx(math.log2(280), rel=1e-6)
 
 
-def test_max_rows_stops_early(model, tokenizer):
-    rows = np.random.default_rng(0).integers(0, 280, (5, 24))
+def test_max_rows_are_evenly_spaced(model, tokenizer):
+    rows = np.random.default_rng(0).integers(0, 280, (7, 24))
     config = EvaluationConfig(batch_size=2, prompts=(), max_rows=3)
     some = report.evaluate(config, model, Rows(rows), tokenizer)
-    alone = report.evaluate(config, model, Rows(rows[:3]), tokenizer)
+    alone = report.evaluate(config, model, Rows(rows[[0, 2, 4]]), tokenizer)
     assert some == alone
     assert some.num_rows == 3
+
+
+def test_more_max_rows_than_rows_are_all(model, tokenizer):
+    np.testing.assert_array_equal(report.row_indices(Rows(np.zeros((5, 24))), 9), np.arange(5))
 
 
 def test_no_validation_rows_is_an_error(model, tokenizer):
