@@ -159,13 +159,16 @@ def _read(template: Any, state_dict: StateDict, key: str | None, shape: Any) -> 
 
 def default_from_state_dict(module: Mod, state_dict: StateDict, prefix: str | None = None) -> Mod:
     """The module with every field replaced from the state dict."""
-    names = [n for n in _stateful_fields(module) if getattr(module, n) is not None]
-    values = [
-        from_state_dict(getattr(module, n), state_dict, with_prefix(prefix, _key_of(module, n)))
-        for n in names
-    ]
-    if not names:
+    read: dict[str, Any] = {}
+    for name in _stateful_fields(module):
+        old = getattr(module, name)
+        if jax.tree_util.tree_leaves(old):
+            new = from_state_dict(old, state_dict, with_prefix(prefix, _key_of(module, name)))
+            if new is not old:
+                read[name] = new
+    if not read:
         return module
+    names, values = list(read), list(read.values())
     return eqx.tree_at(
         lambda m: [getattr(m, n) for n in names], module, values, is_leaf=lambda x: x is None
     )

@@ -102,7 +102,7 @@ def test_a_custom_dot_general_is_called_with_raw_arrays():
 
 
 def test_operands_change_places_only_where_it_cannot_matter():
-    """The result order asks for `w` first; a product with one scale for each operand must not swap."""
+    """The result order asks for `w` first; a product that scales its operands must not swap."""
     x, w = _normal(B, D), _normal(K, D, seed=1)
     shapes = []
 

@@ -1,10 +1,11 @@
 """Fourier transforms and polynomials by name, against jnp."""
 
-import haliax as hax
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+import haliax as hax
 
 H, W, D = hax.make_axes(H=4, W=6, D=3)
 

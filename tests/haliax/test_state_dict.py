@@ -248,3 +248,26 @@ def test_resize_axis():
     assert grown["b"].shape == {"mlp": 6}
     noisy = tree_util.resize_axis(tree, E, 6, key=KEY)
     np.testing.assert_allclose(noisy["a"].array, 1)
+
+
+def test_fields_that_are_no_arrays_are_left_alone():
+    class Odd(state_dict.ModuleWithStateDictSerialization):
+        nothing: list
+        empty: tuple
+        act: object
+        name: str
+        flag: bool
+        table: dict
+
+    odd = Odd([], (), hax.nn.relu, "n", True, {"k": jnp.ones(2), "gone": None})
+    written = state_dict.to_state_dict(odd)
+    assert list(written) == ["table.k"]
+    again = state_dict.from_state_dict(odd, {"table.k": jnp.zeros(2)})
+    assert again.table["k"].tolist() == [0, 0]
+    assert (again.nothing, again.empty, again.act, again.name, again.flag) == (
+        [],
+        (),
+        hax.nn.relu,
+        "n",
+        True,
+    )
