@@ -48,6 +48,7 @@ class _Plan:
 def index(array: NamedArray, slices: Mapping[Any, Any]) -> NamedArray:
     """The part of `array` that `{axis: index}` selects."""
     plan = _plan("index", array, slices)
+    _check_bounds("index", array, slices)
     if plan.mode is None:
         return trusted(array.array[plan.entries], plan.axes)
     # `dslice` reads past the end are zeros.
@@ -127,7 +128,6 @@ def _normalized(operation: str, axis: Axis, value: Any) -> Any:
             f"{operation}: {value!r} cannot index axis '{axis.name}'; masks go to `hax.where`."
         )
     if isinstance(value, (int, np.integer)):
-        _check_bounds(operation, axis, int(value))
         return int(value)
     if isinstance(value, NamedArray):
         return _without_mask(operation, axis, value)
@@ -150,11 +150,16 @@ def _kind(value: Any) -> str:
     return f"{type(value).__name__} {value!r}"
 
 
-def _check_bounds(operation: str, axis: Axis, value: int) -> None:
-    if not -axis.size <= value < axis.size:
-        raise IndexError(
-            f"{operation}: {value} is out of bounds for axis '{axis.name}' of size {axis.size}."
-        )
+def _check_bounds(operation: str, array: NamedArray, slices: Mapping[Any, Any]) -> None:
+    """Raises for Python integers out of bounds, which JAX would move to the nearest element."""
+    for name, value in slices.items():
+        if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
+            axis = array.axes[_indexed_position(operation, array, name)]
+            if not -axis.size <= value < axis.size:
+                raise IndexError(
+                    f"{operation}: {value} is out of bounds for axis '{axis.name}' of size "
+                    f"{axis.size} in {describe(array.axes)}."
+                )
 
 
 def _without_mask(operation: str, axis: Axis, value: NamedArray) -> NamedArray:
@@ -318,6 +323,7 @@ def take(array: NamedArray, axis: AxisSelector, index: Any) -> NamedArray:
     if not isinstance(index, NamedArray):
         index = _normalized("take", array.axes[at], index)
         if isinstance(index, int):
+            _check_bounds("take", array, {axis: index})
             return trusted(
                 lax.index_in_dim(array.array, index, at, keepdims=False), _without(array, at)
             )
@@ -476,11 +482,14 @@ class IndexUpdate:
 
     def __init__(self, array: NamedArray, slices: Mapping[Any, Any]) -> None:
         self._array = array
+        self._slices = slices
         self._plan = _plan("at", array, slices)
 
     def get(self, *, fill_value: Any = None, mode: str | None = None, **options: Any) -> NamedArray:
         """The selected elements."""
-        mode = mode or self._plan.mode
+        if mode is None:
+            _check_bounds("at", self._array, self._slices)
+            mode = self._plan.mode
         if fill_value is None and self._plan.mode == "fill" and mode == "fill":
             fill_value = 0
         at = jnp.asarray(self._array.array).at[self._plan.entries]
@@ -526,9 +535,10 @@ class IndexUpdate:
         return trusted(at.apply(func, **self._with_mode(options)), self._array.axes)
 
     def _with_mode(self, options: dict[str, Any]) -> dict[str, Any]:
-        if options.get("mode") is None and self._plan.mode == "fill":
-            return {**options, "mode": "drop"}
-        return options
+        if options.get("mode") is not None:
+            return options  # the caller says what happens out of bounds
+        _check_bounds("at", self._array, self._slices)
+        return {**options, "mode": "drop"} if self._plan.mode == "fill" else options
 
     def _write(self, kind: str, update: Any, options: dict[str, Any]) -> NamedArray:
         if isinstance(update, NamedArray):

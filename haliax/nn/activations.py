@@ -56,7 +56,7 @@ def glu(a: NamedArray, axis: AxisSelector) -> NamedArray:
     return trusted(jax.nn.glu(a.array, axis=at), axes)
 
 
-def one_hot(x: Any, class_axis: Axis, *, dtype: Any = None) -> NamedArray:
+def one_hot(x: Any, class_axis: Axis, dtype: Any = None) -> NamedArray:
     """1 at the class of each element, 0 elsewhere; classes out of range are all 0.
 
     A Python integer out of range is an error. The result has the axes of `x`, then `class_axis`.

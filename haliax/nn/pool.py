@@ -23,7 +23,6 @@ def max_pool(
     inputs: NamedArray,
     stride: int | Sequence[int] | None = None,
     padding: Padding = 0,
-    *,
     use_ceil: bool = False,
 ) -> NamedArray:
     """The largest element of each window."""
@@ -36,7 +35,6 @@ def min_pool(
     inputs: NamedArray,
     stride: int | Sequence[int] | None = None,
     padding: Padding = 0,
-    *,
     use_ceil: bool = False,
 ) -> NamedArray:
     """The smallest element of each window."""
@@ -49,7 +47,6 @@ def mean_pool(
     inputs: NamedArray,
     stride: int | Sequence[int] | None = None,
     padding: Padding = 0,
-    *,
     use_ceil: bool = False,
     count_include_pad: bool = False,
 ) -> NamedArray:

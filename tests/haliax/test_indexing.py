@@ -139,6 +139,15 @@ def test_updates_through_gathers_and_names():
     _is(x.at[{"W": hax.ds(4, 3)}].set(0.0), "H4 W5 D6", jnp.asarray(X).at[:, 4:].set(0.0))
 
 
+def test_at_leaves_out_of_bounds_to_an_explicit_mode():
+    x = _x()
+    with pytest.raises(IndexError, match="at: 9 is out of bounds for axis 'W' of size 5"):
+        x.at["W", 9].set(0.0)
+    _is(x.at["W", 9].set(0.0, mode="drop"), "H4 W5 D6", X)
+    _is(x.at["W", 9].get(mode="clip"), "H4 D6", X[:, 4])
+    _is(x.at["W", 9].get(mode="fill", fill_value=7.0), "H4 D6", np.full((4, 6), 7.0))
+
+
 def test_take_splices_the_axes_of_the_index():
     i = hax.named([[0, 1, 2], [3, 4, 0]], ("a", "b"))
     _is(hax.take(_x(), "W", i), "H4 a2 b3 D6", X[:, np.asarray(i.array)])
