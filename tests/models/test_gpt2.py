@@ -210,10 +210,20 @@ def test_axes_of_vocabulary_and_position_may_have_any_name():
     np.testing.assert_array_equal(renamed.array, run(usual, ids).array)
 
 
+FRESH = (
+    Axis("vocab", 500),
+    Axis("position", 64),
+    Gpt2Config(hidden_dim=64, num_layers=4, num_heads=4),
+)
+
+
+@functools.cache
+def fresh_model():
+    return jax.jit(partial(Gpt2LmHeadModel.init, *FRESH))(key=jax.random.key(3))
+
+
 def test_weights_start_as_the_paper_has_them():
-    config = Gpt2Config(hidden_dim=64, num_layers=4, num_heads=4, initializer_range=0.02)
-    init = jax.jit(partial(Gpt2LmHeadModel.init, Axis("vocab", 500), Axis("position", 64), config))
-    model = init(key=jax.random.key(3))
+    model = fresh_model()
     block = model.transformer.blocks.stacked
     residual = 0.02 / np.sqrt(2 * 4)
     expected = {
@@ -240,17 +250,14 @@ def test_weights_start_as_the_paper_has_them():
 
 
 def test_weights_do_not_depend_on_the_mesh_they_are_made_on():
-    def init():
-        return Gpt2LmHeadModel.init(Vocab, Pos, TINY, key=jax.random.key(0))
-
-    alone = jax.jit(init)()
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     mapping = {"embed": "data", "heads": "model", "mlp": "model"}
     with jax.set_mesh(mesh):
+        init = partial(Gpt2LmHeadModel.init, *FRESH, key=jax.random.key(3))
         sharded = hax.named_jit(init, axis_resources=mapping)()
     weight = sharded.transformer.blocks.stacked.mlp.c_fc.weight.array
     assert len({str(shard.index) for shard in weight.addressable_shards}) == 4
-    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(sharded), strict=True):
+    for one, other in zip(jax.tree.leaves(fresh_model()), jax.tree.leaves(sharded), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
