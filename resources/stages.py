@@ -124,29 +124,19 @@ def parity(
     arguments: Arguments, workspace: Workspace | None, channel: Channel
 ) -> Mapping[str, Any]:
     """Compares the logits of an export, by NumPy from its files, with the checkpoint's own."""
-    import equinox as eqx
-    import jax
     import numpy as np
 
-    import haliax as hax
-    from modeling.hf import reference
-    from modeling.models.trained import load_model
+    from modeling.hf import export
 
-    experiment = _experiment(arguments)
-    exported = experiment.export.dtype
-    # The weights as they were exported: what is left to differ is the computation.
-    model = jax.tree.map(
-        lambda x: x.astype(exported).astype("float32") if eqx.is_inexact_array(x) else x,
-        load_model(Path(arguments["checkpoint"]), experiment),
-    )
     cache = _cache(arguments)
     split = "validation" if cache.num_rows("validation") else "train"
     rows = cache.rows(split, np.arange(min(PARITY_ROWS, cache.num_rows(split))))
-    with jax.default_matmul_precision("highest"):
-        logits = model(hax.named(rows, ("batch", model.Pos.resize(rows.shape[1]))))
-    ours = np.asarray(logits.rearrange(("batch", model.Pos.name, model.Vocab.name)).array)
-    difference = reference.max_abs_logit_difference(Path(arguments["export"]), rows, ours)
-    return {"max_abs_logit_difference": difference, "num_logits": ours.size}
+    directories = Path(arguments["export"]), Path(arguments["checkpoint"])
+    difference = export.logit_difference(*directories, _experiment(arguments), rows)
+    return {
+        "max_abs_logit_difference": difference,
+        "num_logits": rows.size * cache.vocab_size,
+    }
 
 
 def _cache(arguments: Arguments) -> "TokenCache":

@@ -96,9 +96,14 @@ def logit_difference(
 ) -> float:
     """Returns by how much the export's logits differ from the checkpoint's, at most, on some rows.
 
-    The export is computed by `reference` in float64, the checkpoint by our model in float32.
+    The export is computed by `reference` in float64; the checkpoint by our model in float32, from
+    weights rounded as the export's are, so that only the computation is left to differ.
     """
-    ours = float32_logits(load_model(checkpoint_dir, experiment), token_rows)
+    dtype = jnp.dtype(experiment.export.dtype)
+    model = jax.tree.map(
+        lambda x: x.astype(dtype).astype(jnp.float32), load_model(checkpoint_dir, experiment)
+    )
+    ours = float32_logits(model, token_rows)
     return reference.max_abs_logit_difference(export_dir, token_rows, ours)
 
 

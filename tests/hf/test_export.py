@@ -133,7 +133,7 @@ def test_config_and_back_gives_the_same_model_config(exported, trained):
     assert (Vocab.size, Pos.size) == (280, 24)
 
 
-def test_bfloat16_rounds_each_weight_to_the_nearest(trained, exported, tmp_path):
+def test_bfloat16_rounds_each_weight_to_the_nearest(trained, exported, rows, tmp_path):
     experiment = dataclasses.replace(trained.experiment, export=ExportConfig(dtype="bfloat16"))
     built = build(trained, tmp_path / "rounded", experiment)
     rounded = reference.read_tensors(tmp_path / "rounded")
@@ -142,6 +142,10 @@ def test_bfloat16_rounds_each_weight_to_the_nearest(trained, exported, tmp_path)
         np.testing.assert_array_equal(rounded[name], exact.astype(jnp.bfloat16))
     assert json.loads((tmp_path / "rounded" / "config.json").read_text())["dtype"] == "bfloat16"
     assert built.content_id != exported[1].content_id
+    directories = tmp_path / "rounded", trained.checkpoint_dir
+    assert export.logit_difference(*directories, experiment, rows) < 1e-5
+    # The exact weights are another model, by more than rounding in the computation.
+    assert export.logit_difference(*directories, trained.experiment, rows) > 1e-4
 
 
 def test_the_content_id_covers_tensors_and_files(trained, exported, tmp_path):
