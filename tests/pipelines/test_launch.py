@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+import time
 import uuid
 from pathlib import Path
 
@@ -17,16 +19,19 @@ BIN = Path(sys.executable).parent
 
 def shell(command, chain, *changes):
     """Runs a command as a shell with nothing but PATH and the chain's variables would."""
-    done = subprocess.run(
-        command,
-        env={"PATH": f"{BIN}:/usr/bin:/bin", **chain.environment(*changes)},
-        cwd=CHECKOUT,
-        capture_output=True,
-        text=True,
-        timeout=420,
-        check=False,
-    )
-    return done.returncode, done.stdout + done.stderr
+    with tempfile.TemporaryFile("w+") as output:
+        # A file and no pipe: the run that a launch leaves behind would hold a pipe open.
+        done = subprocess.run(
+            command,
+            env={"PATH": f"{BIN}:/usr/bin:/bin", **chain.environment(*changes)},
+            cwd=CHECKOUT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            timeout=420,
+            check=False,
+        )
+        output.seek(0)
+        return done.returncode, output.read()
 
 
 def launch_and_wait(chain, job, *changes):
@@ -89,3 +94,48 @@ def test_the_clean_shell_is_clean(chain):
     assert code == 0
     assert "XLA_FLAGS" not in output
     assert "XLA_FLAGS" in os.environ
+
+
+def test_terminating_a_run_saves_and_leaves_no_process(settled):
+    """What the UI's Terminate button does, on a training that would take for ever."""
+    endless = ["trainer.num_train_steps=1000000", "trainer.save_every_steps=1000000"]
+    run_id = str(uuid.uuid4())
+    command = ["dagster", "job", "launch", "-w", "workspace.yaml", "-j", "tiny"]
+    code, output = shell([*command, "--run-id", run_id], settled, *endless)
+    assert code == 0, output
+    with settled.instance() as instance:
+        wait_for(lambda: any("step 4 of" in text for text in messages(instance, run_id)))
+        pids = workers(settled)
+        assert len(pids) == 1
+        assert instance.run_launcher.terminate(run_id)
+        wait_for(lambda: instance.get_run_by_id(run_id).is_finished)
+        assert instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.CANCELED
+        assert any("Stopped: preempted after step" in text for text in messages(instance, run_id))
+    assert workers(settled) == []
+    commits = list(settled.store_directory.glob("work/**/COMMIT"))
+    assert len(commits) == 1, "the state at the time is kept for the next run"
+
+
+def messages(instance, run_id):
+    return [record.user_message for record in instance.all_logs(run_id)]
+
+
+def workers(chain):
+    """Returns the launched processes that work for this chain, by what their environment says."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (process / "cmdline").read_bytes()
+            environment = (process / "environ").read_bytes()
+        except OSError:  # It has ended, or is another user's.
+            continue
+        if b"resources.worker" in command and str(chain.home).encode() in environment:
+            found.append(int(process.name))
+    return found
+
+
+def wait_for(condition, timeout_s=180):
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "this took too long"
+        time.sleep(0.3)
