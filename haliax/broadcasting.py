@@ -87,9 +87,23 @@ def binary(fn: Callable[..., Any], operation: str, a: Any, b: Any) -> Any:
     if a.axes == b.axes:
         return trusted(fn(a.array, b.array), a.axes)
     axes = common_axes(operation, a.axes, b.axes)
+    if _is_tail(a.axes, axes) and _is_tail(b.axes, axes):
+        return trusted(_with_promotion(fn, a.array, b.array), axes)
     if _is_concrete(a.array) and _is_concrete(b.array):
         return trusted(_compiled(fn, a.axes, b.axes, axes)(a.array, b.array), axes)
     return trusted(fn(aligned(a.array, a.axes, axes), aligned(b.array, b.axes, axes)), axes)
+
+
+def _is_tail(axes: tuple[Axis, ...], whole: tuple[Axis, ...]) -> bool:
+    return whole[len(whole) - len(axes) :] == axes
+
+
+def _with_promotion(fn: Callable[..., Any], x: Any, y: Any) -> Any:
+    """`fn` where NumPy's rule for ranks, and `jnp`'s cached traces of it, do what the names say."""
+    if jax.config.jax_numpy_rank_promotion == "allow":  # pyright: ignore[reportAttributeAccessIssue]
+        return fn(x, y)
+    with jax.numpy_rank_promotion("allow"):
+        return fn(x, y)
 
 
 def _is_concrete(array: Any) -> bool:
