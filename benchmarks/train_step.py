@@ -162,10 +162,7 @@ def our_step(config: ExperimentConfig, cache: TokenCache) -> Advance:
     from modeling.training.trainer import make_plan
 
     plan = make_plan(config, cache)
-    step = compile_step(
-        plan.blueprint, plan.optimizer, plan.schedule, plan.policy, plan.layout,
-        Batch=plan.Batch, Pos=plan.Pos, num_microbatches=config.trainer.num_microbatches,
-    )  # fmt: skip
+    step = compile_step(plan.blueprint, config.optimizer, config.trainer, plan.layout, Pos=plan.Pos)
     arrays = plan.blueprint.initialize(plan.make, jax.random.PRNGKey(0))
     rows = np.arange(plan.Batch.size)
 

@@ -10,6 +10,9 @@ that nothing in the surroundings can choose otherwise. XLA reads them once, when
 starts, and sizes its CPU pool by max(`NPROC` or the number of cores, number of devices); `NPROC` is
 therefore always set, or a machine with more cores would give other bits.
 
+An *elastic* run (`trainer.elastic_shards`) gives the same bits on any number of devices, so that
+its class holds no mesh, and its thread pool is as large on one device as on the most it may take.
+
 No JAX is imported here: whether an artifact exists must be known without starting a device.
 """
 
@@ -40,6 +43,7 @@ GPU_FLAGS = (
     "--xla_gpu_autotune_level=0",
 )
 
+_DEVICE_COUNT = "--xla_force_host_platform_device_count"
 _ACCELERATORS = {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
 
 
@@ -64,10 +68,15 @@ def numerics_class(
         )
     else:
         device = device_kind
-    return {
+    common = {
         "platform": platform,
         "device": device,
         "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+    }
+    if trainer.elastic_shards is not None:
+        flags = re.sub(rf"{_DEVICE_COUNT}=\d+", "", variables["XLA_FLAGS"]).strip()
+        return common | {"elastic": True, "environment": variables | {"XLA_FLAGS": flags}}
+    return common | {
         "mesh": [[axis, size] for axis, size in trainer.mesh.items()],
         "axis_resources": dict(trainer.axis_resources),
         "parameter_axis_resources": dict(trainer.parameter_axis_resources),
@@ -87,8 +96,8 @@ def environment(trainer: TrainerConfig, platform: str = "cpu") -> dict[str, str]
     if platform == "cpu":
         return pinned | {
             "JAX_PLATFORMS": "cpu",
-            "NPROC": str(max(trainer.cpu_threads, num_devices)),
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={num_devices}",
+            "NPROC": str(max(trainer.cpu_threads, num_devices, trainer.elastic_shards or 0)),
+            "XLA_FLAGS": f"{_DEVICE_COUNT}={num_devices}",
         }
     if platform not in _ACCELERATORS:
         raise ValueError(f"platform: {platform!r} is not one of {['cpu', *sorted(_ACCELERATORS)]}.")

@@ -35,16 +35,22 @@ _SPARED = re.compile(r"bias|(ln|norm|layer_?norm)(_.*)?|.*_(ln|norm)|.*embed(din
 
 
 def build_optimizer(
-    config: OptimizerConfig, num_train_steps: int
+    config: OptimizerConfig, num_train_steps: int, *, clip: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation from gradients to updates, clipping included."""
+    """Returns the transformation from gradients to updates.
+
+    Args:
+        config: of AdamW and its schedule.
+        num_train_steps: the length of the run.
+        clip: False for a caller that clips by itself, having the norms at hand already.
+    """
     for field in ("beta1", "beta2"):
         if getattr(config, field) == 1.0:
             raise ValueError(
                 f"optimizer.{field}: 1.0 never takes in a gradient; give a number below 1."
             )
     return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm),
+        optax.clip_by_global_norm(config.max_grad_norm) if clip else optax.identity(),
         optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
         optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
         optax.scale_by_learning_rate(learning_rate(config, num_train_steps)),

@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 
-from modeling.canonical import NOT_IDENTITY
+from modeling.canonical import NOT_IDENTITY, added_later
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(ge=1)]
@@ -38,6 +38,9 @@ class TrainerConfig:
     num_microbatches: Positive = 1
     """Cuts each batch and sums the gradients, to fit memory."""
     data_order: DataOrderConfig = DataOrderConfig()
+    elastic_shards: Positive | None = dataclasses.field(default=None, metadata=added_later(None))
+    """Logical shards, a power of two, whose sums have one fixed order: the same bits on any number
+    of data-parallel devices that divides it. Costs memory: see `elastic`."""
 
     mesh: Mapping[str, Positive] = dataclasses.field(
         default_factory=lambda: {"data": 1}, metadata=NOT_IDENTITY

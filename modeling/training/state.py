@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int32, UInt32
 
-from modeling.training.checkpoint import leaf_shardings
+from modeling.training.checkpoint import leaf_shardings, named_leaves
 from modeling.training.mesh import Layout
 from modeling.training.precision import Policy
 
@@ -66,15 +66,33 @@ class Blueprint:
         template = eqx.filter_eval_shape(make, jax.random.PRNGKey(0))
         return Blueprint(template, dict(leaf_shardings(template, layout.mesh, layout.parameters)))
 
-    def initialize(self, make: Callable[[Any], TrainState], key: Any) -> list[Any]:
-        """Returns the arrays of `make(key)`, each made where it belongs."""
+    def initialize(
+        self, make: Callable[[Any], TrainState], key: Any, *, elastic: bool = False
+    ) -> list[Any]:
+        """Returns the arrays of `make(key)`, each made where it belongs.
+
+        If `elastic`, they are made on one device and then spread: one program for all layouts.
+        """
         shardings = list(self.shardings.values())
+        if elastic:
+            arrays = jax.jit(lambda key: self.flatten(make(key)))(key)
+            return [jax.device_put(a, s) for a, s in zip(arrays, shardings, strict=True)]
         return jax.jit(lambda key: self.flatten(make(key)), out_shardings=shardings)(key)
 
     @property
     def arrays(self) -> list[jax.ShapeDtypeStruct]:
         """The shape of each array of the flat list."""
         return self.flatten(self.template)
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The paths of what the optimizer adjusts, within the model."""
+        params, _ = trainable(self.template.model)
+        return tuple(path for path, _, _ in named_leaves(params))
+
+    def index_of(self, path: str) -> int:
+        """Returns where in the flat list the array of this path is."""
+        return list(self.shardings).index(path)
 
     def flatten(self, state: TrainState) -> list[Any]:
         """Returns the arrays of `state`."""

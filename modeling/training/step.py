@@ -25,7 +25,11 @@ from jaxtyping import Array, Float32
 from haliax import Axis, NamedArray
 from haliax.partitioning import axis_mapping, shard, sharding_for_axis
 from modeling.models.lm import LmExample, next_token_loss
-from modeling.training.checkpoint import named_leaves
+from modeling.optim.build import build_optimizer, learning_rate
+from modeling.optim.config import OptimizerConfig
+from modeling.training import elastic
+from modeling.training.checkpoint import leaf_shardings
+from modeling.training.config import TrainerConfig
 from modeling.training.mesh import Layout
 from modeling.training.precision import Policy
 from modeling.training.state import Blueprint, TrainState, trainable
@@ -48,7 +52,8 @@ class Step:
     """A compiled update: `(arrays, tokens) -> (arrays, metrics)`; the arrays given are consumed."""
 
     run: Callable[[list[Any], Any], tuple[list[Any], Metrics]]
-    compiled: jax.stages.Compiled
+    compiled: jax.stages.Compiled | None
+    """The program, if it is one."""
     batch_sharding: NamedSharding
     parameter_names: tuple[str, ...]
     """Of the items of `gradient_squares`."""
@@ -56,18 +61,61 @@ class Step:
 
 def compile_step(
     blueprint: Blueprint,
-    optimizer: optax.GradientTransformation,
-    learning_rate: Callable[[Any], Array],
-    policy: Policy,
+    optimizer: OptimizerConfig,
+    trainer: TrainerConfig,
     layout: Layout,
     *,
+    Pos: Axis,
+) -> Step:
+    """Compiles the update of states like `blueprint` by batches of rows of `Pos`."""
+    Batch = Axis("batch", trainer.train_batch_size)
+    rule = _Rule(blueprint, optimizer, trainer.num_train_steps)
+    with jax.set_mesh(layout.mesh):
+        compiling = _compile_elastic if trainer.elastic_shards is not None else _compile
+        return compiling(blueprint, rule, trainer, layout, Batch, Pos)
+
+
+class _Rule:
+    """What is done with a mean gradient."""
+
+    def __init__(self, blueprint: Blueprint, config: OptimizerConfig, num_steps: int) -> None:
+        self._blueprint = blueprint
+        self._max_norm = config.max_grad_norm
+        self._transformation = build_optimizer(config, num_steps, clip=False)
+        self._schedule = learning_rate(config, num_steps)
+
+    def apply(
+        self, state: TrainState, total: Array, weight: Array, sums: Any, squares: Array
+    ) -> tuple[list[Any], Metrics]:
+        """Returns the arrays of the next state, given the norms of `sums / weight`."""
+        norm = jnp.sqrt(jnp.sum(squares))
+        factor = jnp.where(norm < self._max_norm, 1.0, self._max_norm / norm)
+        gradients = jax.tree_util.tree_map(
+            lambda g: _mean(g, weight) * factor.astype(g.dtype), sums
+        )
+        params, rest = trainable(state.model)
+        updates, opt_state = self._transformation.update(gradients, state.opt_state, params)
+        model = eqx.combine(optax.apply_updates(params, updates), rest)
+        after = TrainState(state.step + 1, model, opt_state, state.key)
+        metrics = Metrics(total / weight, weight, self._schedule(state.step), squares)
+        return self._blueprint.flatten(after), metrics
+
+
+def _mean(gradient: Array, weight: Array) -> Array:
+    return gradient / weight.astype(gradient.dtype)
+
+
+def _compile(
+    blueprint: Blueprint,
+    rule: _Rule,
+    trainer: TrainerConfig,
+    layout: Layout,
     Batch: Axis,
     Pos: Axis,
-    num_microbatches: int,
 ) -> Step:
-    """Compiles the update of states like `blueprint` by batches of `Batch` rows."""
-    batch_sharding = sharding_for_axis((Batch, Pos), layout.compute, layout.mesh)
+    policy = Policy.parse(trainer.mp)
     replicated = NamedSharding(layout.mesh, PartitionSpec())
+    batch_sharding = sharding_for_axis((Batch, Pos), layout.compute, layout.mesh)
     shardings = list(blueprint.shardings.values())
 
     def update(arrays: Sequence[Any], tokens: Array) -> tuple[list[Any], Metrics]:
@@ -75,33 +123,98 @@ def compile_step(
         example = LmExample.causal(NamedArray(tokens, (Batch, Pos)), Pos)
         key = jax.random.fold_in(state.key, state.step)
         with axis_mapping(layout.compute):
-            total, weight, gradients = summed(
+            total, weight, sums = summed(
                 state.model, example, policy, layout, key,
-                Batch=Batch, num_microbatches=num_microbatches,
+                Batch=Batch, num_microbatches=trainer.num_microbatches,
             )  # fmt: skip
-        gradients = jax.tree_util.tree_map(lambda g: g / weight.astype(g.dtype), gradients)
-        params, rest = trainable(state.model)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, params)
-        model = eqx.combine(optax.apply_updates(params, updates), rest)
-        metrics = Metrics(
-            total / weight, weight, learning_rate(state.step), _squared_norms(gradients)
-        )
-        return blueprint.flatten(TrainState(state.step + 1, model, opt_state, state.key)), metrics
+        means = [_mean(g, weight) for g in jax.tree_util.tree_leaves(sums)]
+        return rule.apply(state, total, weight, sums, _squared_norms(means))
 
-    tokens = jax.ShapeDtypeStruct((Batch.size, Pos.size), jnp.int32)
-    with jax.set_mesh(layout.mesh):
-        compiled = (
-            jax.jit(
-                update,
-                in_shardings=(shardings, batch_sharding),
-                out_shardings=(shardings, replicated),
-                donate_argnums=0,
-            )
-            .lower(blueprint.arrays, tokens)
-            .compile()
+    compiled = (
+        jax.jit(
+            update,
+            in_shardings=(shardings, batch_sharding),
+            out_shardings=(shardings, replicated),
+            donate_argnums=0,
         )
-    names = tuple(path for path, _, _ in named_leaves(trainable(blueprint.template.model)[0]))
-    return Step(compiled, compiled, batch_sharding, names)
+        .lower(blueprint.arrays, jax.ShapeDtypeStruct((Batch.size, Pos.size), jnp.int32))
+        .compile()
+    )
+    return Step(compiled, compiled, batch_sharding, blueprint.parameter_names)
+
+
+def _compile_elastic(
+    blueprint: Blueprint,
+    rule: _Rule,
+    trainer: TrainerConfig,
+    layout: Layout,
+    Batch: Axis,
+    Pos: Axis,
+) -> Step:
+    """Compiles several programs instead of one, lest the mesh decide what is fused with what."""
+    num_shards = trainer.elastic_shards
+    assert num_shards is not None
+    elastic.check(layout, num_shards, Batch.size, trainer.num_microbatches)
+    policy = Policy.parse(trainer.mp)
+    replicated = NamedSharding(layout.mesh, PartitionSpec())
+    shardings = list(blueprint.shardings.values())
+    params, rest = trainable(blueprint.template.model)
+    tree = jax.tree_util.tree_structure(params)
+    split = [sharding for _, sharding in leaf_shardings(params, layout.mesh, layout.parameters)]
+
+    def shard_sums(whole: list[Array], rows: NamedArray, key: Any) -> elastic.Sums:
+        def sums(whole: list[Array]) -> tuple[Array, Array]:
+            params = jax.tree_util.tree_unflatten(tree, whole)
+            cast = policy.cast_to_compute(eqx.combine(params, rest))
+            return next_token_loss(cast, LmExample.causal(rows, Pos), key=key)
+
+        (total, weight), gradient = jax.value_and_grad(sums, has_aux=True)(whole)
+        return total, weight, gradient
+
+    def gather(arrays: Sequence[Any]) -> list[Array]:
+        return jax.tree_util.tree_leaves(trainable(blueprint.unflatten(arrays).model)[0])
+
+    def local_sums(
+        params: list[Array], tokens: Array, key: Any, step: Array, first: Array, num_local: Array
+    ) -> list[elastic.Sums]:
+        rows, step_key = NamedArray(tokens, (Batch, Pos)), jax.random.fold_in(key, step)
+        return elastic.local_sums(
+            shard_sums, params, rows, step_key, first, num_local, num_shards=num_shards
+        )
+
+    def exchange(sums: elastic.Sums) -> Any:
+        return elastic.exchanged(sums, [sharding.spec for sharding in split], layout=layout)
+
+    def norms(whole: list[Array], weight: Array) -> Array:
+        return _squared_norms([_mean(g, weight) for g in whole])
+
+    def apply(
+        arrays: Sequence[Any], total: Array, weight: Array, sums: list[Array], squares: Array
+    ) -> tuple[list[Any], Metrics]:
+        tree_of_sums = jax.tree_util.tree_unflatten(tree, sums)
+        return rule.apply(blueprint.unflatten(arrays), total, weight, tree_of_sums, squares)
+
+    whole_params = jax.jit(gather, in_shardings=(shardings,), out_shardings=replicated)
+    next_state = jax.jit(
+        apply,
+        in_shardings=(shardings, replicated, replicated, split, replicated),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+    program = jax.jit(local_sums)
+    exchange_sums = jax.jit(exchange, donate_argnums=0)
+    norms_of = jax.jit(norms, in_shardings=replicated, out_shardings=replicated)
+    where_key, where_step = blueprint.index_of("key"), blueprint.index_of("step")
+
+    def run(arrays: list[Any], tokens: Any) -> tuple[list[Any], Metrics]:
+        sums = elastic.on_each_device(
+            program, whole_params(arrays), tokens, arrays[where_key], arrays[where_step],
+            layout=layout, num_shards=num_shards,
+        )  # fmt: skip
+        total, weight, gradients, whole = exchange_sums(sums)
+        return next_state(arrays, total, weight, gradients, norms_of(whole, weight))
+
+    return Step(run, None, replicated, blueprint.parameter_names)
 
 
 def summed(
@@ -165,6 +278,5 @@ def _is_named(node: Any) -> bool:
     return isinstance(node, NamedArray)
 
 
-def _squared_norms(gradients: Any) -> Float32[Array, " leaves"]:
-    leaves = jax.tree_util.tree_leaves(gradients)
-    return jnp.stack([jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in leaves])
+def _squared_norms(gradients: Sequence[Array]) -> Float32[Array, " leaves"]:
+    return jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients])

@@ -26,7 +26,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 
 from haliax import Axis
 from modeling import canonical, recipes
@@ -36,7 +35,7 @@ from modeling.data.loader import TrainLoader
 from modeling.experiment import ExperimentConfig
 from modeling.models.lm import build_model
 from modeling.numerics import numerics_class
-from modeling.optim.build import Schedule, build_optimizer, decayed_parameters, learning_rate
+from modeling.optim.build import build_optimizer, decayed_parameters
 from modeling.training import checkpoint, faults, history
 from modeling.training.manifest import CheckpointError
 from modeling.training.mesh import Layout, build_layout
@@ -102,9 +101,6 @@ class Plan:
     science: str
     """Digest of all that decides the result but the numerics class."""
     layout: Layout
-    policy: Policy
-    optimizer: optax.GradientTransformation
-    schedule: Schedule
     make: Callable[[Any], Any]
     blueprint: Blueprint
     Batch: Axis
@@ -143,9 +139,6 @@ def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
         vocab_size=cache.vocab_size,
         science=canonical.digest("training/1", science),
         layout=layout,
-        policy=policy,
-        optimizer=optimizer,
-        schedule=learning_rate(experiment.optimizer, trainer.num_train_steps),
         make=make,
         blueprint=Blueprint.of(make, layout),
         Batch=Axis("batch", trainer.train_batch_size),
@@ -218,8 +211,12 @@ class _Run:
     def _arrays(self) -> list[Any]:
         blueprint, layout = self._plan.blueprint, self._plan.layout
         if self._newest is None:
-            key = jax.random.PRNGKey(self._plan.experiment.trainer.seed)
-            return blueprint.initialize(self._plan.make, key)
+            trainer = self._plan.experiment.trainer
+            return blueprint.initialize(
+                self._plan.make,
+                jax.random.PRNGKey(trainer.seed),
+                elastic=trainer.elastic_shards is not None,
+            )
         restored = checkpoint.restore(
             self._newest, blueprint.template, mesh=layout.mesh, mapping=layout.parameters
         )
@@ -229,13 +226,10 @@ class _Run:
         plan, began = self._plan, time.monotonic()
         step = compile_step(
             plan.blueprint,
-            plan.optimizer,
-            plan.schedule,
-            plan.policy,
+            plan.experiment.optimizer,
+            plan.experiment.trainer,
             plan.layout,
-            Batch=plan.Batch,
             Pos=plan.Pos,
-            num_microbatches=plan.experiment.trainer.num_microbatches,
         )
         self.compile_s = time.monotonic() - began
         devices = plan.layout.mesh.devices

@@ -173,6 +173,21 @@ def test_kills_at_random_moments_and_a_preemption_leave_no_trace(processes):
     assert_same_run(resumed, reference)
 
 
+def test_an_elastic_run_has_the_same_bits_on_any_number_of_devices(processes):
+    """On one device, and on four, where it is killed to be finished by two; dropout is on."""
+
+    def on(devices):
+        trainer = {"mesh": {"data": devices}, "elastic_shards": 4, "num_microbatches": 1}
+        return {"model": MODEL, "trainer": trainer}
+
+    (one,) = processes.results(on(1), ["elastic-one"])
+    processes.killed(on(4), "elastic-moved", "during-write@4")
+    (moved,) = processes.results(on(2), ["elastic-moved"])
+    assert moved["facts"]["resumed_from"] == 2
+    assert (one["facts"]["num_devices"], moved["facts"]["num_devices"]) == (1, 2)
+    assert_same_run(moved, one)
+
+
 def newest_step(directory):
     committed = [path.parent.name for path in directory.rglob("step-*/COMMIT")]
     return max((int(name.split("-")[1].split(".")[0]) for name in committed), default=0)

@@ -56,6 +56,24 @@ def test_whatever_moves_bits_is_another_class(change):
     assert digest(dataclasses.replace(TRAINER, log_every_steps=3)) == digest(TRAINER)
 
 
+def test_the_class_of_an_elastic_run_holds_no_mesh_and_a_pool_for_the_largest():
+    def elastic(devices, shards=8):
+        return dataclasses.replace(TRAINER, mesh={"data": devices}, elastic_shards=shards)
+
+    one, eight = numerics.numerics_class(elastic(1)), numerics.numerics_class(elastic(8))
+    assert one == eight
+    assert one != numerics.numerics_class(TRAINER)
+    for devices in (1, 8):
+        variables = numerics.environment(elastic(devices))
+        assert variables["NPROC"] == "8"
+        assert variables["XLA_FLAGS"].endswith(f"device_count={devices}")
+
+
+def test_not_being_elastic_leaves_older_identities_as_they_were():
+    assert b"elastic" not in canonical.encode(TRAINER)
+    assert b"elastic" in canonical.encode(dataclasses.replace(TRAINER, elastic_shards=4))
+
+
 def test_the_order_of_mesh_axes_counts():
     one, other = (
         numerics.numerics_class(dataclasses.replace(TRAINER, mesh=mesh))

@@ -14,6 +14,7 @@ import pytest
 
 from haliax import Axis, NamedArray
 from modeling.models.lm import LmExample, next_token_loss
+from modeling.optim.build import build_optimizer
 from modeling.training import step as step_module
 from modeling.training.checkpoint import named_leaves
 from modeling.training.mesh import build_layout
@@ -33,6 +34,7 @@ LAYOUTS = {
         "mesh": {"data": 2, "model": 2},
         "axis_resources": TENSOR_PARALLEL,
     },
+    "elastic": {"mesh": {"data": 2}, "elastic_shards": 4},
 }
 MODEL = {"hidden_dim": 64, "num_layers": 3, "num_heads": 4}
 
@@ -56,9 +58,8 @@ def compiled(layout, **trainer):
     experiment = driver.experiment(trainer=LAYOUTS[layout] | trainer, model=MODEL)
     plan = make_plan(experiment, driver.counting_cache())
     step = compile_step(
-        plan.blueprint, plan.optimizer, plan.schedule, plan.policy, plan.layout,
-        Batch=plan.Batch, Pos=plan.Pos, num_microbatches=experiment.trainer.num_microbatches,
-    )  # fmt: skip
+        plan.blueprint, experiment.optimizer, experiment.trainer, plan.layout, Pos=plan.Pos
+    )
     initial = plan.blueprint.initialize(plan.make, jax.random.PRNGKey(5))
     return Compiled(plan, step, [np.asarray(array) for array in initial])
 
@@ -86,7 +87,8 @@ def test_an_update_is_the_optimizers_on_the_gradient_of_the_mean_loss(steps):
         return total / weight
 
     loss, gradient = jax.jit(jax.value_and_grad(mean_loss))(params)
-    updates, _ = jax.jit(plan.optimizer.update)(gradient, state.opt_state, params)
+    optimizer = build_optimizer(plan.experiment.optimizer, plan.num_steps)
+    updates, _ = jax.jit(optimizer.update)(gradient, state.opt_state, params)
     expected = optax.apply_updates(params, updates)
 
     arrays, metrics = case.run(case.start(), tokens)
@@ -137,6 +139,26 @@ def test_the_initial_weights_do_not_depend_on_the_layout(steps):
     for other in others:
         for a, b in zip(one, other, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"elastic_shards": 6}, r"6 must be a power of two"),
+        ({"elastic_shards": 2, "mesh": {"data": 4}}, r"2 must be .* multiple of the 4 devices"),
+        ({"elastic_shards": 16}, r"16 logical shards must divide trainer.train_batch_size 8"),
+        ({"elastic_shards": 4, "num_microbatches": 2}, r"num_microbatches, which is 2"),
+        ({"elastic_shards": 4, **LAYOUTS["fsdp and tensor parallel"]}, r"\{'model': 2\} besides"),
+        ({"elastic_shards": 4, "axis_resources": {}}, r"must map `batch` to a mesh axis"),
+    ],
+)
+def test_an_elastic_run_that_cannot_be_is_refused(change, message):
+    experiment = driver.experiment(trainer={"parameter_axis_resources": {}} | change)
+    plan = make_plan(experiment, driver.counting_cache())
+    with pytest.raises(ValueError, match=message):
+        compile_step(
+            plan.blueprint, experiment.optimizer, experiment.trainer, plan.layout, Pos=plan.Pos
+        )
 
 
 def bytes_on_first_device(arrays):
