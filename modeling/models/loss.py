@@ -85,16 +85,11 @@ def _forward(
     start = jnp.zeros(()), hax.zeros(head.axes, dtype=jnp.float32)
     blocks = _cut(Pos, Block, activations, targets, weights)
     (total, d_head), (d_activations, nats) = hax.scan(add, Block)(start, *blocks)
-    joined = [
-        hax.flatten_axes(x.rearrange((..., Block, Pos.name)), (Block, Pos.name), Pos)
-        for x in (d_activations, nats)
-    ]
-    d_activations, nats = joined
     return total, (
-        d_activations.rearrange(activations.axes),
+        _join(Pos, Block, d_activations).rearrange(activations.axes),
         d_head.astype(head.dtype),
         targets,
-        nats.rearrange(weights.axes),
+        _join(Pos, Block, nats).rearrange(weights.axes),
     )
 
 
@@ -120,8 +115,7 @@ def token_cross_entropy(
     Block = _blocks(Pos)
     losses = hax.map(lambda h, y: _losses(h, head, y, Vocab)[0], Block)
     nats = losses(*_cut(Pos, Block, activations, targets))
-    nats = hax.flatten_axes(nats.rearrange((..., Block, Pos.name)), (Block, Pos.name), Pos)
-    return nats.rearrange(targets.axes)
+    return _join(Pos, Block, nats).rearrange(targets.axes)
 
 
 def _losses(
@@ -148,3 +142,7 @@ def _blocks(Pos: Axis) -> Axis:
 def _cut(Pos: Axis, Block: Axis, *arrays: NamedArray) -> tuple[NamedArray, ...]:
     piece: AxisSpec = (Block, Pos.resize(Pos.size // Block.size))
     return tuple(hax.unflatten_axis(array, Pos, piece) for array in arrays)
+
+
+def _join(Pos: Axis, Block: Axis, array: NamedArray) -> NamedArray:
+    return hax.flatten_axes(array, (Block, Pos.name), Pos)
