@@ -136,7 +136,9 @@ class _Results:
         raw: list[Any] = []
         for leaf in leaves:
             array = leaf.array if isinstance(leaf, NamedArray) else leaf
-            if is_jax_array_like(array) or isinstance(array, (bool, int, float, complex)):
+            # Python numbers stay what they are: a flag such as `Dropout.inference` must not be
+            # traced.
+            if is_jax_array_like(array):
                 axes = leaf.axes if isinstance(leaf, NamedArray) else None
                 self._leaves.append(_Mapped(len(raw), axes))
                 raw.append(array)

@@ -225,8 +225,8 @@ def test_vmap_over_several_axes_puts_the_first_outermost():
 
 
 def test_vmap_passes_through_what_is_no_array():
-    found = hax.vmap(lambda x: (x, "name", None), T)(_normal(T))
-    assert found[1:] == ("name", None)
+    found = hax.vmap(lambda x: (x, "name", None, 3, True), T)(_normal(T))
+    assert found[1:] == ("name", None, 3, True)
 
 
 def test_raw_vmap_is_told():
@@ -325,6 +325,30 @@ def test_both_stacks_share_a_state_dict():
         np.testing.assert_array_equal(loaded.unstacked()[3].w.array, np.full(5, 6.0))
     with pytest.raises(KeyError, match=r"h\.0\.w"):
         hax.state_dict.from_state_dict(stacked, {}, "h")
+
+
+def test_flags_in_stacked_blocks_stay_python():
+    class Noisy(eqx.Module):
+        w: hax.NamedArray
+        dropout: hax.nn.Dropout
+        temperature: float
+
+        @staticmethod
+        def init(key):
+            return Noisy(hax.random.normal(key, D), hax.nn.Dropout(0.5), 2.0)
+
+        def __call__(self, x, *, key=None):
+            return self.dropout(x * self.w, key=key) / self.temperature
+
+    keys = jax.random.split(jax.random.PRNGKey(0), 4)
+    stack = Stacked.init(T, Noisy)(keys)
+    assert stack.stacked.dropout.inference is False
+    assert stack.stacked.temperature == 2.0
+    dropped = stack.fold(hax.ones(D), key=keys)
+    assert float((dropped == 0).sum()) > 0
+    off = eqx.nn.inference_mode(stack)
+    expected = np.prod(np.asarray(stack.stacked.w.array) / 2.0, axis=0)
+    np.testing.assert_allclose(off.fold(hax.ones(D)).array, expected, rtol=1e-5)
 
 
 def test_calling_a_stack_says_what_to_call():
