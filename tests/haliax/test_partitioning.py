@@ -1,5 +1,6 @@
 """Mappings, meshes and named_jit on eight devices: what is asked is what the devices hold."""
 
+import threading
 import warnings
 
 import equinox as eqx
@@ -279,3 +280,25 @@ def test_sharded_equals_unsharded(mesh):
         value, grad = named_jit(step, axis_resources=MAPPING)(*sharded)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     np.testing.assert_allclose(grad.weight.array, expected_grad.weight.array, rtol=1e-5, atol=1e-7)
+
+
+def test_vmap_over_a_sharded_axis_stays_sharded(in_mesh):
+    w = hax.random.normal(jax.random.PRNGKey(0), (E, M))
+    x = hax.random.normal(jax.random.PRNGKey(1), (B, E))
+
+    @named_jit(axis_resources=MAPPING)
+    def f(x, w):
+        return hax.vmap(lambda row: hax.dot(row, w, axis=E), B)(x)
+
+    out = f(hax.shard(x, MAPPING), w)
+    assert _local(out) == (2, 2)
+    np.testing.assert_allclose(out.array, x.array @ w.array, rtol=1e-5, atol=1e-6)
+
+
+def test_threads_have_their_own_mapping():
+    seen = []
+    with hax.axis_mapping(MAPPING):
+        thread = threading.Thread(target=lambda: seen.append(hax.current_thread_local_mapping()))
+        thread.start()
+        thread.join()
+    assert seen == [None]
