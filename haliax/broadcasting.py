@@ -140,9 +140,9 @@ def broadcast_to(
 ) -> NamedArray:
     """`a` with all of `axes`.
 
-    New axes are added in front. `ensure_order` then puts everything in the order of `axes`, with
-    any extra ones in front; `enforce_no_extra_axes` refuses extra ones. Sizes may be left out for
-    axes that `a` has.
+    The result is in the order of `axes`, followed by the extra ones of `a`, which
+    `enforce_no_extra_axes` refuses. Without `ensure_order`, new axes go in front and the others
+    stay where they are. Sizes may be left out for axes that `a` has.
     """
     if not isinstance(a, NamedArray):
         a = NamedArray(jnp.asarray(a), ())
@@ -155,7 +155,7 @@ def broadcast_to(
             "`broadcast_axis`."
         )
     new = tuple(axis for axis in wanted if axis not in a.axes)
-    target = (*extra, *wanted) if ensure_order else (*new, *a.axes)
+    target = (*wanted, *extra) if ensure_order else (*new, *a.axes)
     if target == a.axes:
         return a
     array = aligned(a.array, a.axes, target)
@@ -177,10 +177,13 @@ def _sized(operation: str, own: tuple[Axis, ...], axes: AxisSelection) -> tuple[
 
 
 def broadcast_axis(a: NamedArray, axis: AxisSpec) -> NamedArray:
-    """`a` with the axes added in front, in their order; those `a` has stay where they are."""
-    return broadcast_to(
-        a, axis_spec_to_tuple(axis), ensure_order=False, enforce_no_extra_axes=False
-    )
+    """`a` with the axes in front, in their order, and its other axes after them.
+
+    One axis that `a` has already changes nothing.
+    """
+    if isinstance(axis, Axis) and axis in a.axes:
+        return a
+    return broadcast_to(a, axis_spec_to_tuple(axis), enforce_no_extra_axes=False)
 
 
 def broadcast_arrays(

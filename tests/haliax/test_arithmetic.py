@@ -153,7 +153,7 @@ def test_broadcast_axis_adds_in_front():
     Q = hax.Axis("Q", 5)
     x = _normal(H, W)
     assert x.broadcast_axis(Q).axes == (Q, H, W)
-    assert x.broadcast_axis((W, Q)).axes == (Q, H, W)
+    assert x.broadcast_axis((W, Q)).axes == (W, Q, H)
     assert x.broadcast_axis(H) is x
     np.testing.assert_array_equal(x.broadcast_axis(Q).array, np.broadcast_to(x.array, (5, 2, 3)))
 
@@ -167,7 +167,7 @@ def test_broadcast_to_orders_and_refuses_extras():
     )
     with pytest.raises(ValueError, match="not in"):
         x.broadcast_to((W, D))
-    assert x.broadcast_to((W, D), enforce_no_extra_axes=False).axes == (H, W, D)
+    assert x.broadcast_to((W, D), enforce_no_extra_axes=False).axes == (W, D, H)
     assert x.broadcast_to((D, W), False, False).axes == (D, H, W)
 
 
