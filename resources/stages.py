@@ -132,9 +132,11 @@ def parity(
     split = "validation" if cache.num_rows("validation") else "train"
     rows = cache.rows(split, np.arange(min(PARITY_ROWS, cache.num_rows(split))))
     directories = Path(arguments["export"]), Path(arguments["checkpoint"])
-    difference = export.logit_difference(*directories, _experiment(arguments), rows)
+    found = export.logit_difference(*directories, _experiment(arguments), rows)
     return {
-        "max_abs_logit_difference": difference,
+        "max_abs_logit_difference": found.max_abs,
+        "largest_logit": found.largest,
+        "limit": found.limit,
         "num_logits": rows.size * cache.vocab_size,
     }
 

@@ -11,6 +11,7 @@ Nothing in these files depends on path, clock or host: the same checkpoint and l
 bytes. The content id covers the logical tensors (name, dtype, shape, SHA-256) and every file.
 """
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
@@ -91,9 +92,23 @@ def build(
     return Built(content_id, facts=facts, leaves=leaves)
 
 
+@dataclasses.dataclass(frozen=True)
+class LogitDifference:
+    """How far two models' logits are apart, and how large they are."""
+
+    max_abs: float
+    largest: float
+    """The largest |logit|: float32 rounds in proportion to it."""
+
+    @property
+    def limit(self) -> float:
+        """What float32 rounding explains: 1e-5, or eight units in the last place of the largest."""
+        return max(1e-5, 8 * float(np.finfo(np.float32).eps) * self.largest)
+
+
 def logit_difference(
     export_dir: Path, checkpoint_dir: Path, experiment: ExperimentConfig, token_rows: np.ndarray
-) -> float:
+) -> LogitDifference:
     """Returns by how much the export's logits differ from the checkpoint's, at most, on some rows.
 
     The export is computed by `reference` in float64; the checkpoint by our model in float32, from
@@ -104,7 +119,8 @@ def logit_difference(
         lambda x: x.astype(dtype).astype(jnp.float32), load_model(checkpoint_dir, experiment)
     )
     ours = float32_logits(model, token_rows)
-    return reference.max_abs_logit_difference(export_dir, token_rows, ours)
+    max_abs = reference.max_abs_logit_difference(export_dir, token_rows, ours)
+    return LogitDifference(max_abs, float(np.max(np.abs(ours))))
 
 
 def float32_logits(model: Gpt2LmHeadModel, token_rows: np.ndarray) -> np.ndarray:

@@ -100,10 +100,14 @@ def test_the_weights_file_has_one_metadata_key_and_every_tensor_once(exported):
 
 
 def test_logits_equal_the_checkpoints(exported, trained, rows):
-    difference = export.logit_difference(
-        exported[0], trained.checkpoint_dir, trained.experiment, rows
-    )
-    assert 0 < difference < 1e-5
+    found = export.logit_difference(exported[0], trained.checkpoint_dir, trained.experiment, rows)
+    assert 0 < found.max_abs < 1e-5
+    assert found.largest > found.max_abs
+
+
+def test_larger_logits_may_round_in_proportion():
+    assert export.LogitDifference(0.0, largest=1.0).limit == 1e-5
+    assert export.LogitDifference(0.0, largest=100.0).limit == pytest.approx(9.54e-5, rel=1e-2)
 
 
 @pytest.mark.parametrize("tensor", ["transformer.h.1.mlp.c_fc.bias", "transformer.wpe.weight"])
@@ -113,8 +117,8 @@ def test_one_wrong_weight_shows_in_the_logits(exported, trained, rows, tensor, t
     tensors = reference.read_tensors(copy)
     tensors[tensor].flat[0] += 0.01
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    difference = export.logit_difference(copy, trained.checkpoint_dir, trained.experiment, rows)
-    assert difference > 1e-4
+    found = export.logit_difference(copy, trained.checkpoint_dir, trained.experiment, rows)
+    assert found.max_abs > 1e-4 > found.limit
 
 
 def test_tensors_and_back_give_the_same_model(trained):
@@ -143,9 +147,9 @@ def test_bfloat16_rounds_each_weight_to_the_nearest(trained, exported, rows, tmp
     assert json.loads((tmp_path / "rounded" / "config.json").read_text())["dtype"] == "bfloat16"
     assert built.content_id != exported[1].content_id
     directories = tmp_path / "rounded", trained.checkpoint_dir
-    assert export.logit_difference(*directories, experiment, rows) < 1e-5
+    assert export.logit_difference(*directories, experiment, rows).max_abs < 1e-5
     # The exact weights are another model, by more than rounding in the computation.
-    assert export.logit_difference(*directories, trained.experiment, rows) > 1e-4
+    assert export.logit_difference(*directories, trained.experiment, rows).max_abs > 1e-4
 
 
 def test_the_content_id_covers_tensors_and_files(trained, exported, tmp_path):
