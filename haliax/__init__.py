@@ -297,6 +297,24 @@ if TYPE_CHECKING:
     from haliax import fft as fft
     from haliax import poly as poly
     from haliax import quantization as quantization
+    from haliax.fft import fftfreq as fftfreq
+    from haliax.fft import fftshift as fftshift
+    from haliax.fft import hfft as hfft
+    from haliax.fft import ifft as ifft
+    from haliax.fft import ifftshift as ifftshift
+    from haliax.fft import ihfft as ihfft
+    from haliax.fft import irfft as irfft
+    from haliax.fft import rfft as rfft
+    from haliax.fft import rfftfreq as rfftfreq
+    from haliax.poly import polyadd as polyadd
+    from haliax.poly import polyder as polyder
+    from haliax.poly import polydiv as polydiv
+    from haliax.poly import polyfit as polyfit
+    from haliax.poly import polyint as polyint
+    from haliax.poly import polymul as polymul
+    from haliax.poly import polysub as polysub
+    from haliax.poly import polyval as polyval
+    from haliax.poly import roots as roots
 
 _LAZY_MODULES = ("debug", "fft", "poly", "quantization")
 _LAZY_NAMES = {
