@@ -61,14 +61,21 @@ class Processes:
         )  # fmt: skip
 
     def results(self, experiment, workspaces, **options):
-        out, err = (process := self.start(experiment, workspaces, **options)).communicate()
+        return self.finish(self.start(experiment, workspaces, **options))
+
+    def finish(self, process):
+        out, err = process.communicate()
         assert process.returncode == 0, err[-4000:]
         assert not err, f"a clean run says nothing: {err[-4000:]}"
         return [json.loads(line) for line in out.splitlines()]
 
-    def killed(self, experiment, workspace, fault):
-        out, err = (process := self.start(experiment, [workspace], fault=fault)).communicate()
-        assert process.returncode == -signal.SIGKILL, f"not killed at {fault}: {out} {err[-4000:]}"
+    def killed(self, experiment, faults_by_workspace):
+        """Starts one process for each workspace, all at once, and sees each of them die."""
+        running = [(fault, self.start(experiment, [workspace], fault=fault))
+                   for workspace, fault in faults_by_workspace.items()]  # fmt: skip
+        for fault, process in running:
+            out, err = process.communicate()
+            assert process.returncode == -signal.SIGKILL, f"not killed at {fault}: {out} {err}"
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +86,8 @@ def processes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def uninterrupted(processes):
     """The result of each layout, started once and never disturbed."""
-    return {name: processes.results(fields(name), [f"{name}-reference"])[0] for name in LAYOUTS}
+    running = {name: processes.start(fields(name), [f"{name}-reference"]) for name in LAYOUTS}
+    return {name: processes.finish(process)[0] for name, process in running.items()}
 
 
 def assert_same_run(found, expected):
@@ -107,8 +115,7 @@ def test_a_run_killed_at_any_named_point_ends_with_the_same_bits(processes, unin
         "before-finish@6": (6,),
     }
     assert {point.split("@")[0] for point in survives} == set(faults.POINTS)
-    for point in survives:
-        processes.killed(fields("fsdp"), point, point)
+    processes.killed(fields("fsdp"), {point: point for point in survives})
     resumed = processes.results(fields("fsdp"), list(survives))
     for (point, steps), result in zip(survives.items(), resumed, strict=True):
         assert result["facts"]["resumed_from"] in steps, point
@@ -117,7 +124,7 @@ def test_a_run_killed_at_any_named_point_ends_with_the_same_bits(processes, unin
 
 @pytest.mark.parametrize("layout", ["one", "tensor parallel"])
 def test_other_layouts_resume_with_the_same_bits_too(processes, uninterrupted, layout):
-    processes.killed(fields(layout), f"{layout}-killed", "during-write@4")
+    processes.killed(fields(layout), {f"{layout}-killed": "during-write@4"})
     (resumed,) = processes.results(fields(layout), [f"{layout}-killed"])
     assert resumed["facts"]["resumed_from"] == 2
     assert_same_run(resumed, uninterrupted[layout])
@@ -174,18 +181,21 @@ def test_kills_at_random_moments_and_a_preemption_leave_no_trace(processes):
 
 
 def test_an_elastic_run_has_the_same_bits_on_any_number_of_devices(processes):
-    """On one device, and on four, where it is killed to be finished by two; dropout is on."""
+    """On one device, on two, and killed on two to be finished by one; dropout is on."""
 
     def on(devices):
         trainer = {"mesh": {"data": devices}, "elastic_shards": 4, "num_microbatches": 1}
         return {"model": MODEL, "trainer": trainer}
 
-    (one,) = processes.results(on(1), ["elastic-one"])
-    processes.killed(on(4), "elastic-moved", "during-write@4")
-    (moved,) = processes.results(on(2), ["elastic-moved"])
+    reference = processes.start(on(1), ["elastic-one"])
+    processes.killed(on(2), {"elastic-moved": "during-write@4"})
+    (one,) = processes.finish(reference)
+    (moved,) = processes.results(on(1), ["elastic-moved"])
     assert moved["facts"]["resumed_from"] == 2
-    assert (one["facts"]["num_devices"], moved["facts"]["num_devices"]) == (1, 2)
     assert_same_run(moved, one)
+    (two,) = processes.results(on(2), ["elastic-two"])
+    assert two["facts"]["num_devices"] == 2
+    assert_same_run(two, one)
 
 
 def newest_step(directory):
