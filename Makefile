@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 export DAGSTER_HOME ?= $(CURDIR)/.dagster_home
 export DAGSTER_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo ui test check soak bench lock clean
+.PHONY: help demo ui test check soak bench docs lock clean
 
 help: ## Shows this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -32,6 +32,9 @@ soak: $(VENV)/.dev ## Runs the long fault-injection and scale tests
 
 bench: $(VENV)/.dev ## Prints the benchmarks as JSON lines
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+docs: $(VENV)/.dev ## Writes the API reference, from the docstrings, to docs/api
+	$(BIN)/pdoc --docformat google --output-directory docs/api haliax modeling resources assets
 
 # The project itself is installed editable without build isolation: its builder is locked as well.
 $(VENV)/.runtime: requirements.lock pyproject.toml

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,12 @@ from pipelines.cli import dotted_overrides, make_parser
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
-# Run block by block, in order, by the named tensors' own test.
-RUN_ELSEWHERE = {"named-tensors.md", "named-tensors-cheatsheet.md"}
+RUN_ELSEWHERE = {
+    "named-tensors.md": "haliax/test_docs.py",
+    "named-tensors-cheatsheet.md": "haliax/test_docs.py",
+    "data.md": "data/test_docs.py",
+}
+"""Pages whose code needs what only another test has."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -26,7 +32,8 @@ def ids(page: Path) -> str:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=ids)
 def test_python_blocks_run(page: Path):
     if page.name in RUN_ELSEWHERE:
-        assert (ROOT / "tests" / "haliax" / "test_docs.py").exists()
+        runner = ROOT / "tests" / RUN_ELSEWHERE[page.name]
+        assert page.name in runner.read_text(encoding="utf-8")
         return
     namespace: dict[str, object] = {}
     for block in blocks(page, "python"):
@@ -64,6 +71,16 @@ def test_links_lead_to_files(page: Path):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))
     for link in links:
         assert (page.parent / link).exists(), f"{page.name}: {link} leads nowhere"
+
+
+def test_the_api_reference_is_made_of_the_docstrings(tmp_path: Path):
+    command = [sys.executable, "-m", "pdoc", "--docformat", "google", "-o", str(tmp_path), "haliax"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "haliax" / "axis.html").read_text(encoding="utf-8")
+    assert "A named dimension: two axes are the same when both name and size are." in page
+    modules = {path.stem for path in (ROOT / "haliax").glob("[a-z]*.py")}
+    assert modules <= {path.stem for path in (tmp_path / "haliax").rglob("*.html")}
 
 
 def test_every_kind_is_explained():
