@@ -139,7 +139,7 @@ def test_materializing_an_asset_in_the_browser(page, webserver, tmp_path):
     page.goto(f"{webserver}/locations/__repository__@lm/asset-groups/tales",
               wait_until="domcontentloaded")  # fmt: skip
     page.get_by_text("raw_corpus", exact=True).first.wait_for()
-    expect(page.get_by_text("Never materialized", exact=True)).to_have_count(4)
+    expect(page.get_by_text("Never materialized", exact=True)).to_have_count(4, timeout=120_000)
     page.get_by_text("raw_corpus", exact=True).first.click()
     page.get_by_role("button", name="Materialize selected").click()
     page.get_by_text("Materialized", exact=True).first.wait_for()
