@@ -137,6 +137,7 @@ def test_a_copy_has_the_rows_and_the_content_id_of_the_view(length, chain, make_
 
 def test_datasets_opens_a_copy_as_it_is(chain, make_workspace):
     import datasets
+
     workspace = make_workspace("copy")
     cache.build(16, chain.tokenized_dir, workspace, **IDS, layout="copy")
     opened = datasets.Dataset.from_file(str(workspace.output / "train-00000.arrow"))
