@@ -1,6 +1,7 @@
 """The announcement: one attention for every layout, names beat order, one-line sharding."""
 
 import math
+import re
 import warnings
 
 import equinox as eqx
@@ -134,10 +135,16 @@ def _tokens():
 def _three_steps(parameter_mapping, compute_mapping):
     """The announcement's training loop; its only mentions of devices are the two mappings."""
     with jax.numpy_dtype_promotion("standard"):  # Optax's Adam raises a Python float to an int32
-        return _train(parameter_mapping, compute_mapping)
+        model, state, train_step = _begin(parameter_mapping, compute_mapping)
+        losses = []
+        for _ in range(3):
+            loss, model, state = train_step(model, state, _tokens())
+            losses.append(float(loss))
+    return losses, model, state
 
 
-def _train(parameter_mapping, compute_mapping):
+def _begin(parameter_mapping, compute_mapping):
+    """Returns the sharded model, the sharded optimizer state, and the step that trains them."""
     optimizer = optax.adamw(1e-2)
 
     @hax.named_jit
@@ -165,11 +172,21 @@ def _train(parameter_mapping, compute_mapping):
         model = eqx.apply_updates(model, updates)
         return loss, *hax.shard_with_axis_mapping((model, state), parameter_mapping)
 
-    losses = []
-    for _ in range(3):
-        loss, model, state = train_step(model, state, _tokens())
-        losses.append(float(loss))
-    return losses, model, state
+    return model, state, train_step
+
+
+def _compiled(parameter_mapping, compute_mapping):
+    """Returns the training step's program, and the bytes of model and optimizer state in all."""
+    with jax.numpy_dtype_promotion("standard"):
+        model, state, train_step = _begin(parameter_mapping, compute_mapping)
+        program = train_step.lower(model, state, _tokens()).compile()
+    return program, sum(x.nbytes for x in jax.tree.leaves((model, state)))
+
+
+def _collectives(program):
+    kinds = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+    text = program.as_text()
+    return {kind for kind in kinds if re.search(rf" = .* {kind}(-start)?\(", text)}
 
 
 def _local_shape(array):
@@ -217,3 +234,29 @@ def test_a_mesh_context_by_with_shards_as_well(unsharded_losses):
             losses, model, _ = _three_steps({"embed": "data"}, {"batch": "data"})
     np.testing.assert_allclose(losses, unsharded_losses, rtol=1e-5)
     assert _local_shape(model.embeddings.weight) == (24, 2)
+
+
+def test_the_compiled_step_holds_an_eighth_of_everything_and_gathers_it():
+    alone, _ = _compiled({}, {})
+    assert _collectives(alone) == set()
+    mesh = Mesh(np.array(jax.devices()).reshape(8), ("data",))
+    with jax.set_mesh(mesh):
+        replicated, num_bytes = _compiled({}, {"batch": "data"})
+        sharded, _ = _compiled({"embed": "data"}, {"batch": "data"})
+    tokens = 8 * 6 * 4
+    whole = replicated.memory_analysis().argument_size_in_bytes
+    assert num_bytes <= whole <= num_bytes + tokens
+    # Biases of `mlp` alone have no `embed` axis and stay whole; the rest is cut in eight.
+    biases = 3 * 2 * 32 * 4 + 8
+    part = sharded.memory_analysis().argument_size_in_bytes
+    assert part <= num_bytes / 8 + biases + tokens
+    assert "all-gather" in _collectives(sharded)
+    assert _collectives(sharded) & {"all-reduce", "reduce-scatter"}
+    assert _collectives(replicated) == {"all-reduce"}
+
+
+def test_tensor_parallelism_adds_sums_over_its_own_axis():
+    mesh = Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "model"))
+    with jax.set_mesh(mesh):
+        program, _ = _compiled({"mlp": "model"}, {"mlp": "model"})
+    assert _collectives(program) == {"all-reduce"}
