@@ -132,9 +132,9 @@ def _dataset(
 
 
 def _format(paths: str) -> str:
-    """Returns how documents stand in the files: one text has paragraphs, a folder texts."""
-    if ".jsonl" in Path(paths).name:
-        return "jsonl"
+    """Returns how documents stand in the files; one text has paragraphs, a folder texts."""
+    if suffix := re.search(r"\.(jsonl|json|parquet|arrow)(\.(gz|zst|bz2|xz))?$", paths):
+        return suffix[1]
     return "paragraphs" if Path(paths).is_file() else "text"
 
 

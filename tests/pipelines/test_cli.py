@@ -250,3 +250,38 @@ def test_an_experiment_of_the_catalog_is_not_overwritten(chain, tmp_path):
             config_path=path,
             overrides=[],
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("play.txt", "paragraphs"),
+        ("", "text"),
+        ("*.txt", "text"),
+        ("lines.jsonl.zst", "jsonl"),
+        ("part-*.jsonl", "jsonl"),
+        ("list.json", "json"),
+        ("table.parquet", "parquet"),
+    ],
+)
+def test_the_format_of_a_path_is_seen_from_its_name(tmp_path, name, expected):
+    from modeling.experiment import load_catalog, load_dataset
+    from pipelines.build import CATALOG
+    from pipelines.quickstart import write_experiment
+
+    (tmp_path / "play.txt").write_text("Enter a ghost.")
+    path = f"{tmp_path}/{name}"
+    if "*" not in name and name:
+        (tmp_path / name).touch()
+    write_experiment(
+        tmp_path / "home",
+        load_catalog(CATALOG),
+        model="gpt2-nano",
+        dataset=path,
+        config_path=None,
+        overrides=[],
+    )
+    [written] = (tmp_path / "home" / "catalog" / "datasets").glob("*.yaml")
+    source = load_dataset(written).source
+    assert source.format == expected
+    assert source.paths == (path.rstrip("/"),)
