@@ -179,6 +179,8 @@ class ArtifactStore:
         with self._exclusive(recipe.id, numerics_id) as work:
             if (found := self.find(recipe, numerics_id)) is not None:
                 return found, False
+            for dead in work.glob("attempt-*"):
+                shutil.rmtree(dead)
             progress, output = work / "progress", work / f"attempt-{uuid.uuid4().hex[:12]}"
             progress.mkdir(parents=True, exist_ok=True)
             output.mkdir()

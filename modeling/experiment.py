@@ -180,8 +180,9 @@ class _CoreLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_YAML_1_1 = ("tag:yaml.org,2002:float", "tag:yaml.org,2002:timestamp")
 _CoreLoader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_1_1]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _CoreLoader.add_implicit_resolver(
@@ -249,7 +250,10 @@ def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
             raise ConfigError(
                 f"--set {text}: expected section.field=value, e.g. trainer.num_train_steps=50."
             )
-        change: Any = yaml.load(value, Loader=_CoreLoader)
+        try:
+            change: Any = yaml.load(value, Loader=_CoreLoader)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from None
         for key in reversed(field.split(".")):
             change = {key: change}
         raw = _merge(raw, _named_model(change))

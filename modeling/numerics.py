@@ -43,6 +43,12 @@ GPU_FLAGS = (
     "--xla_gpu_autotune_level=0",
 )
 
+_NUMERIC_PREFIXES = ("JAX_", "XLA_", "NVIDIA_TF32", "CUBLAS_", "CUDNN_", "NPROC")
+_HARMLESS = (
+    "JAX_COMPILATION_CACHE_DIR",
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
+)
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 _ACCELERATORS = {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
 
@@ -71,7 +77,7 @@ def numerics_class(
     common = {
         "platform": platform,
         "device": device,
-        "libraries": {name: importlib.metadata.version(name) for name in LIBRARIES},
+        "libraries": _libraries(platform),
     }
     if trainer.elastic_shards is not None:
         flags = re.sub(rf"{_DEVICE_COUNT}=\d+", "", variables["XLA_FLAGS"]).strip()
@@ -90,6 +96,7 @@ def environment(trainer: TrainerConfig, platform: str = "cpu") -> dict[str, str]
     pinned = {
         # Random bits must depend on the key and the position, not on how an array is split.
         "JAX_THREEFRY_PARTITIONABLE": "true",
+        "JAX_DEFAULT_PRNG_IMPL": "threefry2x32",
         "JAX_ENABLE_X64": "false",
         "JAX_DEFAULT_MATMUL_PRECISION": "default",
     }
@@ -104,6 +111,26 @@ def environment(trainer: TrainerConfig, platform: str = "cpu") -> dict[str, str]
     flags = "" if platform == "tpu" else " ".join(GPU_FLAGS)
     # Batches and checkpoints pass through the CPU backend, which is therefore loaded as well.
     return pinned | {"JAX_PLATFORMS": f"{_ACCELERATORS[platform]},cpu", "XLA_FLAGS": flags}
+
+
+def inherited(surroundings: Mapping[str, str]) -> dict[str, str]:
+    """Returns the surroundings without what could change the bits behind `environment`'s back."""
+    return {
+        name: value
+        for name, value in surroundings.items()
+        if name in _HARMLESS or not name.startswith(_NUMERIC_PREFIXES)
+    }
+
+
+def _libraries(platform: str) -> dict[str, str]:
+    """Versions of what does the arithmetic; an accelerator's own libraries are packages too."""
+    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    if platform != "cpu":
+        for distribution in importlib.metadata.distributions():
+            name = distribution.metadata["Name"].lower().replace("_", "-")
+            if name.startswith(("jax-cuda", "jax-rocm", "nvidia-", "libtpu")):
+                found[name] = distribution.version
+    return dict(sorted(found.items()))
 
 
 def _processor() -> dict[str, Any]:

@@ -9,9 +9,10 @@ Both land in `$DAGSTER_HOME/catalog`, so that the UI, jobs and later runs know t
 written into the experiment: what it says is what was run.
 """
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,13 @@ from modeling.experiment import (
     MODEL_PRESETS,
     Catalog,
     ConfigError,
+    load_catalog,
     load_dataset,
     load_experiment,
     read_yaml,
     with_overrides,
 )
+from pipelines.build import CATALOG
 
 _DEFAULT_TRAINER = {"num_train_steps": 300, "train_batch_size": 16}
 _DEFAULT_VOCAB_SIZE = 4096
@@ -58,16 +61,36 @@ def write_experiment(
     if "dataset" not in raw:
         raise ConfigError("no dataset: add `--dataset NAME_OR_PATH`, or `dataset:` to the file.")
     changes = [text.removeprefix("dataset.") for text in overrides if text.startswith("dataset.")]
-    raw["dataset"] = _dataset(home, catalog, str(raw["dataset"]), raw, changes)
-    name = _experiment_name(config_path, model, raw["dataset"])
+    with _restored_on_error(home / "catalog"):
+        raw["dataset"] = _dataset(home, catalog, str(raw["dataset"]), raw, changes)
+        name = _experiment_name(config_path, model, raw["dataset"])
+        _write_new(home, catalog, name, raw)
+        # As every later command will load it: a file that is wrong must not stay.
+        load_catalog([CATALOG, home / "catalog"])
+    return name
+
+
+@contextlib.contextmanager
+def _restored_on_error(directory: Path) -> Iterator[None]:
+    before = {path: path.read_bytes() for path in directory.glob("*/*.yaml")}
+    try:
+        yield
+    except BaseException:
+        for path in directory.glob("*/*.yaml"):
+            if path not in before:
+                path.unlink()
+        for path, content in before.items():
+            path.write_bytes(content)
+        raise
+
+
+def _write_new(home: Path, catalog: Catalog, name: str, raw: Mapping[str, Any]) -> None:
     if name in catalog.experiments and not (home / "catalog/experiments" / f"{name}.yaml").exists():
         raise ConfigError(
             f"an experiment named {name!r} ships with the catalog: run it with `levanter run "
             f"{name}`, or give your file another name."
         )
-    path = _write(home / "catalog" / "experiments" / f"{name}.yaml", raw)
-    load_experiment(path)
-    return name
+    load_experiment(_write(home / "catalog" / "experiments" / f"{name}.yaml", raw))
 
 
 def _from_names(model: str | None, dataset: str | None) -> dict[str, Any]:

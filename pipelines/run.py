@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -21,6 +21,7 @@ import dagster as dg
 from modeling import recipes
 from modeling.artifacts import ArtifactStore
 from modeling.experiment import Catalog, ConfigError
+from pipelines.abandoned import end_abandoned_runs, this_process
 from pipelines.build import build_defs, catalog_from_environment
 from pipelines.jobs import MODEL_STAGES
 from pipelines.staleness import Staleness, stale_assets
@@ -127,6 +128,7 @@ def _stale(
     for key in wanted:
         above = [parent for parent in wanted if parent in graph.get(key).parent_keys]
         why = known.get(key) or _changed_outside(key, instance, store, catalog)
+        why = why or _unchecked(key, instance, graph.get_check_keys_for_assets({key}))
         if why is None and (changed := [p.to_user_string() for p in above if p in found]):
             why = Staleness("UPSTREAM", tuple(f"{name} is not up to date" for name in changed))
         if why is not None:
@@ -153,6 +155,24 @@ def _changed_outside(
     return None
 
 
+def _unchecked(
+    key: dg.AssetKey, instance: dg.DagsterInstance, checks: Iterable[dg.AssetCheckKey]
+) -> Staleness | None:
+    """Returns which checks a made asset has not passed: failed, or prevented by a kill."""
+    made = instance.get_latest_materialization_event(key)
+    if made is None:
+        return None
+    lacking = []
+    for check in sorted(checks, key=lambda check: check.name):
+        found = instance.event_log_storage.get_asset_check_execution_history(check, limit=1)
+        event = found[0].event if found else None
+        verdict = event.asset_check_evaluation if event else None
+        target = verdict.target_materialization_data if verdict else None
+        if not (verdict and verdict.passed and target and target.run_id == made.run_id):
+            lacking.append(f"it has not passed the check {check.name}")
+    return Staleness("STALE", tuple(lacking)) if lacking else None
+
+
 def _latest(instance: dg.DagsterInstance, key: dg.AssetKey) -> dict[str, Any] | None:
     """Returns kind, content id, recipe id and numerics of the asset's last materialization."""
     event = instance.get_latest_materialization_event(key)
@@ -174,6 +194,7 @@ def _execute(
     """Runs the job of `experiment` on `keys`; what the stages print goes to a file."""
     log = Path(os.environ["DAGSTER_HOME"]) / "logs" / f"{experiment}-{os.getpid()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    end_abandoned_runs(instance)
     terminal.show_events()
     with _output_to(log):
         result = defs.resolve_job_def(experiment).execute_in_process(
@@ -181,7 +202,7 @@ def _execute(
             asset_selection=keys,
             raise_on_error=False,
             run_config={"loggers": {"terminal": {"config": {}}}},
-            tags={"levanter/command": "run"},
+            tags={"levanter/command": "run"} | this_process(),
         )
     if not result.success:
         terminal.failure(log)

@@ -147,10 +147,10 @@ class Terminal:
         if report is not None and report.record is not None:
             where = store.local("eval_report", report.record["content_id"]) / "report.html"
             self._print(f"[bold]Eval report[/]         {where}", soft_wrap=True)
-            sample = report.record["facts"]["samples"][0]
-            text = escape(sample["prompt"] + sample["text"])
-            self._print(f"[bold]Sample[/] (after {sample['prompt']!r})")
-            self._print("\n".join(f"  {line}" for line in text.splitlines()))
+            for sample in report.record["facts"]["samples"][:1]:
+                text = escape(sample["prompt"] + sample["text"])
+                self._print(f"[bold]Sample[/] (after {escape(repr(sample['prompt']))})")
+                self._print("\n".join(f"  {line}" for line in text.splitlines()))
 
     def _tell(self, asset: str, message: str) -> None:
         if self._status is not None:

@@ -26,14 +26,14 @@ def serve(port: int) -> int:
         ["dagster-daemon", "run", "-w", workspace],
     ]
     scripts = Path(sys.executable).parent
-    servers = [
-        subprocess.Popen([scripts / command[0], *command[1:]], start_new_session=True)
-        for command in commands
-    ]
-    sys.stdout.write(f"Dagster UI on http://127.0.0.1:{port} (Ctrl-C ends it)\n")
-    sys.stdout.flush()
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
+    servers: list[subprocess.Popen[bytes]] = []
     try:
+        for name, *options in commands:
+            servers.append(subprocess.Popen([scripts / name, *options], start_new_session=True))
+        sys.stdout.write(f"Dagster UI on http://127.0.0.1:{port} (Ctrl-C ends it)\n")
+        sys.stdout.flush()
         while all(server.poll() is None for server in servers):
             time.sleep(0.5)
         return max(abs(server.poll() or 0) for server in servers)

@@ -135,7 +135,9 @@ class LauncherResource(dg.ConfigurableResource):
             command = [sys.executable, "-m", "resources.worker", str(job_path)]
             # A crash in native code tells where Python stood.
             environment = {"PYTHONFAULTHANDLER": "1", **job.environment, **variables}
-            code, last_lines = self._run_child(command, {**os.environ, **environment})
+            code, last_lines = self._run_child(
+                command, {**numerics.inherited(os.environ), **environment}
+            )
             if code == 0 and result_path.exists():
                 return json.loads(result_path.read_text())
             raise self._failure(job, code, last_lines)

@@ -122,7 +122,7 @@ class StoreResource(dg.ConfigurableResource):
         above: dict[str, Artifact] = {}
         waiting = [artifact]
         while waiting:
-            child = waiting.pop()
+            child = waiting.pop(0)
             for wanted in _inputs(store, child).values():
                 record = known.get((wanted["kind"], wanted["content_id"]))
                 if record is None:
@@ -131,8 +131,10 @@ class StoreResource(dg.ConfigurableResource):
                         f"{wanted['content_id'][:12]}, of which {store.url} has no record. "
                         f"Materialize the assets above it again."
                     )
-                above[wanted["kind"]] = _artifact(store, record)
-                waiting.append(above[wanted["kind"]])
+                # The nearest counts: a tokenizer may be of an older corpus that gave the same one.
+                if wanted["kind"] not in above:
+                    above[wanted["kind"]] = _artifact(store, record)
+                    waiting.append(above[wanted["kind"]])
         return above
 
 

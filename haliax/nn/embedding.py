@@ -42,6 +42,11 @@ class Embedding(ModuleWithStateDictSerialization):
                 f"Embedding: token ids are integers, not {input_ids.dtype}. For a distribution "
                 "over tokens, use `hax.dot(probs, embedding.weight, axis=Vocab)`."
             )
+        # The gradient of a gather is a sum over all uses of a token. In bfloat16 it would stop
+        # growing after some hundred uses; going there and back through float32 changes no vector.
+        dtype = self.weight.dtype
+        if jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4:
+            return take(self.weight.astype(jnp.float32), self.Vocab, input_ids).astype(dtype)
         return take(self.weight, self.Vocab, input_ids)
 
     @named_call

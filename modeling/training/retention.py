@@ -101,7 +101,7 @@ class Checkpoints:
             return False
         try:
             self._verified[path] = checkpoint.verify(path)
-        except CheckpointError as error:
+        except (CheckpointError, OSError) as error:
             _log.warning("DAMAGED CHECKPOINT: %s Falling back to an older one.", error)
             self._damaged.add(path)
             return False

@@ -102,7 +102,8 @@ class _Rule:
 
 
 def _mean(gradient: Array, weight: Array) -> Array:
-    return gradient / weight.astype(gradient.dtype)
+    # In float32: as a 16-bit number, the weight of a large batch overflows or is rounded.
+    return (gradient.astype(jnp.float32) / weight).astype(gradient.dtype)
 
 
 def _compile(
@@ -244,12 +245,17 @@ def summed(
     def add(sums: Any, piece: Any) -> tuple[Any, None]:
         index, example = piece
         more = sums_and_gradient(example.named(), jax.random.fold_in(key, index))
-        return jax.tree_util.tree_map(jnp.add, sums, more), None
+        return jax.tree_util.tree_map(lambda s, m: s + m.astype(s.dtype), sums, more), None
 
     zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, jax.tree_util.tree_map(jnp.zeros_like, params))
+    # Sums of 16-bit gradients would stop growing long before the last microbatch.
+    zeros = jax.tree_util.tree_map(
+        lambda p: jnp.zeros_like(p, jnp.float32 if p.dtype.itemsize < 4 else p.dtype), params
+    )
+    start = (zero, zero, zeros)
     pieces = (jnp.arange(num_microbatches), _Pieces.cut(example, Batch, num_microbatches))
-    return jax.lax.scan(add, start, pieces)[0]
+    total, weight, added = jax.lax.scan(add, start, pieces)[0]
+    return total, weight, jax.tree_util.tree_map(lambda s, p: s.astype(p.dtype), added, params)
 
 
 class _Pieces(eqx.Module):

@@ -261,12 +261,14 @@ class _Run:
                     self._read(step, unread)
                 unread = metrics
                 is_last = update == self._plan.num_steps
-                if is_last or self._notice.given or update % trainer.save_every_steps == 0:
+                # Asked once: a notice that comes later is acted on after the next update.
+                is_stopping = self._notice.given and not is_last
+                if is_last or is_stopping or update % trainer.save_every_steps == 0:
                     self._read(step, unread)
                     unread = None
                     self._save(update, arrays)
                 self._tell_saved()
-                if self._notice.given and not is_last:
+                if is_stopping:
                     self._settle()
                     raise Preempted(update)
         self._settle()
@@ -295,6 +297,8 @@ class _Run:
             )
 
     def _save(self, update: int, arrays: list[Any]) -> None:
+        # Two copies of the state would not fit where one just does.
+        self._checkpoints.wait()
         leaves = checkpoint.snapshot(self._plan.blueprint.unflatten(arrays))
         for leaf in leaves:
             if not all(np.isfinite(chunk).all() for chunk in leaf.chunks.values()):

@@ -331,3 +331,21 @@ def test_pools():
     )
     np.testing.assert_allclose(padded.array, [0.5, 1, 1])
     assert hax.nn.max_pool(Width.resize(2), hax.arange(Width)).tolist() == [1, 2, 3, 4]
+
+
+def test_a_frequent_tokens_gradient_keeps_growing_in_bfloat16():
+    Vocab, Embed, Pos = hax.make_axes(vocab=8, embed=4, position=4096)
+    weight = hax.ones((Vocab, Embed), jnp.bfloat16)
+    ids = hax.zeros(Pos, jnp.int32)
+
+    @jax.jit
+    def gradient(weight):
+        def total(weight):
+            return hax.sum(hax.nn.Embedding(weight, Vocab, Embed).embed(ids)).scalar()
+
+        return jax.grad(lambda w: total(w).astype(jnp.float32))(weight)
+
+    found = gradient(weight)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found["vocab", 0].array.astype(jnp.float32), 4096.0)
+    np.testing.assert_array_equal(found["vocab", 1:].array.astype(jnp.float32), 0.0)

@@ -1,9 +1,12 @@
 """The `levanter` command as a person types it: what it prints and makes, and its exit codes."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 
+import dagster as dg
 import pytest
 import yaml
 
@@ -68,6 +71,7 @@ class TestCommandLine:
         [
             (["run", "nowhere"], "no experiment is named 'nowhere'; there are ['tiny']"),
             (["run", "tiny", "--set", "trainer.stps=3"], "trainer.stps: no such field"),
+            (["run", "tiny", "--set", "trainer.mesh={data: 2"], "the value is not valid YAML"),
             (["lineage", "tiny/nothing"], "no such asset has been materialized"),
             (["lineage", "ffffffff"], "names no artifact"),
             (["train", "--model", "gpt9", "--dataset", "tales"], "--model gpt9: not one of"),
@@ -161,6 +165,45 @@ class TestRun:
         assert "failed" in printed
         assert "tales/token_cache/L100000" in printed
         assert "Everything that was printed is in" in printed
+
+    def test_a_killed_command_holds_nothing_up(self, empty_chain):
+        """Killed in training, where it holds the accelerator's only slot."""
+        command = [sys.executable, "-m", "pipelines.cli", "run", "tiny"]
+        environment = {**os.environ, **empty_chain.environment()}
+        with subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
+        ) as killed:
+            for line in killed.stdout:
+                if "tiny/checkpoint  started" in line:
+                    break
+            killed.kill()
+        assert killed.returncode == -signal.SIGKILL
+        again = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert again.returncode == 0, again.stdout
+        assert states(again.stdout) == dict.fromkeys(DATA_STAGES, "fresh") | dict.fromkeys(
+            MODEL_STAGES, "built"
+        )
+
+    def test_a_check_that_has_not_passed_is_not_forgotten(self, other_instance, capfd):
+        with other_instance.instance() as instance:
+            assert main(["run", "tiny"]) == 0
+            key = dg.AssetCheckKey(dg.AssetKey(["tales", "tokenizer"]), "round_trips")
+            made = instance.get_latest_materialization_event(key.asset_key)
+            failed = dg.AssetCheckEvaluation(
+                asset_key=key.asset_key, check_name=key.name, passed=False, metadata={}
+            )
+            instance.report_runless_asset_event(failed)
+            assert made is not None
+            capfd.readouterr()
+            assert main(["status", "tiny"]) == 0
+            printed = capfd.readouterr().out
+            assert "tales/tokenizer: it has not passed the check round_trips" in printed
+            assert main(["run", "tiny"]) == 0
+            assert states(capfd.readouterr().out)["tales/tokenizer"] == "reused"
+            assert main(["status", "tiny"]) == 0
+        assert "Everything is fresh." in capfd.readouterr().out
 
 
 class TestStatusAndLineage:
@@ -285,3 +328,29 @@ def test_the_format_of_a_path_is_seen_from_its_name(tmp_path, name, expected):
     source = load_dataset(written).source
     assert source.format == expected
     assert source.paths == (path.rstrip("/"),)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["trainer.num_train_stepz=5"], "no such field"),
+        (["sequence_length=512"], "is not built by dataset"),
+    ],
+)
+def test_a_mistake_leaves_no_file_that_stops_later_commands(tmp_path, overrides, says):
+    from modeling.experiment import load_catalog
+    from pipelines.build import CATALOG
+    from pipelines.quickstart import write_experiment
+
+    def write(texts):
+        catalog = load_catalog([CATALOG, tmp_path / "catalog"])
+        names = {"model": "gpt2-nano", "dataset": "pystdlib", "config_path": None}
+        return write_experiment(tmp_path, catalog, **names, overrides=texts)
+
+    with pytest.raises(ConfigError, match=says):
+        write(overrides)
+    assert write(["trainer.num_train_steps=5"]) == "gpt2_nano_pystdlib"
+    written = (tmp_path / "catalog/experiments/gpt2_nano_pystdlib.yaml").read_text()
+    with pytest.raises(ConfigError, match=says):
+        write(overrides)
+    assert (tmp_path / "catalog/experiments/gpt2_nano_pystdlib.yaml").read_text() == written

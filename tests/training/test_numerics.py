@@ -115,3 +115,20 @@ def test_the_processor_is_its_model_and_instruction_sets():
         "model": "AuthenticAMD/25/17",
         "instruction_sets": ["sse4_2", "avx", "fma", "avx2", "avx512f"],
     }
+
+
+def test_surroundings_that_move_bits_do_not_reach_the_process():
+    surroundings = {
+        "PATH": "/bin",
+        "JAX_DEFAULT_PRNG_IMPL": "rbg",
+        "JAX_ENABLE_X64": "true",
+        "XLA_FLAGS": "--xla_cpu_enable_fast_math=true",
+        "NVIDIA_TF32_OVERRIDE": "0",
+        "NPROC": "64",
+        "JAX_COMPILATION_CACHE_DIR": "/somewhere",
+    }
+    assert numerics.inherited(surroundings) == {
+        "PATH": "/bin",
+        "JAX_COMPILATION_CACHE_DIR": "/somewhere",
+    }
+    assert numerics.environment(TRAINER)["JAX_DEFAULT_PRNG_IMPL"] == "threefry2x32"
