@@ -23,8 +23,6 @@ from modeling.experiment import (
     Catalog,
     ConfigError,
     load_catalog,
-    load_dataset,
-    load_experiment,
     read_yaml,
     with_overrides,
 )
@@ -90,7 +88,7 @@ def _write_new(home: Path, catalog: Catalog, name: str, raw: Mapping[str, Any]) 
             f"an experiment named {name!r} ships with the catalog: run it with `levanter run "
             f"{name}`, or give your file another name."
         )
-    load_experiment(_write(home / "catalog" / "experiments" / f"{name}.yaml", raw))
+    _write(home / "catalog" / "experiments" / f"{name}.yaml", raw)
 
 
 def _from_names(model: str | None, dataset: str | None) -> dict[str, Any]:
@@ -150,7 +148,6 @@ def _dataset(
         "sequence_lengths": lengths,
     }
     _write(path, with_overrides(written, changes))
-    load_dataset(path)
     return name
 
 
@@ -180,9 +177,8 @@ def _slug(text: str) -> str:
     return slug if slug[:1].isalpha() else f"d_{slug}"
 
 
-def _write(path: Path, raw: Mapping[str, Any]) -> Path:
+def _write(path: Path, raw: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(
         yaml.safe_dump(dict(raw), sort_keys=False, allow_unicode=True), encoding="utf-8"
     )
-    return path
