@@ -124,7 +124,11 @@ def _token_faults(files: Path, ends_with_eos: bool) -> Iterator[str]:
     for split, expected in manifest.splits.items():
         found = {"documents": 0, "tokens": 0}
         for shard in expected.shards:
-            tokens, offsets = map_shard(files / shard.file, np.dtype(manifest.dtype))
+            tokens, offsets, _ = map_shard(
+                files / shard.file,
+                np.dtype(manifest.dtype),
+                with_loss_mask=manifest.has_loss_mask,
+            )
             found["documents"] += len(offsets) - 1
             found["tokens"] += len(tokens)
             if len(tokens) and (largest := int(tokens.max())) >= manifest.vocab_size:

@@ -10,13 +10,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 import tokenizers
-from jaxtyping import Int64, Integer
+from jaxtyping import Int64, Integer, UInt8
 
+from modeling.data.config import TokenizationConfig
 from modeling.data.pretokens import SEPARATOR, Splitter
+from modeling.data.shards import token_dtype
+from modeling.data.tokenizer import Tokenizer
 
 _SEPARATOR_WORD = bytes([SEPARATOR])
 _MAX_KNOWN_WORDS = 1 << 20
@@ -31,6 +35,71 @@ class Encoded:
 
     tokens: Integer[np.ndarray, "_"]
     lengths: Int64[np.ndarray, "_"]
+    loss_mask: UInt8[np.ndarray, "_"] | None = None
+    """1 for each token that is to be predicted; None where all are."""
+
+    def split_at(self, document: int) -> tuple["Encoded", "Encoded"]:
+        """Returns the documents before `document`, and the others."""
+        token = int(self.lengths[:document].sum())
+        mask = self.loss_mask
+        return (
+            Encoded(
+                self.tokens[:token],
+                self.lengths[:document],
+                None if mask is None else mask[:token],
+            ),
+            Encoded(
+                self.tokens[token:],
+                self.lengths[document:],
+                None if mask is None else mask[token:],
+            ),
+        )
+
+    @staticmethod
+    def join(parts: Sequence["Encoded"]) -> "Encoded":
+        """Returns the documents of all parts, of which all or none have a loss mask."""
+        masks = [part.loss_mask for part in parts if part.loss_mask is not None]
+        assert len(masks) in (0, len(parts))
+        return Encoded(
+            np.concatenate([part.tokens for part in parts]),
+            np.concatenate([part.lengths for part in parts]),
+            np.concatenate(masks) if masks else None,
+        )
+
+
+class DocumentError(ValueError):
+    """A document cannot be encoded; whoever knows its name puts it before the message."""
+
+    def __init__(self, index: int, message: str) -> None:
+        """Blames the document at `index` of the batch."""
+        super().__init__(message)
+        self.index = index
+
+
+@runtime_checkable
+class DocumentEncoder(Protocol):
+    """Turns the documents of a corpus into what a tokenized corpus holds, bounds included.
+
+    The result for a document never depends on those around it.
+    """
+
+    @property
+    def name(self) -> str:
+        """How ids are found, for an artifact's facts."""
+        ...
+
+    @property
+    def has_loss_mask(self) -> bool:
+        """Whether `encode` says of each token if it is to be predicted."""
+        ...
+
+    def encode(self, documents: Sequence[bytes]) -> Encoded:
+        """Returns the ids of each document, with what begins and ends it.
+
+        Raises:
+            DocumentError: a document has no ids, and why.
+        """
+        ...
 
 
 class LibraryEncoder:
@@ -117,6 +186,40 @@ def encoder_for(backend: tokenizers.Tokenizer, dtype: np.dtype) -> WordEncoder |
     """Returns the fastest encoder that gives exactly the ids of `backend`."""
     kind = WordEncoder if splits_like_gpt2(backend) else LibraryEncoder
     return kind(backend, dtype)
+
+
+class TextEncoder:
+    """Encodes documents that are text, with the special tokens that the policy asks for."""
+
+    has_loss_mask = False
+
+    def __init__(self, tokenizer: Tokenizer, config: TokenizationConfig) -> None:
+        """Encodes with `tokenizer`, bounding documents by `config`."""
+        self._tokenizer = tokenizer
+        self._config = config
+        self._encoder = encoder_for(tokenizer.backend, token_dtype(tokenizer.vocab_size))
+
+    @property
+    def name(self) -> str:
+        """How ids are found, for an artifact's facts."""
+        return self._encoder.name
+
+    def encode(self, documents: Sequence[bytes]) -> Encoded:
+        """Returns the ids of each UTF-8 text, with what begins and ends it."""
+        encoded = self._encoder.encode(documents)
+        tokens, lengths = encoded.tokens, encoded.lengths
+        if self._config.append_eos:
+            tokens = np.insert(tokens, lengths.cumsum(), self._tokenizer.eos_id)
+            lengths = lengths + 1
+        if self._config.append_bos:
+            tokens = np.insert(tokens, lengths.cumsum() - lengths, self._tokenizer.bos_id)
+            lengths = lengths + 1
+        return Encoded(tokens, lengths)
+
+
+def document_encoder(tokenizer: Tokenizer, config: TokenizationConfig) -> DocumentEncoder:
+    """Returns what encodes the documents of a dataset."""
+    return TextEncoder(tokenizer, config)
 
 
 def splits_like_gpt2(backend: tokenizers.Tokenizer) -> bool:

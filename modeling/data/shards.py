@@ -1,7 +1,8 @@
 """Token shards: Arrow files of ids, read in place as one flat stream of tokens.
 
     documents   Arrow IPC file of one uncompressed record batch, one row a document:
-                (tokens: list<uint16>), uint32 for vocabularies of 65,536 ids and more
+                (tokens: list<uint16>), uint32 for vocabularies of 65,536 ids and more; where not
+                every token is to be predicted also (loss_mask: list<uint8>), 1 for those that are
     rows        Arrow IPC stream of one uncompressed record batch, one row of L ids each:
                 (input_ids: fixed_size_list<uint16>[L]), which `datasets` opens as it is
 
@@ -12,12 +13,21 @@ NumPy array that costs no memory and no copy.
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32, Integer
+from jaxtyping import Int32, Integer, UInt8
 
 Ids = Integer[np.ndarray, "_"]
+
+
+class MappedShard(NamedTuple):
+    """A shard of documents in the file's own memory: `tokens[offsets[i] : offsets[i + 1]]`."""
+
+    tokens: Ids
+    offsets: Int32[np.ndarray, " ends"]
+    loss_mask: UInt8[np.ndarray, "_"] | None
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -25,35 +35,49 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.uint16 if vocab_size < 65536 else np.uint32)
 
 
-def write_shard(path: Path, tokens: Ids, lengths: Integer[np.ndarray, " documents"]) -> None:
+def write_shard(
+    path: Path,
+    tokens: Ids,
+    lengths: Integer[np.ndarray, " documents"],
+    loss_mask: UInt8[np.ndarray, "_"] | None = None,
+) -> None:
     """Writes documents, given end to end with their lengths, and waits until they are on disk."""
-    schema = _documents_schema(tokens.dtype)
+    schema = _documents_schema(tokens.dtype, with_loss_mask=loss_mask is not None)
     offsets = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=offsets[1:])
     buffers = [None, pa.py_buffer(offsets)]
-    column = pa.Array.from_buffers(
-        schema.field(0).type, len(lengths), buffers, children=[_wrapped(tokens)]
-    )
+    contents = [tokens] if loss_mask is None else [tokens, loss_mask]
+    columns = [
+        pa.Array.from_buffers(field.type, len(lengths), buffers, children=[_wrapped(content)])
+        for field, content in zip(schema, contents, strict=True)
+    ]
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.record_batch([column], schema=schema))
+        writer.write_batch(pa.record_batch(columns, schema=schema))
     _sync(path)
 
 
-def map_shard(path: Path, dtype: np.dtype) -> tuple[Ids, Int32[np.ndarray, " ends"]]:
-    """Returns (tokens, offsets) of a shard of documents, in the file's own memory, read only.
-
-    Document i is `tokens[offsets[i] : offsets[i + 1]]`.
+def map_shard(path: Path, dtype: np.dtype, *, with_loss_mask: bool = False) -> MappedShard:
+    """Returns a shard of documents, read only.
 
     Raises:
-        ValueError: the file holds other columns, several batches, or offsets beyond its tokens.
+        ValueError: the file holds other columns, several batches, offsets beyond its tokens, or a
+            mask of other lengths than the tokens.
     """
-    schema = _documents_schema(dtype)
+    schema = _documents_schema(dtype, with_loss_mask=with_loss_mask)
     with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as reader:
         batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
-        column = _only_column(path, reader.schema, schema, batches)
-    _, offsets, _, tokens = column.buffers()
-    bounds = np.frombuffer(offsets, np.int32, len(column) + 1)
-    return np.frombuffer(tokens, dtype, int(bounds[-1])), bounds
+        columns = _only_columns(path, reader.schema, schema, batches)
+    _, offsets, _, tokens = columns[0].buffers()
+    bounds = np.frombuffer(offsets, np.int32, len(columns[0]) + 1)
+    ids = np.frombuffer(tokens, dtype, int(bounds[-1]))
+    if not with_loss_mask:
+        return MappedShard(ids, bounds, None)
+    _, mask_offsets, _, mask = columns[1].buffers()
+    if not np.array_equal(np.frombuffer(mask_offsets, np.int32, len(columns[1]) + 1), bounds):
+        raise ValueError(
+            f"{path}: the loss_mask has other lengths than the tokens. Build the artifact again."
+        )
+    return MappedShard(ids, bounds, np.frombuffer(mask, np.uint8, len(ids)))
 
 
 def write_rows(path: Path, tokens: Ids, row_length: int) -> None:
@@ -76,7 +100,7 @@ def map_rows(path: Path, dtype: np.dtype, row_length: int) -> Ids:
     """
     schema = _rows_schema(dtype, row_length)
     with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as reader:
-        column = _only_column(path, reader.schema, schema, list(reader))
+        (column,) = _only_columns(path, reader.schema, schema, list(reader))
     return np.frombuffer(column.buffers()[-1], dtype, len(column) * row_length)
 
 
@@ -129,8 +153,11 @@ class FlatTokens:
         return self._windows[key]
 
 
-def _documents_schema(dtype: np.dtype) -> pa.Schema:
-    return pa.schema([("tokens", pa.list_(pa.from_numpy_dtype(dtype)))])
+def _documents_schema(dtype: np.dtype, *, with_loss_mask: bool) -> pa.Schema:
+    fields = [("tokens", pa.list_(pa.from_numpy_dtype(dtype)))]
+    if with_loss_mask:
+        fields.append(("loss_mask", pa.list_(pa.uint8())))
+    return pa.schema(fields)
 
 
 def _rows_schema(dtype: np.dtype, row_length: int) -> pa.Schema:
@@ -143,16 +170,16 @@ def _wrapped(tokens: Ids) -> pa.Array:
     return pa.Array.from_buffers(pa.from_numpy_dtype(tokens.dtype), len(tokens), buffers)
 
 
-def _only_column(
+def _only_columns(
     path: Path, found: pa.Schema, expected: pa.Schema, batches: list[pa.RecordBatch]
-) -> pa.Array:
+) -> list[pa.Array]:
     if found != expected or len(batches) != 1:
         raise ValueError(
             f"{path}: expected one batch of {expected}, found {len(batches)} of {found}. "
             f"Build the artifact again."
         )
     batches[0].validate()
-    return batches[0].column(0)
+    return batches[0].columns
 
 
 def _sync(path: Path) -> None:

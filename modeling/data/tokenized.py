@@ -5,8 +5,9 @@
                           the Merkle leaves of its flat tokens (see `modeling.merkle`)
 
 Per split, two byte streams are digested: all tokens, little endian, in document order; and the end
-offset of each document, as little-endian uint64. The content id covers dtype, vocabulary and both
-streams, so it knows nothing of batches, shards, threads or crashes.
+offset of each document, as little-endian uint64; a third where tokens have a loss mask, a byte
+each. The content id covers dtype, vocabulary and the streams, so it knows nothing of batches,
+shards, threads or crashes.
 
 A shard is written beside the others in `Workspace.progress` and its receipt `<shard>.json` last; a
 retry digests the shards that have one and goes on after them.
@@ -26,7 +27,7 @@ from modeling import canonical
 from modeling.artifacts import Built, DamagedArtifactError, Workspace, file_sha256, write_durably
 from modeling.data import corpus
 from modeling.data.config import TokenizationConfig
-from modeling.data.encoding import LibraryEncoder, WordEncoder, encoder_for
+from modeling.data.encoding import DocumentEncoder, Encoded, document_encoder
 from modeling.data.shards import FlatTokens, map_shard, token_dtype, write_shard
 from modeling.data.tokenizer import Tokenizer
 from modeling.merkle import MerkleHasher
@@ -62,6 +63,8 @@ class SplitManifest:
     token_leaves: tuple[str, ...]
     tokens_root: str
     offsets_root: str
+    loss_mask_root: str | None
+    """None where every token is to be predicted."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Manifest:
     dtype: str
     vocab_size: int
     eos_id: int
+    has_loss_mask: bool
     splits: dict[str, SplitManifest]
 
     @classmethod
@@ -94,7 +98,12 @@ class Manifest:
 
 def flat_tokens(directory: Path, split: SplitManifest, dtype: np.dtype) -> FlatTokens:
     """Returns the tokens of one split of a built tokenized corpus, mapped into memory."""
-    return FlatTokens([map_shard(directory / shard.file, dtype)[0] for shard in split.shards])
+    has_loss_mask = split.loss_mask_root is not None
+    shards = (
+        map_shard(directory / shard.file, dtype, with_loss_mask=has_loss_mask)
+        for shard in split.shards
+    )
+    return FlatTokens([shard.tokens for shard in shards])
 
 
 def build(
@@ -113,56 +122,72 @@ def build(
     """
     tokenizer = Tokenizer.load(tokenizer_dir)
     dtype = token_dtype(tokenizer.vocab_size)
-    encoder = encoder_for(tokenizer.backend, dtype)
+    encoder = document_encoder(tokenizer, config)
     total = sum(corpus.num_documents(corpus_dir, split) for split in corpus.SPLITS)
     meter = Meter(report, "tokenized corpus", total, "documents")
     splits = {}
     for split in corpus.SPLITS:
-        digests = _SplitDigests()
+        digests = _SplitDigests(workspace.progress, dtype, has_loss_mask=encoder.has_loss_mask)
         for shard in _committed_shards(workspace.progress, split):
-            digests.add(shard, *map_shard(workspace.progress / shard.file, dtype))
+            digests.add(shard)
             meter.skip(shard.documents)
         texts = islice(corpus.texts(corpus_dir, split), digests.documents, None)
-        batches = _encode(config, tokenizer, encoder, texts, meter)
+        batches = _encode(encoder, texts, meter)
         for documents in _cut(batches, shard_tokens):
             shard = _commit(documents, workspace.progress, _shard_name(split, len(digests.shards)))
-            digests.add(shard, *map_shard(workspace.progress / shard.file, dtype))
+            digests.add(shard)
         splits[split] = digests.manifest()
     meter.finish()
     for shard in (shard for split in splits.values() for shard in split.shards):
         _link(workspace.progress / shard.file, workspace.output / shard.file)
-    manifest = Manifest(dtype.name, tokenizer.vocab_size, tokenizer.eos_id, splits)
+    manifest = Manifest(
+        dtype=dtype.name,
+        vocab_size=tokenizer.vocab_size,
+        eos_id=tokenizer.eos_id,
+        has_loss_mask=encoder.has_loss_mask,
+        splits=splits,
+    )
     write_durably(workspace.output / MANIFEST_FILE, {"format": FORMAT} | asdict(manifest))
     return _built(manifest, encoder.name)
 
 
 @dataclass(frozen=True)
 class _Documents:
-    """Consecutive documents: their tokens end to end, their lengths in tokens and bytes."""
+    """Consecutive documents encoded, and their lengths in bytes."""
 
-    tokens: np.ndarray
-    lengths: np.ndarray
+    encoded: Encoded
     text_bytes: np.ndarray
 
+    @property
+    def lengths(self) -> np.ndarray:
+        return self.encoded.lengths
+
     def split_at(self, document: int) -> tuple["_Documents", "_Documents"]:
-        token = int(self.lengths[:document].sum())
+        head, tail = self.encoded.split_at(document)
         return (
-            _Documents(self.tokens[:token], self.lengths[:document], self.text_bytes[:document]),
-            _Documents(self.tokens[token:], self.lengths[document:], self.text_bytes[document:]),
+            _Documents(head, self.text_bytes[:document]),
+            _Documents(tail, self.text_bytes[document:]),
         )
 
 
 class _SplitDigests:
-    """Folds shards, in order, into the split's two digests and its counts."""
+    """Folds shards, in order, into the split's digests and its counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path, dtype: np.dtype, *, has_loss_mask: bool) -> None:
         self.shards: list[Shard] = []
         self.documents = 0
+        self._directory = directory
+        self._dtype = dtype
         self._tokens = 0
         self._token_hasher = MerkleHasher()
         self._offset_hasher = MerkleHasher()
+        self._mask_hasher = MerkleHasher() if has_loss_mask else None
 
-    def add(self, shard: Shard, tokens: np.ndarray, offsets: np.ndarray) -> None:
+    def add(self, shard: Shard) -> None:
+        has_loss_mask = self._mask_hasher is not None
+        tokens, offsets, mask = map_shard(
+            self._directory / shard.file, self._dtype, with_loss_mask=has_loss_mask
+        )
         if (len(offsets) - 1, len(tokens)) != (shard.documents, shard.tokens):
             raise DamagedArtifactError(
                 f"{shard.file}: has {len(offsets) - 1} documents and {len(tokens)} tokens, its "
@@ -171,6 +196,8 @@ class _SplitDigests:
         ends = offsets[1:].astype("<u8") + self._tokens
         self._token_hasher.update(tokens.data.cast("B"))
         self._offset_hasher.update(ends.data.cast("B"))
+        if self._mask_hasher is not None and mask is not None:
+            self._mask_hasher.update(mask.data)
         self.shards.append(shard)
         self.documents += shard.documents
         self._tokens += shard.tokens
@@ -184,27 +211,15 @@ class _SplitDigests:
             token_leaves=tuple(leaf.hex() for leaf in self._token_hasher.leaves),
             tokens_root=self._token_hasher.root(),
             offsets_root=self._offset_hasher.root(),
+            loss_mask_root=None if self._mask_hasher is None else self._mask_hasher.root(),
         )
 
 
-def _encode(
-    config: TokenizationConfig,
-    tokenizer: Tokenizer,
-    encoder: WordEncoder | LibraryEncoder,
-    texts: Iterable[bytes],
-    meter: Meter,
-) -> Iterator[_Documents]:
+def _encode(encoder: DocumentEncoder, texts: Iterable[bytes], meter: Meter) -> Iterator[_Documents]:
     """Yields the texts encoded, a few MiB of text at a time."""
     for batch in _batches(texts):
-        encoded = encoder.encode(batch)
-        tokens, lengths = encoded.tokens, encoded.lengths
-        if config.append_eos:
-            tokens, lengths = _inserted(tokens, lengths, lengths.cumsum(), tokenizer.eos_id)
-        if config.append_bos:
-            starts = lengths.cumsum() - lengths
-            tokens, lengths = _inserted(tokens, lengths, starts, tokenizer.bos_id)
         text_bytes = np.fromiter(map(len, batch), np.int64, len(batch))
-        yield _Documents(tokens, lengths, text_bytes)
+        yield _Documents(encoder.encode(batch), text_bytes)
         meter.advance(len(batch))
 
 
@@ -219,12 +234,6 @@ def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
             batch, num_bytes = [], 0
     if batch:
         yield batch
-
-
-def _inserted(
-    tokens: np.ndarray, lengths: np.ndarray, positions: np.ndarray, token_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    return np.insert(tokens, positions, token_id), lengths + 1
 
 
 def _cut(batches: Iterable[_Documents], shard_tokens: int) -> Iterator[_Documents]:
@@ -247,8 +256,7 @@ def _cut(batches: Iterable[_Documents], shard_tokens: int) -> Iterator[_Document
 
 def _joined(parts: list[_Documents]) -> _Documents:
     return _Documents(
-        np.concatenate([part.tokens for part in parts]),
-        np.concatenate([part.lengths for part in parts]),
+        Encoded.join([part.encoded for part in parts]),
         np.concatenate([part.text_bytes for part in parts]),
     )
 
@@ -260,11 +268,12 @@ def _shard_name(split: str, index: int) -> str:
 def _commit(documents: _Documents, directory: Path, name: str) -> Shard:
     """Writes a shard, and after it its receipt, so that both survive a crash or neither counts."""
     attempt = directory / f".{name}"
-    write_shard(attempt, documents.tokens, documents.lengths)
+    encoded = documents.encoded
+    write_shard(attempt, encoded.tokens, encoded.lengths, encoded.loss_mask)
     shard = Shard(
         file=name,
         documents=len(documents.lengths),
-        tokens=len(documents.tokens),
+        tokens=len(encoded.tokens),
         text_bytes=int(documents.text_bytes.sum()),
         sha256=file_sha256(attempt),
     )
@@ -309,6 +318,8 @@ def _built(manifest: Manifest, encoder: str) -> Built:
     for name, split in manifest.splits.items():
         leaves[f"{name}/tokens"] = split.tokens_root
         leaves[f"{name}/offsets"] = split.offsets_root
+        if split.loss_mask_root is not None:
+            leaves[f"{name}/loss_mask"] = split.loss_mask_root
         facts[name] = {
             "documents": split.documents,
             "tokens": split.tokens,

@@ -213,7 +213,7 @@ def test_ids_take_four_bytes_from_65536_on(chain, make_workspace, tmp_path):
 def test_a_shard_of_other_columns_is_refused(tmp_path):
     path = tmp_path / "x.arrow"
     write_shard(path, np.arange(6, dtype=np.uint32), np.array([2, 0, 4]))
-    tokens, offsets = map_shard(path, np.dtype(np.uint32))
+    tokens, offsets, _ = map_shard(path, np.dtype(np.uint32))
     assert (tokens.tolist(), offsets.tolist()) == ([0, 1, 2, 3, 4, 5], [0, 2, 2, 6])
     assert not tokens.flags.writeable
     with pytest.raises(ValueError, match=r"x\.arrow: expected one batch of .*uint16"):

@@ -125,7 +125,7 @@ def test_a_tokenizer_that_loses_case_fails(copied):
 )
 def test_a_wrong_token_fails(copied, position, token, expected):
     files = files_of(copied, TOKENIZED)
-    tokens, offsets = map_shard(files / "train-00000.arrow", np.dtype(np.uint16))
+    tokens, offsets, _ = map_shard(files / "train-00000.arrow", np.dtype(np.uint16))
     changed = tokens.copy()
     changed[position] = token
     write_shard(files / "train-00000.arrow", changed, np.diff(offsets))
@@ -135,7 +135,7 @@ def test_a_wrong_token_fails(copied, position, token, expected):
 
 def test_a_lost_document_of_tokens_fails(copied):
     files = files_of(copied, TOKENIZED)
-    tokens, offsets = map_shard(files / "train-00000.arrow", np.dtype(np.uint16))
+    tokens, offsets, _ = map_shard(files / "train-00000.arrow", np.dtype(np.uint16))
     shorter = tokens[: offsets[-2]].copy()
     write_shard(files / "train-00000.arrow", shorter, np.diff(offsets)[:-1])
     publish_as_if_built(files)
