@@ -44,7 +44,11 @@ def corpus_assets(
         return store.materialize(
             recipe,
             lambda space: corpus.build(
-                dataset.source, listing, space, report=lambda now: context.log.info(str(now))
+                dataset.source,
+                listing,
+                space,
+                document_format=dataset.format,
+                report=lambda now: context.log.info(str(now)),
             ),
             show=lambda made, _: {"dagster/row_count": sum(made.facts["documents"].values())},
         )

@@ -34,13 +34,18 @@ def code_version(kind: str, params: Any) -> str:
 def corpus_params(dataset: DatasetConfig) -> Any:
     """Where documents come from and which are held out."""
     paths = list(getattr(dataset.source, "paths", ()))
-    return {"source": dataset.source, "paths": paths, "validation": dataset.validation}
+    return _corpus_params(dataset) | {"paths": paths}
 
 
 def corpus_recipe(dataset: DatasetConfig, listing_root: str) -> Recipe:
     """Takes the digest of the listing found now, not the paths: moving the files is no change."""
-    params = {"source": dataset.source, "validation": dataset.validation, "listing": listing_root}
-    return _recipe("raw_corpus", params)
+    return _recipe("raw_corpus", _corpus_params(dataset) | {"listing": listing_root})
+
+
+def _corpus_params(dataset: DatasetConfig) -> dict[str, Any]:
+    params: dict[str, Any] = {"source": dataset.source, "validation": dataset.validation}
+    reading = dataset.format.reading()
+    return params | {"format": reading} if reading else params
 
 
 def tokenizer_params(dataset: DatasetConfig) -> Any:
@@ -54,11 +59,13 @@ def tokenizer_recipe(dataset: DatasetConfig, corpus: Artifact) -> Recipe:
 
 
 def tokenized_params(dataset: DatasetConfig) -> Any:
-    """The policy on special tokens, and the version of the library that encodes."""
-    return {
+    """The policy on special tokens, templates, and the version of the library that encodes."""
+    params = {
         "tokenization": dataset.tokenization,
         "tokenizers": importlib.metadata.version("tokenizers"),
     }
+    rendering = dataset.format.rendering()
+    return params | {"format": rendering} if rendering else params
 
 
 def tokenized_recipe(dataset: DatasetConfig, corpus: Artifact, tokenizer: Artifact) -> Recipe:

@@ -24,7 +24,14 @@ import pyarrow as pa
 
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, write_durably
-from modeling.data.config import FilesSource, PyStdlibSource, Source, ValidationConfig
+from modeling.data.config import (
+    FilesSource,
+    Format,
+    PyStdlibSource,
+    Source,
+    TextFormat,
+    ValidationConfig,
+)
 from modeling.data.formats import read_documents
 from modeling.data.sources import (
     FoundFile,
@@ -37,6 +44,7 @@ from modeling.merkle import MerkleHasher
 from modeling.progress import Meter, Report, ignore
 
 TRAIN, VALIDATION = SPLITS = ("train", "validation")
+TEXT = TextFormat()
 DOCUMENTS_FILE = "documents.arrow"
 FILES_FILE = "files.json"
 SCHEMA = pa.schema([("doc_id", pa.string()), ("split", pa.string()), ("text", pa.large_string())])
@@ -106,9 +114,17 @@ def split_of(doc_id: str, validation: ValidationConfig) -> str:
 
 
 def build(
-    source: Source, listing: Listing, workspace: Workspace, *, report: Report = ignore
+    source: Source,
+    listing: Listing,
+    workspace: Workspace,
+    *,
+    document_format: Format = TEXT,
+    report: Report = ignore,
 ) -> Built:
     """Writes the documents of the listed files; empty ones are counted and left out.
+
+    Args:
+        document_format: what a record of the source is.
 
     Raises:
         SourceError: a file is not what was scanned, or a split would hold no document.
@@ -119,7 +135,8 @@ def build(
     with pa.OSFile(str(workspace.output / DOCUMENTS_FILE), "wb") as sink:
         options = pa.ipc.IpcWriteOptions(compression="zstd")
         with pa.ipc.new_file(sink, SCHEMA, options=options) as writer:
-            for batch in _batches(_listed_documents(source, listing, tally, meter)):
+            documents = _listed_documents(source, document_format, listing, tally, meter)
+            for batch in _batches(documents):
                 rows = [_encoded(document) for document in batch]
                 for row in rows:
                     root.update(b"".join(len(part).to_bytes(8, "big") + part for part in row))
@@ -194,10 +211,10 @@ class _Tally:
 
 
 def _listed_documents(
-    source: Source, listing: Listing, tally: _Tally, meter: Meter
+    source: Source, document_format: Format, listing: Listing, tally: _Tally, meter: Meter
 ) -> Iterator[Document]:
     for file in listing.files:
-        for doc_id, text in _unchanged_documents(source, file, tally):
+        for doc_id, text in _unchanged_documents(source, document_format, file, tally):
             if text:
                 split = split_of(doc_id, listing.validation)
                 tally.documents[split] += 1
@@ -209,13 +226,13 @@ def _listed_documents(
 
 
 def _unchanged_documents(
-    source: Source, file: SourceFile, tally: _Tally
+    source: Source, document_format: Format, file: SourceFile, tally: _Tally
 ) -> Iterator[tuple[str, str]]:
     """Yields a file's documents; what fails to decode is left out of the standard library alone."""
     found = FoundFile(file.logical_path, file.location)
     with StoredFile(found) as stored:
         try:
-            yield from read_documents(source, found, stored)
+            yield from read_documents(source, found, stored, document_format)
         except UndecodableError:
             if not isinstance(source, PyStdlibSource):
                 raise

@@ -7,7 +7,10 @@
     parquet      rows, text in a column of strings             id: path#number of the row
     arrow        rows of an IPC file or stream, likewise       id: path#number of the row
 
-Numbers count from 1. The standard library's files are decoded as the interpreter does (PEP 263).
+    ids          a flat array of ids, cut at a separator       id: path#number of the document
+
+Numbers count from 1. What a record holds, and how it becomes a document, is said by a format of
+`modeling.data.records`. The standard library's files are decoded as the interpreter does (PEP 263).
 Nothing is repaired: what is not UTF-8, not JSON, or has no text is an error that says where.
 """
 
@@ -22,7 +25,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from modeling.data.config import FilesSource, PyStdlibSource, Source
+from modeling.data.config import FilesSource, Format, IdsFormat, PyStdlibSource, Source
+from modeling.data.flat_ids import flat_documents
+from modeling.data.records import RecordError, RecordReader, record_reader
 from modeling.data.sources import FoundFile, SourceError, StoredFile, UndecodableError
 
 _MAX_DOCUMENT_BYTES = 1 << 30
@@ -32,7 +37,9 @@ _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 Documents = Iterator[tuple[str, str]]
 
 
-def read_documents(source: Source, file: FoundFile, stored: StoredFile) -> Documents:
+def read_documents(
+    source: Source, file: FoundFile, stored: StoredFile, document_format: Format
+) -> Documents:
     """Yields (document id, text) of one file.
 
     Raises:
@@ -42,19 +49,39 @@ def read_documents(source: Source, file: FoundFile, stored: StoredFile) -> Docum
     try:
         match source:
             case PyStdlibSource():
+                _require_texts(record_reader(document_format, "text"), file.shown)
                 yield file.document_path, _decode_python(stored.content().read(), file.shown)
             case FilesSource():
-                yield from _READERS[source.format](file, stored, source.text_field)
+                if source.format == "ids":
+                    yield from _flat_ids(file, stored, document_format)
+                else:
+                    records = record_reader(document_format, source.text_field)
+                    yield from _READERS[source.format](file, stored, records)
     except _DAMAGE as error:
         raise SourceError(f"{file.shown}: damaged, or not {_kind(source)}: {error}.") from error
 
 
-def _text(file: FoundFile, stored: StoredFile, text_field: str) -> Documents:
+def _flat_ids(file: FoundFile, stored: StoredFile, document_format: Format) -> Documents:
+    if not isinstance(document_format, IdsFormat):
+        raise SourceError(
+            f"{file.shown}: holds ids, but `format` is {document_format.type}; set `format: "
+            f"{{type: ids, separator_id: N}}`, where N is the id that ends each document."
+        )
+    try:
+        for number, text in enumerate(flat_documents(stored.content(), document_format), start=1):
+            yield f"{file.document_path}#{number}", text
+    except RecordError as error:
+        raise SourceError(f"{file.shown}: {error}.") from error
+
+
+def _text(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
+    _require_texts(records, file.shown)
     data = _bounded(stored.content().read(_MAX_DOCUMENT_BYTES + 1), file.shown)
     yield file.document_path, _decode_utf8(data, file.shown)
 
 
-def _paragraphs(file: FoundFile, stored: StoredFile, text_field: str) -> Documents:
+def _paragraphs(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
+    _require_texts(records, file.shown)
     numbered = enumerate(_lines(stored.content(), file.shown), start=1)
     for is_blank, run in itertools.groupby(numbered, key=lambda item: not item[1].strip()):
         if not is_blank:
@@ -64,15 +91,15 @@ def _paragraphs(file: FoundFile, stored: StoredFile, text_field: str) -> Documen
             yield f"{file.document_path}#{first}", text
 
 
-def _json_lines(file: FoundFile, stored: StoredFile, text_field: str) -> Documents:
+def _json_lines(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
     for number, line in enumerate(_lines(stored.content(), file.shown), start=1):
         if line.strip():
             where = f"{file.shown}:{number}"
-            text = _text_of(_parsed(line, where), text_field, where)
+            text = _document_of(_parsed(line, where), records, where)
             yield f"{file.document_path}#{number}", text
 
 
-def _json_array(file: FoundFile, stored: StoredFile, text_field: str) -> Documents:
+def _json_array(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
     data = _bounded(stored.content().read(_MAX_DOCUMENT_BYTES + 1), file.shown)
     values = _parsed(data, file.shown)
     if not isinstance(values, list):
@@ -82,36 +109,36 @@ def _json_array(file: FoundFile, stored: StoredFile, text_field: str) -> Documen
         )
     for number, value in enumerate(values, start=1):
         where = f"{file.shown}, object {number}"
-        yield f"{file.document_path}#{number}", _text_of(value, text_field, where)
+        yield f"{file.document_path}#{number}", _document_of(value, records, where)
 
 
-def _parquet(file: FoundFile, stored: StoredFile, text_field: str) -> Documents:
+def _parquet(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
     # Imported here: it is slow, and few sources need it. Reading jumps about in the file, so the
     # corpus digests it in a pass of its own.
     from pyarrow.parquet import ParquetFile
 
     with file.open() as handle, ParquetFile(handle) as opened:
-        _require_strings(opened.schema_arrow, text_field, file.shown)
-        batches = opened.iter_batches(_ROWS_AT_ONCE, columns=[text_field])
-        yield from _rows(file, text_field, batches)
+        columns = _columns(opened.schema_arrow, records, file.shown)
+        batches = opened.iter_batches(_ROWS_AT_ONCE, columns=columns)
+        yield from _rows(file, records, columns, batches)
 
 
-def _arrow(file: FoundFile, stored: StoredFile, text_field: str) -> Documents:
+def _arrow(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
     with file.open() as handle:
         is_file = handle.read(6) == b"ARROW1"
         handle.seek(0)
         if is_file:
             with pa.ipc.open_file(handle) as opened:
-                _require_strings(opened.schema, text_field, file.shown)
+                columns = _columns(opened.schema, records, file.shown)
                 batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
-                yield from _rows(file, text_field, batches)
+                yield from _rows(file, records, columns, batches)
         else:
             with pa.ipc.open_stream(handle) as opened:
-                _require_strings(opened.schema, text_field, file.shown)
-                yield from _rows(file, text_field, opened)
+                columns = _columns(opened.schema, records, file.shown)
+                yield from _rows(file, records, columns, opened)
 
 
-_READERS: dict[str, Callable[[FoundFile, StoredFile, str], Documents]] = {
+_READERS: dict[str, Callable[[FoundFile, StoredFile, RecordReader], Documents]] = {
     "text": _text,
     "paragraphs": _paragraphs,
     "jsonl": _json_lines,
@@ -121,25 +148,54 @@ _READERS: dict[str, Callable[[FoundFile, StoredFile, str], Documents]] = {
 }
 
 
-def _rows(file: FoundFile, text_field: str, batches: Iterable[pa.RecordBatch]) -> Documents:
+def _require_texts(records: RecordReader, where: str) -> None:
+    if not records.is_text:
+        raise SourceError(
+            f"{where}: holds a text, but `format` takes records with {list(records.fields)}; give "
+            f"the source as jsonl, json, parquet or arrow, or set `format: {{type: text}}`."
+        )
+
+
+def _columns(schema: pa.Schema, records: RecordReader, where: str) -> list[str]:
+    """Returns the columns to read: all that a record must have, and those that it may."""
+    for field in records.fields:
+        if field not in schema.names:
+            hint = "source.text_field" if records.is_text else "the field names of `format`"
+            raise SourceError(f"{where}: no column {field!r} (found {schema.names}); set `{hint}`.")
+    if records.is_text:
+        _require_strings(schema, records.fields[0], where)
+    return [*records.fields, *(name for name in records.optional_fields if name in schema.names)]
+
+
+def _rows(
+    file: FoundFile, records: RecordReader, columns: list[str], batches: Iterable[pa.RecordBatch]
+) -> Documents:
     number = 0
     for batch in batches:
-        column = batch.column(text_field)
-        if pa.types.is_dictionary(column.type):
-            column = column.dictionary_decode()
-        for data in column.cast(pa.large_binary()).to_pylist():
+        for value in _values(batch, records, columns):
             number += 1
             where = f"{file.shown}, row {number}"
-            if data is None:
-                raise SourceError(f"{where}: column {text_field!r} is null, expected a string.")
-            yield f"{file.document_path}#{number}", _decode_utf8(_bounded(data, where), where)
+            if value is None:
+                raise SourceError(f"{where}: column {columns[0]!r} is null, expected a string.")
+            text = (
+                _decode_utf8(_bounded(value, where), where)
+                if records.is_text
+                else _document_of(value, records, where)
+            )
+            yield f"{file.document_path}#{number}", text
+
+
+def _values(batch: pa.RecordBatch, records: RecordReader, columns: list[str]) -> list[Any]:
+    """Returns the UTF-8 of each text, or each record as plain values."""
+    if not records.is_text:
+        return batch.select(columns).to_pylist()
+    column = batch.column(columns[0])
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pa.large_binary()).to_pylist()
 
 
 def _require_strings(schema: pa.Schema, text_field: str, where: str) -> None:
-    if text_field not in schema.names:
-        raise SourceError(
-            f"{where}: no column {text_field!r} (found {schema.names}); set `source.text_field`."
-        )
     kind = schema.field(text_field).type
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
@@ -191,25 +247,17 @@ def _parsed(data: bytes, where: str) -> Any:
         raise SourceError(f"{where}: not JSON: {error}.") from error
 
 
-def _text_of(value: Any, text_field: str, where: str) -> str:
-    if not isinstance(value, dict) or text_field not in value:
-        found = sorted(value) if isinstance(value, dict) else type(value).__name__
+def _document_of(value: Any, records: RecordReader, where: str) -> str:
+    if not isinstance(value, dict):
         raise SourceError(
-            f"{where}: no field {text_field!r} (found {found}); set `source.text_field`."
-        )
-    document = value[text_field]
-    if not isinstance(document, str):
-        raise SourceError(
-            f"{where}: field {text_field!r} is a {type(document).__name__}, expected a string."
+            f"{where}: no field {records.fields[0]!r}: found a {type(value).__name__}, expected an "
+            f"object."
         )
     try:
-        document.encode()
-    except UnicodeEncodeError as error:
-        raise SourceError(
-            f"{where}: field {text_field!r} holds half a surrogate pair at character "
-            f"{error.start}, which UTF-8 cannot store; repair the line."
-        ) from error
-    return document
+        return records.document(value)
+    except RecordError as error:
+        hint = "`source.text_field`" if records.is_text else "`format`"
+        raise SourceError(f"{where}: {error}; repair it, or correct {hint}.") from error
 
 
 def _kind(source: Source) -> str:
