@@ -6,8 +6,9 @@ from typing import Any
 import dagster as dg
 
 from modeling import canonical
+from resources.materializations import CONFIG
 
 
 def config_metadata(params: Any) -> Mapping[str, dg.JsonMetadataValue]:
     """Returns definition metadata: the slice of the YAML that a stage reads, defaults filled in."""
-    return {"config": dg.MetadataValue.json(canonical.plain(params))}
+    return {CONFIG: dg.MetadataValue.json(canonical.plain(params))}

@@ -78,6 +78,14 @@ class Recipe:
         used = {name: item.used for name, item in self.inputs.items()}
         return canonical.digest(f"recipe/{self.kind}/{self.version}", [self.params, used])
 
+    def plain(self) -> dict[str, Any]:
+        """Returns the recipe as records hold it."""
+        return {
+            "version": self.version,
+            "params": canonical.plain(self.params),
+            "inputs": {name: dataclasses.asdict(item) for name, item in self.inputs.items()},
+        }
+
 
 @dataclasses.dataclass(frozen=True)
 class Built:
@@ -209,11 +217,7 @@ class ArtifactStore:
             "kind": recipe.kind,
             "content_id": built.content_id,
             "recipe_id": recipe.id,
-            "recipe": {
-                "version": recipe.version,
-                "params": canonical.plain(recipe.params),
-                "inputs": {name: dataclasses.asdict(item) for name, item in recipe.inputs.items()},
-            },
+            "recipe": recipe.plain(),
             "numerics": {"id": numerics_id, "class": dict(numerics or {})},
             "roots": dict(built.roots),
             "leaves": dict(built.leaves),

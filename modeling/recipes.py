@@ -104,7 +104,7 @@ def checkpoint_code_params(experiment: ExperimentConfig) -> Any:
         "parameter_axis_resources": dict(trainer.parameter_axis_resources),
         "cpu_threads": trainer.cpu_threads,
     }
-    return {"science": checkpoint_params(experiment), "layout": layout}
+    return checkpoint_params(experiment) | {"layout": layout}
 
 
 def checkpoint_recipe(experiment: ExperimentConfig, token_cache: Artifact) -> Recipe:

@@ -17,7 +17,7 @@ import fsspec
 from pydantic import Field
 
 from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe
-from resources import provenance
+from resources import materializations, provenance
 
 
 class StoreLocationError(ValueError):
@@ -69,6 +69,7 @@ class StoreResource(dg.ConfigurableResource):
         *,
         numerics: Mapping[str, Any] | None = None,
         show: Callable[[Artifact, Path], Mapping[str, Any]] = lambda artifact, files: {},
+        key: dg.AssetKey | None = None,
     ) -> dg.MaterializeResult[Artifact]:
         """Returns the artifact of `recipe`, built unless it is on record, as an asset returns it.
 
@@ -77,8 +78,12 @@ class StoreResource(dg.ConfigurableResource):
             build: makes it; not called when it is on record.
             numerics: the numerics class, for products of floating-point training.
             show: gives metadata of the stage's own, beside the ids and facts of every artifact.
+            key: the asset, where the step that runs makes several.
         """
         store = self.open()
+        context = dg.AssetExecutionContext.get()
+        key = key or context.asset_key
+        before = materializations.latest(context.instance, key)
         artifact, is_new, seconds = provenance.materialize(store, recipe, build, numerics=numerics)
         files = store.local(artifact.kind, artifact.content_id)
         return dg.MaterializeResult(
@@ -90,7 +95,11 @@ class StoreResource(dg.ConfigurableResource):
                 "recipe_id": artifact.recipe_id,
                 "numerics": artifact.numerics,
                 "was": "built" if is_new else "reused",
+                "why": _why(store, before, recipe, numerics),
                 "seconds": round(seconds, 2),
+                materializations.CONFIG: context.assets_def.metadata_by_key[key][
+                    materializations.CONFIG
+                ],
                 "path": dg.MetadataValue.path(artifact.uri.removeprefix("file://")),
                 **_shown(artifact.facts),
                 **show(artifact, files),
@@ -136,6 +145,19 @@ class StoreResource(dg.ConfigurableResource):
                     above[wanted["kind"]] = _artifact(store, record)
                     waiting.append(above[wanted["kind"]])
         return above
+
+
+def _why(
+    store: ArtifactStore,
+    before: materializations.Materialization | None,
+    recipe: Recipe,
+    numerics: Mapping[str, Any] | None,
+) -> str:
+    """Returns what is new since the asset's last materialization, field by field."""
+    if before is None:
+        return "first materialization"
+    changes = materializations.recipe_changes(store, before, recipe, numerics)
+    return "; ".join(changes) or "asked for again; nothing has changed"
 
 
 def _inputs(store: ArtifactStore, artifact: Artifact) -> Mapping[str, Mapping[str, str]]:

@@ -35,7 +35,7 @@ def test_a_changed_vocabulary_concerns_the_tokenizer_and_all_below(stale):
     found = stale("dataset.tokenizer.vocab_size=400")
     assert list(found) == ["tales/tokenizer", *BELOW_TOKENIZER]
     assert found["tales/tokenizer"].status == "STALE"
-    assert found["tales/tokenizer"].causes == ("has a new code version",)
+    assert found["tales/tokenizer"].causes == ("tokenizer.vocab_size 300 -> 400",)
     assert {found[key].status for key in BELOW_TOKENIZER} == {"UPSTREAM"}
     assert found["tiny/hf_model"].causes == ("tiny/checkpoint is not up to date",)
 
