@@ -19,6 +19,7 @@ Make language models, every step an asset you can see.
   levanter train --model gpt2-nano --dataset notes/
                                            an experiment on your own text, without writing a file
   levanter status                          what is fresh, stale or missing, and why
+  levanter why nano/checkpoint             which field made it stale
   levanter lineage nano/hf_model           which bytes a model was made of
   levanter ui                              the same in the browser, on 127.0.0.1
 """
@@ -41,6 +42,12 @@ Writes an experiment into $DAGSTER_HOME/catalog and runs it.
 
 DATASET is a name of the catalog, or a file, folder, glob or URL of text or JSON lines. Any field of
 the experiment can be given as `--section.field value`.
+"""
+_WHY = """\
+Tells why an asset is not up to date, as differences of fields, files and content ids, through all
+layers above it; and what its last materialization was for.
+
+  levanter why nano/checkpoint
 """
 _LINEAGE = """\
 Prints what an artifact was made of, down to the corpus.
@@ -131,6 +138,10 @@ def make_parser() -> argparse.ArgumentParser:
     status.add_argument("experiment", nargs="?", metavar="EXPERIMENT")
     status.set_defaults(call=_status)
 
+    why = add("why", "Tell why an asset is stale, field by field.", _WHY)
+    why.add_argument("asset", metavar="ASSET")
+    why.set_defaults(call=_why)
+
     lineage = add("lineage", "Show what an artifact was made of.", _LINEAGE)
     lineage.add_argument("artifact", metavar="ARTIFACT")
     lineage.add_argument("--json", action="store_true", help="as JSON")
@@ -168,6 +179,12 @@ def _status(arguments: argparse.Namespace) -> int:
     from pipelines.run import status
 
     return status(arguments.experiment)
+
+
+def _why(arguments: argparse.Namespace) -> int:
+    from pipelines.run import explain
+
+    return explain(arguments.asset)
 
 
 def _lineage(arguments: argparse.Namespace) -> int:

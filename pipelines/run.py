@@ -1,9 +1,8 @@
 """`levanter run` and `levanter status`: plan, run, and tell, over the persistent instance.
 
-The plan is what is missing or stale through all layers, plus a look at two things that no
-orchestrator knows: whether the source's files have changed, and whether the bytes of a fresh asset
-are still in the store. The run is an ordinary Dagster run of just those assets, in this process;
-within it every stage looks itself up, so one that comes out unchanged ends the rebuilding.
+The run is an ordinary Dagster run of just the assets that are not up to date (`pipelines.plan`), in
+this process; within it every stage looks itself up, so one that comes out unchanged ends the
+rebuilding.
 """
 
 import contextlib
@@ -12,20 +11,21 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
 import dagster as dg
 
-from modeling import recipes
 from modeling.artifacts import ArtifactStore
 from modeling.experiment import Catalog, ConfigError
 from pipelines.abandoned import end_abandoned_runs, this_process
 from pipelines.build import build_defs, catalog_from_environment
-from pipelines.jobs import MODEL_STAGES
-from pipelines.staleness import Staleness, stale_assets
+from pipelines.plan import out_of_date, wanted_assets
+from pipelines.staleness import Staleness
 from pipelines.terminal import Terminal, terminal_logger
+from pipelines.why import why
+from resources import materializations
 from resources.store import open_store
 
 
@@ -57,8 +57,8 @@ def run(experiment: str, overrides: Sequence[str]) -> int:
     started = time.monotonic()
     with dg.DagsterInstance.get() as instance, _terminal() as terminal:
         store = open_store()
-        wanted = _wanted(defs, experiment)
-        stale = _stale(defs, instance, store, catalog, wanted)
+        wanted = wanted_assets(defs, experiment)
+        stale = out_of_date(defs, instance, store, catalog, wanted)
         terminal.plan(experiment, wanted, stale)
         succeeded = not stale or _execute(defs, instance, experiment, list(stale), terminal)
         rows = [_row(instance, store, key, stale, terminal.seconds) for key in wanted]
@@ -75,10 +75,23 @@ def status(experiment: str | None) -> int:
     with dg.DagsterInstance.get() as instance:
         store = open_store()
         graph = defs.resolve_asset_graph()
-        wanted = _wanted(defs, experiment) if experiment else list(graph.toposorted_asset_keys)
-        stale = _stale(defs, instance, store, catalog, wanted)
+        wanted = (
+            wanted_assets(defs, experiment) if experiment else list(graph.toposorted_asset_keys)
+        )
+        stale = out_of_date(defs, instance, store, catalog, wanted)
         rows = [_row(instance, store, key, stale, {}) for key in wanted]
         Terminal(sys.stdout).status(rows, stale)
+    return 0
+
+
+def explain(asset: str) -> int:
+    """Prints why an asset is not up to date, and what it was made for."""
+    catalog = catalog_from_environment()
+    defs = build_defs(catalog)
+    with dg.DagsterInstance.get() as instance:
+        key = dg.AssetKey(asset.split("/"))
+        for line in why(key, defs, instance, open_store(), catalog):
+            sys.stdout.write(f"{line}\n")
     return 0
 
 
@@ -91,12 +104,12 @@ def content_id_of(store: ArtifactStore, reference: str) -> str:
     if "/" not in reference:
         return store.resolve(reference)
     with dg.DagsterInstance.get() as instance:
-        metadata = _latest(instance, dg.AssetKey(reference.split("/")))
-    if metadata is None:
+        made = materializations.latest(instance, dg.AssetKey(reference.split("/")))
+    if made is None:
         raise ValueError(
             f"{reference}: no such asset has been materialized; see `levanter status`."
         )
-    return metadata["content_id"]
+    return made.content_id
 
 
 def _require(experiment: str, catalog: Catalog) -> None:
@@ -104,84 +117,6 @@ def _require(experiment: str, catalog: Catalog) -> None:
         raise ConfigError(
             f"no experiment is named {experiment!r}; there are {sorted(catalog.experiments)}."
         )
-
-
-def _wanted(defs: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
-    """Returns the experiment's assets and everything above them, parents first."""
-    graph = defs.resolve_asset_graph()
-    stages = dg.AssetSelection.assets(*([experiment, stage] for stage in MODEL_STAGES))
-    selected = stages.upstream().resolve(graph)
-    return [key for key in graph.toposorted_asset_keys if key in selected]
-
-
-def _stale(
-    defs: dg.Definitions,
-    instance: dg.DagsterInstance,
-    store: ArtifactStore,
-    catalog: Catalog,
-    wanted: Sequence[dg.AssetKey],
-) -> dict[dg.AssetKey, Staleness]:
-    """Returns what is not up to date among `wanted`, parents first."""
-    known = stale_assets(defs, instance)
-    graph = defs.resolve_asset_graph()
-    found: dict[dg.AssetKey, Staleness] = {}
-    for key in wanted:
-        above = [parent for parent in wanted if parent in graph.get(key).parent_keys]
-        why = known.get(key) or _changed_outside(key, instance, store, catalog)
-        why = why or _unchecked(key, instance, graph.get_check_keys_for_assets({key}))
-        if why is None and (changed := [p.to_user_string() for p in above if p in found]):
-            why = Staleness("UPSTREAM", tuple(f"{name} is not up to date" for name in changed))
-        if why is not None:
-            found[key] = why
-    return found
-
-
-def _changed_outside(
-    key: dg.AssetKey, instance: dg.DagsterInstance, store: ArtifactStore, catalog: Catalog
-) -> Staleness | None:
-    """Returns what the orchestrator cannot know of a fresh asset, if anything has happened."""
-    metadata = _latest(instance, key)
-    if metadata is None:
-        return None
-    if not store.contains(metadata["kind"], metadata["content_id"]):
-        return Staleness("MISSING", (f"its bytes are gone from {store.url}",))
-    if metadata["kind"] == "raw_corpus":
-        from modeling.data import corpus
-
-        dataset = catalog.datasets[key.path[0]]
-        listing = corpus.scan(dataset.source, validation=dataset.validation)
-        if recipes.corpus_recipe(dataset, listing.root).id != metadata["recipe_id"]:
-            return Staleness("STALE", ("the source's files have changed",))
-    return None
-
-
-def _unchecked(
-    key: dg.AssetKey, instance: dg.DagsterInstance, checks: Iterable[dg.AssetCheckKey]
-) -> Staleness | None:
-    """Returns which checks a made asset has not passed: failed, or prevented by a kill."""
-    made = instance.get_latest_materialization_event(key)
-    if made is None:
-        return None
-    lacking = []
-    for check in sorted(checks, key=lambda check: check.name):
-        found = instance.event_log_storage.get_asset_check_execution_history(check, limit=1)
-        event = found[0].event if found else None
-        verdict = event.asset_check_evaluation if event else None
-        target = verdict.target_materialization_data if verdict else None
-        if not (verdict and verdict.passed and target and target.run_id == made.run_id):
-            lacking.append(f"it has not passed the check {check.name}")
-    return Staleness("STALE", tuple(lacking)) if lacking else None
-
-
-def _latest(instance: dg.DagsterInstance, key: dg.AssetKey) -> dict[str, Any] | None:
-    """Returns kind, content id, recipe id and numerics of the asset's last materialization."""
-    event = instance.get_latest_materialization_event(key)
-    made = event.asset_materialization if event else None
-    if made is None or "content_id" not in made.metadata:
-        return None
-    names = ("content_id", "recipe_id", "numerics")
-    values = {name: str(made.metadata[name].value) for name in names}
-    return values | {"kind": "token_cache" if "token_cache" in key.path else key.path[-1]}
 
 
 def _execute(
@@ -216,20 +151,17 @@ def _row(
     stale: Mapping[dg.AssetKey, Staleness],
     seconds: Mapping[str, float],
 ) -> Row:
-    metadata = _latest(instance, key)
+    made = materializations.latest(instance, key)
     name = key.to_user_string()
-    if name in seconds and metadata is not None:
-        event = instance.get_latest_materialization_event(key)
-        assert event is not None
-        assert event.asset_materialization is not None
-        state = str(event.asset_materialization.metadata["was"].value)
+    if name in seconds and made is not None:
+        state = str(made.metadata["was"])
     elif key in stale:
         state = stale[key].status.lower()
     else:
         state = "fresh"
     record = None
-    if metadata and store.contains(metadata["kind"], metadata["content_id"]):
-        record = store.record(metadata["recipe_id"], metadata["numerics"])
+    if made and store.contains(made.kind, made.content_id):
+        record = store.record(made.recipe_id, made.numerics)
     return Row(key, state, record, seconds.get(name), _parity(instance, key))
 
 

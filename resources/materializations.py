@@ -24,7 +24,10 @@ _INPUT = "dagster/input_data_version/"
 class Materialization:
     """One materialization, as far as staleness goes."""
 
+    key: dg.AssetKey
     run_id: str
+    timestamp: float
+    """Seconds since 1970."""
     code_version: str
     data_version: str
     inputs: Mapping[str, str]
@@ -33,16 +36,38 @@ class Materialization:
     """None if it was made before configurations were kept."""
     metadata: Mapping[str, Any]
 
+    @property
+    def kind(self) -> str:
+        """The artifact's kind."""
+        return "token_cache" if "token_cache" in self.key.path else self.key.path[-1]
+
+    @property
+    def content_id(self) -> str:
+        """What the asset is now."""
+        return str(self.metadata["content_id"])
+
+    @property
+    def recipe_id(self) -> str:
+        """How it came to be that."""
+        return str(self.metadata["recipe_id"])
+
+    @property
+    def numerics(self) -> str:
+        """The id of the numerics class."""
+        return str(self.metadata["numerics"])
+
 
 def latest(instance: dg.DagsterInstance, key: dg.AssetKey) -> Materialization | None:
-    """Returns the last materialization of an asset; None if there was none."""
+    """Returns the last materialization of an asset by its stage; None if there was none."""
     event = instance.get_latest_materialization_event(key)
     made = event.asset_materialization if event else None
-    if event is None or made is None:
+    if event is None or made is None or "content_id" not in made.metadata:
         return None
     tags, metadata = made.tags or {}, {name: item.value for name, item in made.metadata.items()}
     return Materialization(
+        key,
         event.run_id,
+        event.timestamp,
         tags.get(_CODE_VERSION, ""),
         tags.get(_DATA_VERSION, ""),
         {tag.removeprefix(_INPUT): v for tag, v in tags.items() if tag.startswith(_INPUT)},
@@ -67,7 +92,7 @@ def recipe_changes(
     numerics: Mapping[str, Any] | None,
 ) -> list[str]:
     """Returns what differs between the recipe on record of a materialization and another one."""
-    before = store.record(str(made.metadata["recipe_id"]), str(made.metadata["numerics"]))
+    before = store.record(made.recipe_id, made.numerics)
     recipes = before["recipe"], recipe.plain()
     changes = [*differences(recipes[0]["params"], recipes[1]["params"])]
     changes += differences(*({"transform version": one["version"]} for one in recipes))

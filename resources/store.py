@@ -156,7 +156,10 @@ def _why(
     """Returns what is new since the asset's last materialization, field by field."""
     if before is None:
         return "first materialization"
-    changes = materializations.recipe_changes(store, before, recipe, numerics)
+    try:
+        changes = materializations.recipe_changes(store, before, recipe, numerics)
+    except FileNotFoundError:
+        return "the record of the last materialization is not in this store"
     return "; ".join(changes) or "asked for again; nothing has changed"
 
 

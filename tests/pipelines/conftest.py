@@ -69,8 +69,16 @@ class Chain:
             with dg.DagsterInstance.get() as instance:
                 yield instance
 
+    def catalog(self, *changes):
+        return load_catalog(CATALOG, self.overrides(*changes))
+
     def defs(self, *changes, **resources):
-        return build_defs(load_catalog(CATALOG, self.overrides(*changes)), **resources)
+        return build_defs(self.catalog(*changes), **resources)
+
+    def with_own_texts(self, directory: Path) -> "Chain":
+        """Returns this chain over a copy of the texts that a test may change."""
+        write_texts(directory)
+        return dataclasses.replace(self, texts=directory)
 
     def run(self, *changes, select=None, variables=None, job="tiny", **resources):
         """Runs the job, or some assets of it, in this process."""

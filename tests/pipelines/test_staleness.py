@@ -3,7 +3,9 @@
 import dagster as dg
 import pytest
 
+from pipelines.plan import out_of_date
 from pipelines.staleness import describe, stale_assets
+from pipelines.why import why
 
 BELOW_TOKENIZER = [
     "tales/tokenized_corpus", "tales/token_cache/L32", "tiny/checkpoint", "tiny/eval_report",
@@ -35,7 +37,7 @@ def test_a_changed_vocabulary_concerns_the_tokenizer_and_all_below(stale):
     found = stale("dataset.tokenizer.vocab_size=400")
     assert list(found) == ["tales/tokenizer", *BELOW_TOKENIZER]
     assert found["tales/tokenizer"].status == "STALE"
-    assert found["tales/tokenizer"].causes == ("tokenizer.vocab_size 300 -> 400",)
+    assert found["tales/tokenizer"].causes == ("tokenizer.vocab_size 320 -> 400",)
     assert {found[key].status for key in BELOW_TOKENIZER} == {"UPSTREAM"}
     assert found["tiny/hf_model"].causes == ("tiny/checkpoint is not up to date",)
 
@@ -60,3 +62,47 @@ def test_what_was_never_made_is_missing(empty_chain):
     assert {why.status for why in found.values()} == {"MISSING"}
     assert len(found) == 8
     assert describe(found)[0].startswith("tales/raw_corpus: missing")
+
+
+def test_why_names_the_field_above_and_what_the_asset_was_made_for(chain, first_run):
+    def told(asset, *changes):
+        key = dg.AssetKey(asset.split("/"))
+        catalog = chain.catalog(*changes)
+        with chain.instance() as instance:
+            return "\n".join(why(key, chain.defs(*changes), instance, chain.store, catalog))
+
+    changed = told("tiny/hf_model", "dataset.tokenizer.vocab_size=400", "trainer.seed=5")
+    assert "above it, tales/tokenizer is stale: tokenizer.vocab_size 320 -> 400" in changed
+    assert "above it, tiny/checkpoint is stale: trainer.seed 0 -> 5" in changed
+    assert "because: first materialization" in changed
+    assert "tiny/hf_model is fresh" in told("tiny/hf_model")
+    with pytest.raises(ValueError, match="there are .*tiny/hf_model"):
+        told("tiny/hf")
+
+
+def test_a_materialization_says_what_it_was_for(other_instance):
+    before = other_instance.run(select=[("tales", "raw_corpus"), ("tales", "tokenizer")])
+    assert before.success
+    after = other_instance.run(
+        "dataset.tokenizer.vocab_size=340", select=[("tales", "tokenizer")], job="tales__data"
+    )
+    shown = other_instance.metadata_of(after)["tales/tokenizer"]
+    assert shown["why"] == "tokenizer.vocab_size 320 -> 340"
+    assert shown["config"]["tokenizer"]["vocab_size"] == 340
+
+
+def test_changed_files_are_named(other_instance, tmp_path):
+    chain = other_instance.with_own_texts(tmp_path / "texts")
+    assert chain.run(select=[("tales", "raw_corpus")]).success
+    (chain.texts / "07.txt").write_text("Another tale altogether.\n")
+    (chain.texts / "08.txt").unlink()
+    (chain.texts / "99.txt").write_text("A new tale.\n")
+    catalog = chain.catalog()
+    key = dg.AssetKey(["tales", "raw_corpus"])
+    with chain.instance() as instance:
+        found = out_of_date(chain.defs(), instance, chain.store, catalog, [key])
+    assert found[key].causes == (
+        "1 of the source's files is new: 99.txt",
+        "1 of the source's files is gone: 08.txt",
+        "1 of the source's files is changed: 07.txt",
+    )

@@ -1,0 +1,109 @@
+"""The plan: which assets are not up to date, through all layers, and why.
+
+To what Dagster knows (`pipelines.staleness`) this adds what no orchestrator can: whether the
+source's files have changed, whether the bytes of a fresh asset are still in the store, and whether
+its checks have passed.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import dagster as dg
+
+from modeling import recipes
+from modeling.artifacts import ArtifactStore
+from modeling.experiment import Catalog
+from pipelines.jobs import MODEL_STAGES
+from pipelines.staleness import Staleness, stale_assets
+from resources import materializations
+from resources.materializations import Materialization
+
+_MOST_FILES = 5
+
+
+def wanted_assets(defs: dg.Definitions, experiment: str) -> list[dg.AssetKey]:
+    """Returns the experiment's assets and everything above them, parents first."""
+    graph = defs.resolve_asset_graph()
+    stages = dg.AssetSelection.assets(*([experiment, stage] for stage in MODEL_STAGES))
+    selected = stages.upstream().resolve(graph)
+    return [key for key in graph.toposorted_asset_keys if key in selected]
+
+
+def out_of_date(
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    store: ArtifactStore,
+    catalog: Catalog,
+    wanted: Sequence[dg.AssetKey],
+) -> dict[dg.AssetKey, Staleness]:
+    """Returns what is not up to date among `wanted`, parents first."""
+    known = stale_assets(defs, instance)
+    graph = defs.resolve_asset_graph()
+    found: dict[dg.AssetKey, Staleness] = {}
+    for key in wanted:
+        above = [parent for parent in wanted if parent in graph.get(key).parent_keys]
+        why = known.get(key) or _changed_outside(key, instance, store, catalog)
+        why = why or _unchecked(key, instance, graph.get_check_keys_for_assets({key}))
+        if why is None and (changed := [p.to_user_string() for p in above if p in found]):
+            why = Staleness("UPSTREAM", tuple(f"{name} is not up to date" for name in changed))
+        if why is not None:
+            found[key] = why
+    return found
+
+
+def _changed_outside(
+    key: dg.AssetKey, instance: dg.DagsterInstance, store: ArtifactStore, catalog: Catalog
+) -> Staleness | None:
+    """Returns what the orchestrator cannot know of a fresh asset, if anything has happened."""
+    made = materializations.latest(instance, key)
+    if made is None:
+        return None
+    if not store.contains(made.kind, made.content_id):
+        return Staleness("MISSING", (f"its bytes are gone from {store.url}",))
+    if made.kind == "raw_corpus":
+        from modeling.data import corpus
+
+        dataset = catalog.datasets[key.path[0]]
+        listing = corpus.scan(dataset.source, validation=dataset.validation)
+        if recipes.corpus_recipe(dataset, listing.root).id != made.recipe_id:
+            leaves = {f"files/{file.logical_path}": file.sha256 for file in listing.files}
+            return Staleness("STALE", _changed_files(store, made, leaves))
+    return None
+
+
+def _changed_files(
+    store: ArtifactStore, made: Materialization, leaves: Mapping[str, str]
+) -> tuple[str, ...]:
+    """Returns which of the source's files are new, changed or gone since, the first few by name."""
+    on_record = store.record(made.recipe_id, made.numerics)["leaves"]
+    before = {name: leaf for name, leaf in on_record.items() if name.startswith("files/")}
+    by_change = {
+        "new": [name for name in leaves if name not in before],
+        "gone": [name for name in before if name not in leaves],
+        "changed": [name for name in before if leaves.get(name, before[name]) != before[name]],
+    }
+    told = [
+        f"{len(names)} of the source's files {'is' if len(names) == 1 else 'are'} {change}: "
+        + ", ".join(name.removeprefix("files/") for name in sorted(names)[:_MOST_FILES])
+        + (", ..." if len(names) > _MOST_FILES else "")
+        for change, names in by_change.items()
+        if names
+    ]
+    return tuple(told) or ("the source's files are ordered or split otherwise",)
+
+
+def _unchecked(
+    key: dg.AssetKey, instance: dg.DagsterInstance, checks: Iterable[dg.AssetCheckKey]
+) -> Staleness | None:
+    """Returns which checks a made asset has not passed: failed, or prevented by a kill."""
+    made = instance.get_latest_materialization_event(key)
+    if made is None:
+        return None
+    lacking = []
+    for check in sorted(checks, key=lambda check: check.name):
+        found = instance.event_log_storage.get_asset_check_execution_history(check, limit=1)
+        event = found[0].event if found else None
+        verdict = event.asset_check_evaluation if event else None
+        target = verdict.target_materialization_data if verdict else None
+        if not (verdict and verdict.passed and target and target.run_id == made.run_id):
+            lacking.append(f"it has not passed the check {check.name}")
+    return Staleness("STALE", tuple(lacking)) if lacking else None
