@@ -155,7 +155,7 @@ def _row_faults(files: Path, tokens_dir: Path, sequence_length: int) -> Iterator
         if num_rows != len(stream) // sequence_length:
             yield f"{split}: {num_rows} rows of {sequence_length} from {len(stream)} tokens."
         sampled = np.unique(np.linspace(0, max(num_rows - 1, 0), min(num_rows, 256)).astype(int))
-        for index, row in zip(sampled, cache.rows(split, sampled), strict=True):
+        for index, row in zip(sampled, cache.rows(split, sampled).tokens, strict=True):
             start = int(index) * sequence_length
             if not np.array_equal(row, stream.span(start, start + sequence_length)):
                 yield f"{split}: row {index} is not the stream from token {start} on."

@@ -119,8 +119,8 @@ def contenders(root: Path, tokens: np.ndarray, opened: cache.TokenCache) -> dict
     column = {"tokens": tokens.reshape(-1, LENGTH)}
     peer = datasets.Dataset.from_dict(column, features=features).with_format("numpy")
     return {
-        "training loader, order included": lambda step, rows: loader.batch(step),
-        "token cache, rows given": lambda step, rows: opened.rows("train", rows),
+        "training loader, order included": lambda step, rows: loader.batch(step).tokens,
+        "token cache, rows given": lambda step, rows: opened.rows("train", rows).tokens,
         "numpy memmap, uint16 as stored": lambda step, rows: mapped[rows],
         "numpy memmap, to int32": lambda step, rows: mapped[rows].astype(np.int32),
         "datasets, numpy format": lambda step, rows: peer[rows.tolist()]["tokens"],

@@ -168,8 +168,8 @@ def our_step(config: ExperimentConfig, cache: TokenCache) -> Advance:
 
     def advance() -> Any:
         nonlocal arrays
-        tokens = jax.device_put(cache.rows("train", rows), step.batch_sharding)
-        arrays, metrics = step.run(arrays, tokens)
+        batch = jax.device_put(cache.rows("train", rows), step.batch_sharding)
+        arrays, metrics = step.run(arrays, batch)
         return metrics.loss
 
     return advance

@@ -130,7 +130,7 @@ def parity(
 
     cache = _cache(arguments)
     split = "validation" if cache.num_rows("validation") else "train"
-    rows = cache.rows(split, np.arange(min(PARITY_ROWS, cache.num_rows(split))))
+    rows = cache.rows(split, np.arange(min(PARITY_ROWS, cache.num_rows(split)))).tokens
     directories = Path(arguments["export"]), Path(arguments["checkpoint"])
     found = export.logit_difference(*directories, _experiment(arguments), rows)
     return {

@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Int32, Integer
+from jaxtyping import Integer
 
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, write_durably
 from modeling.data.corpus import TRAIN
+from modeling.data.rows import TOKENS_ALONE, Columns, Rows
 from modeling.data.shards import FlatTokens, map_rows, write_rows
 from modeling.data.tokenized import Manifest, SplitManifest, flat_tokens
 from modeling.merkle import BLOCK_BYTES, prefix_root
@@ -182,9 +183,12 @@ class TokenCache:
         """Returns how many rows a split has; none if nothing was held out for it."""
         return self._splits[split].rows
 
-    def rows(
-        self, split: str, indices: Integer[np.ndarray, " rows"]
-    ) -> Int32[np.ndarray, "rows Pos"]:
+    @property
+    def columns(self) -> Columns:
+        """Which columns rows have besides their tokens."""
+        return TOKENS_ALONE
+
+    def rows(self, split: str, indices: Integer[np.ndarray, " rows"]) -> Rows:
         """Returns the rows at `indices`, which may repeat and come in any order.
 
         Raises:
@@ -197,7 +201,7 @@ class TokenCache:
                 f"has rows 0 to {num_rows - 1}."
             )
         starts = indices.astype(np.int64) * self.sequence_length
-        return self._tokens[split].gather(starts, self.sequence_length)
+        return Rows(self._tokens[split].gather(starts, self.sequence_length))
 
 
 def _count_rows(name: str, split: SplitManifest, sequence_length: int) -> int:

@@ -8,15 +8,11 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
-import numpy as np
-from jaxtyping import Int32
-
 from modeling.data.cache import TokenCache
 from modeling.data.corpus import TRAIN
 from modeling.data.order import RowOrder
+from modeling.data.rows import Columns, Rows
 from modeling.training.config import DataOrderConfig
-
-Batch = Int32[np.ndarray, "batch Pos"]
 
 
 class TrainLoader:
@@ -28,7 +24,12 @@ class TrainLoader:
         self._order = RowOrder(order_config, cache.num_rows(TRAIN), cache.content_id)
         self.batch_size = batch_size
 
-    def batch(self, step: int) -> Batch:
+    @property
+    def columns(self) -> Columns:
+        """Which columns the batches have besides tokens."""
+        return self._cache.columns
+
+    def batch(self, step: int) -> Rows:
         """Returns the rows of one step, counted from 0."""
         rows = self._order.rows_at(self.cursor(step), self.batch_size)
         return self._cache.rows(TRAIN, rows)
@@ -57,7 +58,7 @@ class BatchStream:
         self._loader = loader
         self._prefetch = prefetch
         self._next_submitted = start_step
-        self._pending: deque[Future[Batch]] = deque()
+        self._pending: deque[Future[Rows]] = deque()
         self._worker: ThreadPoolExecutor | None = None
         self.step = start_step
         """The step of the batch that `next` returns."""
@@ -86,7 +87,7 @@ class BatchStream:
     def __iter__(self) -> "BatchStream":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> Rows:
         if self._worker is None:
             raise ValueError("the stream is not open; iterate over it inside its `with` statement.")
         batch = self._pending.popleft().result()

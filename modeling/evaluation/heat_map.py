@@ -22,6 +22,7 @@ import numpy as np
 
 import haliax as hax
 from haliax import Axis, NamedArray
+from modeling.data.rows import Rows
 from modeling.models.lm import LanguageModel
 
 
@@ -31,7 +32,7 @@ class TokenView:
 
     text: str
     probability: float | None
-    """None for the first token of a row, which nothing foretells."""
+    """None for the first token of a row or segment, which nothing foretells."""
     alternatives: tuple[tuple[str, float], ...] = ()
     """The likeliest tokens in its place, best first, with their probabilities."""
 
@@ -62,43 +63,50 @@ _SIGNS = {"\n": "↵\n", "\r": "␍", "\t": "⇥\t"}
 
 def views(
     model: LanguageModel,
-    rows: np.ndarray,
+    rows: Rows,
     decode: Callable[[Sequence[int]], str],
     *,
     num_alternatives: int = 3,
 ) -> list[tuple[TokenView, ...]]:
     """Returns every token of `rows` as `model` sees it; `decode` gives the text of ids."""
-    Row, Position = Axis("row", len(rows)), model.Pos.resize(rows.shape[1])
-    tokens = hax.named(jnp.asarray(rows, jnp.int32), (Row, Position))
+    num_rows, length = rows.tokens.shape
+    axes = Axis("row", num_rows), model.Pos.resize(length)
+    tokens = hax.named(jnp.asarray(rows.tokens), axes)
+    segments = rows.segment_ids
+    named_segments = None if segments is None else hax.named(jnp.asarray(segments), axes)
     taken, likeliest, ids = (
-        np.asarray(x.array) for x in _foreseen(model, tokens, num_alternatives)
+        np.asarray(x.array) for x in _foreseen(model, tokens, named_segments, num_alternatives)
     )
 
     def view(row: int, position: int) -> TokenView:
-        alternatives = zip(ids[row, position], likeliest[row, position], strict=True)
+        text = decode([int(rows.tokens[row, position])])
+        if position == 0 or (
+            segments is not None and segments[row, position] != segments[row, position - 1]
+        ):
+            return TokenView(text, None)
+        before = position - 1
+        alternatives = zip(ids[row, before], likeliest[row, before], strict=True)
         return TokenView(
-            decode([int(rows[row, position + 1])]),
-            float(taken[row, position]),
+            text,
+            float(taken[row, before]),
             tuple((decode([int(i)]), float(p)) for i, p in alternatives),
         )
 
-    return [
-        (
-            TokenView(decode([int(rows[row, 0])]), None),
-            *(view(row, position) for position in range(Position.size - 1)),
-        )
-        for row in range(Row.size)
-    ]
+    return [tuple(view(row, position) for position in range(length)) for row in range(num_rows)]
 
 
 @eqx.filter_jit
 def _foreseen(
-    model: LanguageModel, tokens: NamedArray, num_alternatives: int
+    model: LanguageModel,
+    tokens: NamedArray,
+    segment_ids: NamedArray | None,
+    num_alternatives: int,
 ) -> tuple[NamedArray, NamedArray, NamedArray]:
     """Returns each next token's probability, and the likeliest ones with their ids."""
     row, position = tokens.axes
     before, after = slice(0, position.size - 1), slice(1, position.size)
-    probabilities = hax.nn.softmax(model(tokens), axis=model.Vocab)[position.name, before]
+    logits = model(tokens, segment_ids=segment_ids)
+    probabilities = hax.nn.softmax(logits, axis=model.Vocab)[position.name, before]
     likeliest, ids = hax.top_k(probabilities, model.Vocab, num_alternatives, new_axis="alternative")
     order = (row, position.resize(position.size - 1))
     taken = probabilities[model.Vocab, tokens[position.name, after]]

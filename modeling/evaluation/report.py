@@ -28,6 +28,7 @@ from haliax import Axis, NamedArray
 from modeling import canonical
 from modeling.artifacts import Built, Workspace
 from modeling.data.cache import TokenCache
+from modeling.data.rows import Rows
 from modeling.data.tokenizer import Tokenizer
 from modeling.evaluation.config import EvaluationConfig
 from modeling.evaluation.generate import Stop, greedy
@@ -68,11 +69,12 @@ class Results:
     bits_per_byte: float
     num_rows: int
     num_tokens: int
-    """Those predicted: all of a row but its first."""
+    """Those predicted: all of a row but its first, that of each segment, and those masked out."""
     num_bytes: int
     """What the predicted tokens stand for in UTF-8; special tokens for nothing."""
-    loss_by_position: tuple[float, ...]
-    """Mean nats for the second token of a row, the third, and so on."""
+    loss_by_position: tuple[float | None, ...]
+    """Mean nats for the second token of a row or segment, the third, and so on; None where the loss
+    mask leaves none."""
     samples: tuple[Sample, ...]
     row: tuple[TokenView, ...]
     """The first validation row as the model saw it."""
@@ -86,8 +88,8 @@ class Results:
 
 
 @runtime_checkable
-class Rows(Protocol):
-    """What is evaluated on: a token cache, or anything that gives rows of tokens like one."""
+class RowSource(Protocol):
+    """What is evaluated on: a token cache, or anything that gives rows like one."""
 
     sequence_length: int
 
@@ -95,8 +97,8 @@ class Rows(Protocol):
         """Returns how many rows a split has."""
         ...
 
-    def rows(self, split: str, indices: np.ndarray) -> np.ndarray:
-        """Returns the rows at `indices` as integers `[rows, positions]`."""
+    def rows(self, split: str, indices: np.ndarray) -> Rows:
+        """Returns the rows at `indices`."""
         ...
 
 
@@ -121,7 +123,7 @@ def build(
 def evaluate(
     config: EvaluationConfig,
     model: LanguageModel,
-    cache: Rows,
+    cache: RowSource,
     tokenizer: Tokenizer,
     *,
     report: Report = ignore,
@@ -133,19 +135,28 @@ def evaluate(
     """
     indices = row_indices(cache, config.max_rows)
     num_rows = len(indices)
-    position_nats = np.zeros(cache.sequence_length - 1)
+    position_nats = np.zeros(cache.sequence_length)
+    position_tokens = np.zeros(cache.sequence_length, np.int64)
     num_bytes = 0
     byte_lengths = tokenizer.token_byte_lengths().astype(np.int64)
     meter = Meter(report, "evaluation", num_rows, "rows")
     for start in range(0, num_rows, config.batch_size):
         rows = cache.rows(SPLIT, indices[start : start + config.batch_size])
-        nats = row_losses(model, rows, config.batch_size)
-        position_nats += nats.sum(axis=0)
-        num_bytes += int(byte_lengths[rows[:, 1:]].sum())
-        meter.advance(len(rows))
+        counts = rows.predicted()[:, 1:]
+        nats = row_losses(model, rows, config.batch_size)[counts]
+        positions = rows.positions()[:, 1:][counts]
+        position_nats += np.bincount(positions, nats, len(position_nats))
+        position_tokens += np.bincount(positions, minlength=len(position_nats))
+        num_bytes += int(byte_lengths[rows.tokens[:, 1:][counts]].sum())
+        meter.advance(len(rows.tokens))
     meter.finish()
 
-    nats, num_tokens = math.fsum(position_nats), num_rows * len(position_nats)
+    nats, num_tokens = math.fsum(position_nats), int(position_tokens.sum())
+    if num_tokens == 0:
+        raise ValueError(
+            f"None of the {num_rows} validation rows has a token to predict: their loss mask is 0 "
+            f"all over. Hold out other documents, or raise validation.fraction of the dataset."
+        )
     if not math.isfinite(nats):
         raise ValueError(
             f"The loss over {num_rows} validation rows is {nats}: the model has diverged. Lower "
@@ -159,13 +170,20 @@ def evaluate(
         num_rows=num_rows,
         num_tokens=num_tokens,
         num_bytes=num_bytes,
-        loss_by_position=tuple((position_nats / num_rows).tolist()),
+        loss_by_position=_means(position_nats[1:], position_tokens[1:]),
         samples=tuple(samples(config, model, tokenizer)),
         row=first_row,
     )
 
 
-def row_indices(cache: Rows, max_rows: int | None) -> np.ndarray:
+def _means(sums: np.ndarray, counts: np.ndarray) -> tuple[float | None, ...]:
+    """Returns the quotients, None where there is none, up to the last that there is."""
+    last = int(np.flatnonzero(counts).max(initial=-1))
+    pairs = zip(sums[: last + 1].tolist(), counts[: last + 1].tolist(), strict=True)
+    return tuple(total / count if count else None for total, count in pairs)
+
+
+def row_indices(cache: RowSource, max_rows: int | None) -> np.ndarray:
     """Returns which validation rows are taken.
 
     Evenly spaced, since neighbours come from one document: the first few would speak for it alone.
@@ -180,21 +198,31 @@ def row_indices(cache: Rows, max_rows: int | None) -> np.ndarray:
     return np.arange(taken) * available // taken
 
 
-def row_losses(model: LanguageModel, rows: np.ndarray, batch_size: int) -> np.ndarray:
+def row_losses(model: LanguageModel, rows: Rows, batch_size: int) -> np.ndarray:
     """Returns the loss in nats of every token of `rows` but the first ones, in float64.
+
+    Which of them mean something, `rows.predicted` says.
 
     Fewer rows than `batch_size` are filled up to it, so that one compiled program serves all.
     """
-    Batch, Row = Axis("batch", batch_size), model.Pos.resize(rows.shape[1])
-    filled = np.concatenate([rows, np.repeat(rows[:1], batch_size - len(rows), axis=0)])
-    losses = _token_losses(model, hax.named(jnp.asarray(filled), (Batch, Row)))
+    num_rows, length = rows.tokens.shape
+    Batch, Row = Axis("batch", batch_size), model.Pos.resize(length)
+
+    def filled(column: np.ndarray) -> NamedArray:
+        padding = np.repeat(column[:1], batch_size - num_rows, axis=0)
+        return hax.named(jnp.asarray(np.concatenate([column, padding])), (Batch, Row))
+
+    segment_ids = None if rows.segment_ids is None else filled(rows.segment_ids)
+    losses = _token_losses(model, filled(rows.tokens), segment_ids)
     raw = np.asarray(losses.rearrange((Batch, Row)).array)
-    return raw[: len(rows), :-1].astype(np.float64)
+    return raw[:num_rows, :-1].astype(np.float64)
 
 
 @eqx.filter_jit
-def _token_losses(model: LanguageModel, tokens: NamedArray) -> NamedArray:
-    return token_losses(model, tokens)
+def _token_losses(
+    model: LanguageModel, tokens: NamedArray, segment_ids: NamedArray | None
+) -> NamedArray:
+    return token_losses(model, tokens, segment_ids=segment_ids)
 
 
 def samples(
@@ -245,8 +273,10 @@ def to_html(results: Results) -> str:
     )
 
 
-def _chart(values: Sequence[float]) -> dict[str, Any]:
-    """Returns the geometry of a line through `values`, with round figures on the upright axis."""
+def _chart(by_position: Sequence[float | None]) -> dict[str, Any]:
+    """Returns the geometry of a line through values, with round figures on the upright axis."""
+    known = [(i, value) for i, value in enumerate(by_position) if value is not None]
+    values = [value for _, value in known]
     width, height, left, right, top, bottom = 720, 220, 44, 712, 10, 196
     step = _tick_step(max(values) - min(values))
     low, high = math.floor(min(values) / step), math.ceil(max(values) / step)
@@ -255,8 +285,8 @@ def _chart(values: Sequence[float]) -> dict[str, Any]:
     def y(value: float) -> float:
         return round(bottom - (value / step - low) / (high - low) * (bottom - top), 1)
 
-    span = max(len(values) - 1, 1)
-    points = (f"{left + i / span * (right - left):.1f},{y(v)}" for i, v in enumerate(values))
+    span = max(len(by_position) - 1, 1)
+    points = (f"{left + i / span * (right - left):.1f},{y(v)}" for i, v in known)
     ticks = [{"y": y(i * step), "label": f"{i * step:g}"} for i in range(low, high + 1)]
     return {
         "width": width,
@@ -265,7 +295,7 @@ def _chart(values: Sequence[float]) -> dict[str, Any]:
         "right": right,
         "ticks": ticks,
         "points": " ".join(points),
-        "last_position": len(values),
+        "last_position": len(by_position),
     }
 
 

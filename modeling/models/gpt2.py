@@ -11,7 +11,9 @@ what each branch adds. Initial weights are normal with `initializer_range`; the 
 the residual stream get it over sqrt(2 Layers), as section 2.3 of the paper has it.
 
 The model speaks of one row: `Pos` is the only axis that it asks of its input, so a batch, or any
-other axes, are carried along. It knows nothing of devices; layouts refer to the names of axes.
+other axes, are carried along. Where `segment_ids` part a row into documents, attention stays within
+each and positions begin anew (`segments`). It knows nothing of devices; layouts refer to the names
+of axes.
 """
 
 import math
@@ -27,6 +29,7 @@ from haliax import Axis, AxisSpec, NamedArray
 from haliax.jax_utils import maybe_rng_split, named_call
 from haliax.nn import Embedding, LayerNorm, Linear, Stacked
 from modeling.models.config import Gpt2Config
+from modeling.models.segments import attendable, positions
 
 
 class Gpt2Axes(NamedTuple):
@@ -72,7 +75,13 @@ class Gpt2Attention(eqx.Module):
 
     @named_call
     def __call__(
-        self, x: NamedArray, Pos: Axis, layer: NamedArray, *, key: PRNGKeyArray | None = None
+        self,
+        x: NamedArray,
+        Pos: Axis,
+        layer: NamedArray,
+        segment_ids: NamedArray | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
     ) -> NamedArray:
         """Returns what attention adds to the residual stream; `layer` counts from 0."""
         _, _, Qkv, _, HeadSize, _ = axes_of(self.config)
@@ -87,7 +96,8 @@ class Gpt2Attention(eqx.Module):
         if self.config.upcast_attn:
             q, k = q.astype(jnp.float32), k.astype(jnp.float32)
 
-        scores = hax.where(causal(Pos, KPos), hax.dot(q, k, axis=HeadSize), -jnp.inf)
+        mask = attendable(Pos, KPos, segment_ids)
+        scores = hax.where(mask, hax.dot(q, k, axis=HeadSize), -jnp.inf)
         weights = hax.nn.softmax(scores, axis=KPos).astype(v.dtype)
         weights = _dropout(weights, self.config.attn_pdrop, key=key)
         return self.c_proj(hax.dot(weights, v, axis=KPos))
@@ -137,11 +147,17 @@ class Gpt2Block(eqx.Module):
         )
 
     def __call__(
-        self, x: NamedArray, Pos: Axis, layer: NamedArray, *, key: PRNGKeyArray | None = None
+        self,
+        x: NamedArray,
+        Pos: Axis,
+        layer: NamedArray,
+        segment_ids: NamedArray | None = None,
+        *,
+        key: PRNGKeyArray | None = None,
     ) -> NamedArray:
         """Returns the residual stream after this layer."""
         attn_key, attn_out_key, mlp_out_key = maybe_rng_split(key, 3)
-        attention = self.attn(self.ln_1(x), Pos, layer, key=attn_key)
+        attention = self.attn(self.ln_1(x), Pos, layer, segment_ids, key=attn_key)
         x = x + _dropout(attention, self.resid_pdrop, key=attn_out_key)
         return x + _dropout(self.mlp(self.ln_2(x)), self.resid_pdrop, key=mlp_out_key)
 
@@ -162,12 +178,19 @@ class Gpt2Transformer(eqx.Module):
         blocks = stack(config, key=jax.random.split(key, Layers.size))
         return cls(blocks, _layer_norm(config))
 
-    def __call__(self, x: NamedArray, Pos: Axis, *, key: PRNGKeyArray | None = None) -> NamedArray:
+    def __call__(
+        self,
+        x: NamedArray,
+        Pos: Axis,
+        segment_ids: NamedArray | None,
+        *,
+        key: PRNGKeyArray | None = None,
+    ) -> NamedArray:
         """Returns the normalized residual stream after the last layer."""
         Layers = self.blocks.Block
         keys = None if key is None else jax.random.split(key, Layers.size)
         # The index of a layer is scanned along with its weights, so one program serves them all.
-        return self.ln_f(self.blocks.fold(x, Pos, hax.arange(Layers), key=keys))
+        return self.ln_f(self.blocks.fold(x, Pos, hax.arange(Layers), segment_ids, key=keys))
 
 
 class Gpt2Embeddings(eqx.Module):
@@ -191,11 +214,19 @@ class Gpt2Embeddings(eqx.Module):
         )
 
     def __call__(
-        self, input_ids: NamedArray, Pos: Axis, *, key: PRNGKeyArray | None = None
+        self,
+        input_ids: NamedArray,
+        Pos: Axis,
+        segment_ids: NamedArray | None,
+        *,
+        key: PRNGKeyArray | None = None,
     ) -> NamedArray:
-        """Returns the sum of the embeddings of each id and its position."""
-        positions = self.position_embeddings.weight[Pos.name, : Pos.size]
-        x = self.token_embeddings.embed(input_ids) + positions
+        """Returns the sum of the embeddings of each id and its position in its segment."""
+        if segment_ids is None:
+            at_positions = self.position_embeddings.weight[Pos.name, : Pos.size]
+        else:
+            at_positions = self.position_embeddings.embed(positions(segment_ids, Pos))
+        x = self.token_embeddings.embed(input_ids) + at_positions
         return _dropout(x, self.embed_pdrop, key=key)
 
 
@@ -227,16 +258,28 @@ class Gpt2LmHeadModel(eqx.Module):
         """The matrix `[Vocab, Embed]` whose product with an activation gives logits."""
         return self.embeddings.token_embeddings.weight
 
-    def activations(self, input_ids: NamedArray, *, key: PRNGKeyArray | None = None) -> NamedArray:
+    def activations(
+        self,
+        input_ids: NamedArray,
+        *,
+        segment_ids: NamedArray | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> NamedArray:
         """Returns what the head is applied to, for rows of at most `Pos.size` ids."""
         Pos = self._row_axis(input_ids)
         embeddings_key, transformer_key = maybe_rng_split(key)
-        x = self.embeddings(input_ids, Pos, key=embeddings_key)
-        return self.transformer(x, Pos, key=transformer_key)
+        x = self.embeddings(input_ids, Pos, segment_ids, key=embeddings_key)
+        return self.transformer(x, Pos, segment_ids, key=transformer_key)
 
-    def __call__(self, input_ids: NamedArray, *, key: PRNGKeyArray | None = None) -> NamedArray:
+    def __call__(
+        self,
+        input_ids: NamedArray,
+        *,
+        segment_ids: NamedArray | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> NamedArray:
         """Returns float32 logits over `Vocab` for the id after each position."""
-        return logits(self.activations(input_ids, key=key), self.head)
+        return logits(self.activations(input_ids, segment_ids=segment_ids, key=key), self.head)
 
     def _row_axis(self, input_ids: NamedArray) -> Axis:
         Pos = input_ids.resolve_axis(self.Pos.name)
@@ -251,11 +294,6 @@ class Gpt2LmHeadModel(eqx.Module):
 def logits(activations: NamedArray, head: NamedArray) -> NamedArray:
     """Returns the product of both over `Embed`, accumulated and left in float32."""
     return hax.dot(activations, head, axis="embed", preferred_element_type=jnp.float32)
-
-
-def causal(Pos: Axis, KPos: Axis) -> NamedArray:
-    """Returns the mask of the keys that each position may see: its own and those before it."""
-    return hax.arange(Pos).broadcast_axis(KPos) >= hax.arange(KPos)
 
 
 def _linear(In: AxisSpec, Out: AxisSpec, std: float, *, key: PRNGKeyArray) -> Linear:

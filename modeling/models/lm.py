@@ -32,11 +32,23 @@ class LanguageModel(Protocol):
         """The matrix over `Vocab` whose product with an activation gives logits."""
         ...
 
-    def activations(self, input_ids: NamedArray, *, key: PRNGKeyArray | None = None) -> NamedArray:
+    def activations(
+        self,
+        input_ids: NamedArray,
+        *,
+        segment_ids: NamedArray | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> NamedArray:
         """Returns what the head is applied to."""
         ...
 
-    def __call__(self, input_ids: NamedArray, *, key: PRNGKeyArray | None = None) -> NamedArray:
+    def __call__(
+        self,
+        input_ids: NamedArray,
+        *,
+        segment_ids: NamedArray | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> NamedArray:
         """Returns float32 logits over `Vocab`."""
         ...
 
@@ -46,13 +58,33 @@ class LmExample(eqx.Module):
 
     tokens: NamedArray
     loss_weight: NamedArray
+    segment_ids: NamedArray | None = None
+    """Which tokens belong together; None: all of a row."""
 
     @classmethod
-    def causal(cls, tokens: NamedArray, Pos: AxisSelector = "position") -> "LmExample":
-        """Returns rows in which every token but the first is predicted, all counting alike."""
+    def causal(
+        cls,
+        tokens: NamedArray,
+        Pos: AxisSelector = "position",
+        segment_ids: NamedArray | None = None,
+        loss_mask: NamedArray | None = None,
+    ) -> "LmExample":
+        """Returns rows in which every token is predicted but the first of a row or segment.
+
+        Args:
+            tokens: ids.
+            Pos: the axis of a row.
+            segment_ids: which tokens belong together.
+            loss_mask: which tokens are predicted at all; those that are count alike.
+        """
         row = tokens.resolve_axis(Pos)
-        counts = (hax.arange(row) < row.size - 1).astype(jnp.float32)
-        return cls(tokens, counts.broadcast_to(tokens.axes))
+        counts = hax.arange(row) < row.size - 1
+        if segment_ids is not None:
+            counts = counts & (segment_ids == hax.roll(segment_ids, -1, row))
+        if loss_mask is not None:
+            counts = counts & hax.roll(loss_mask, -1, row).astype(bool)
+        weights = counts.astype(jnp.float32)
+        return cls(tokens, weights.broadcast_to(tokens.axes).rearrange(tokens.axes), segment_ids)
 
 
 def build_model(
@@ -70,26 +102,35 @@ def next_token_loss(
     Dropout acts when `key` is given.
     """
     weights = example.loss_weight.astype(jnp.float32)
-    activations, targets, Pos = _predictions(model, example.tokens, key)
+    activations, targets, Pos = _predictions(model, example.tokens, example.segment_ids, key)
     # `custom_vjp` hides what the function returns from type checkers.
     total: Any = summed_cross_entropy(activations, model.head, targets, weights, model.Vocab, Pos)
     return total, hax.sum(weights).scalar()
 
 
 def token_losses(
-    model: LanguageModel, tokens: NamedArray, *, key: PRNGKeyArray | None = None
+    model: LanguageModel,
+    tokens: NamedArray,
+    *,
+    segment_ids: NamedArray | None = None,
+    key: PRNGKeyArray | None = None,
 ) -> NamedArray:
     """Returns the loss in nats of the prediction made at each position.
 
-    The last one, with nothing to predict, is compared with the row's first token; weigh it 0.
+    The last one of a row, with nothing to predict, is compared with the row's first token, and the
+    last one of a segment with the next segment's first; weigh them 0.
     """
-    activations, targets, Pos = _predictions(model, tokens, key)
+    activations, targets, Pos = _predictions(model, tokens, segment_ids, key)
     return token_cross_entropy(activations, model.head, targets, model.Vocab, Pos)
 
 
 def _predictions(
-    model: LanguageModel, tokens: NamedArray, key: PRNGKeyArray | None
+    model: LanguageModel,
+    tokens: NamedArray,
+    segment_ids: NamedArray | None,
+    key: PRNGKeyArray | None,
 ) -> tuple[NamedArray, NamedArray, Axis]:
     """Returns what the head is applied to at each position, the id that follows, and the axis."""
     Pos = tokens.resolve_axis(model.Pos.name)
-    return model.activations(tokens, key=key), hax.roll(tokens, -1, Pos), Pos
+    activations = model.activations(tokens, segment_ids=segment_ids, key=key)
+    return activations, hax.roll(tokens, -1, Pos), Pos

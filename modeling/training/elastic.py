@@ -34,11 +34,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from haliax import NamedArray
+from modeling.data.rows import Rows
 from modeling.training.mesh import Layout
 
 Sums = tuple[Array, Array, list[Array]]
 """Of losses, of weights, and the gradient of the former by parameter."""
-ShardSums = Callable[[list[Array], NamedArray, Any], Sums]
+ShardSums = Callable[[list[Array], Rows, Any], Sums]
 """Takes whole parameters, the rows of one logical shard, and a key."""
 
 
@@ -68,7 +69,7 @@ def check(layout: Layout, num_shards: int, batch_size: int, num_microbatches: in
 def local_sums(
     shard_sums: ShardSums,
     params: Sequence[Array],
-    tokens: NamedArray,
+    rows: Rows,
     key: Any,
     first: Array,
     num_local: Array,
@@ -82,7 +83,11 @@ def local_sums(
     For one device, and the same program whatever their number: every operand is whole, and the
     numbers that tell devices apart are unknown to the compiler.
     """
-    Rows = tokens.axes[0].resize(tokens.axes[0].size // num_shards)
+
+    def of_shard(column: NamedArray, shard: Array) -> NamedArray:
+        Here = column.axes[0].resize(column.axes[0].size // num_shards)
+        part = jax.lax.dynamic_slice_in_dim(column.array, shard * Here.size, Here.size)
+        return NamedArray(part, (Here, *column.axes[1:]))
 
     def turn(index: Array, carry: tuple[list[Sums], Sums]) -> tuple[list[Sums], Sums]:
         counter, before = carry
@@ -91,8 +96,7 @@ def local_sums(
             lambda old, new: jnp.where(index > 0, new, old), counter, added
         )
         shard = first + index
-        rows = jax.lax.dynamic_slice_in_dim(tokens.array, shard * Rows.size, Rows.size)
-        here = NamedArray(rows, (Rows, *tokens.axes[1:]))
+        here = jax.tree_util.tree_map(partial(of_shard, shard=shard), rows, is_leaf=_is_named)
         return counter, shard_sums(list(params), here, jax.random.fold_in(key, shard))
 
     zero = (jnp.zeros(()), jnp.zeros(()), [jnp.zeros_like(p) for p in params])
@@ -126,6 +130,10 @@ def on_each_device(
         return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
 
     return jax.tree_util.tree_map(stacked, *found)
+
+
+def _is_named(node: Any) -> bool:
+    return isinstance(node, NamedArray)
 
 
 def _copy_on(device: Any, x: Array) -> Array:

@@ -24,6 +24,7 @@ from jaxtyping import Array, Float32
 
 from haliax import Axis, NamedArray
 from haliax.partitioning import axis_mapping, shard, sharding_for_axis
+from modeling.data.rows import TOKENS_ALONE, Columns, Rows
 from modeling.models.lm import LmExample, next_token_loss
 from modeling.optim.build import build_optimizer, learning_rate
 from modeling.optim.config import OptimizerConfig
@@ -49,7 +50,7 @@ class Metrics(eqx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A compiled update: `(arrays, tokens) -> (arrays, metrics)`; the arrays given are consumed."""
+    """A compiled update: `(arrays, rows) -> (arrays, metrics)`; the arrays given are consumed."""
 
     run: Callable[[list[Any], Any], tuple[list[Any], Metrics]]
     compiled: jax.stages.Compiled | None
@@ -66,13 +67,24 @@ def compile_step(
     layout: Layout,
     *,
     Pos: Axis,
+    columns: Columns = TOKENS_ALONE,
 ) -> Step:
-    """Compiles the update of states like `blueprint` by batches of rows of `Pos`."""
+    """Compiles the update of states like `blueprint` by batches of rows of `Pos`.
+
+    Args:
+        blueprint: what states are like.
+        optimizer: the rule.
+        trainer: batch, precision, steps.
+        layout: the mesh and what is split over it.
+        Pos: the axis of a row.
+        columns: what rows have besides tokens.
+    """
     Batch = Axis("batch", trainer.train_batch_size)
     rule = _Rule(blueprint, optimizer, trainer.num_train_steps)
     with jax.set_mesh(layout.mesh):
-        compiling = _compile_elastic if trainer.elastic_shards is not None else _compile
-        return compiling(blueprint, rule, trainer, layout, Batch, Pos)
+        if trainer.elastic_shards is not None:
+            return _compile_elastic(blueprint, rule, trainer, layout, Batch, Pos)
+        return _compile(blueprint, rule, trainer, layout, Batch, Pos, columns)
 
 
 class _Rule:
@@ -113,15 +125,16 @@ def _compile(
     layout: Layout,
     Batch: Axis,
     Pos: Axis,
+    columns: Columns,
 ) -> Step:
     policy = Policy.parse(trainer.mp)
     replicated = NamedSharding(layout.mesh, PartitionSpec())
     batch_sharding = sharding_for_axis((Batch, Pos), layout.compute, layout.mesh)
     shardings = list(blueprint.shardings.values())
 
-    def update(arrays: Sequence[Any], tokens: Array) -> tuple[list[Any], Metrics]:
+    def update(arrays: Sequence[Any], rows: Rows) -> tuple[list[Any], Metrics]:
         state = blueprint.unflatten(arrays)
-        example = LmExample.causal(NamedArray(tokens, (Batch, Pos)), Pos)
+        example = _example(_named(rows, Batch, Pos), Pos)
         key = jax.random.fold_in(state.key, state.step)
         with axis_mapping(layout.compute):
             total, weight, sums = summed(
@@ -138,7 +151,7 @@ def _compile(
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         )
-        .lower(blueprint.arrays, jax.ShapeDtypeStruct((Batch.size, Pos.size), jnp.int32))
+        .lower(blueprint.arrays, _row_shapes(Batch, Pos, columns))
         .compile()
     )
     return Step(compiled, compiled, batch_sharding, blueprint.parameter_names)
@@ -163,11 +176,11 @@ def _compile_elastic(
     tree = jax.tree_util.tree_structure(params)
     split = [sharding for _, sharding in leaf_shardings(params, layout.mesh, layout.parameters)]
 
-    def shard_sums(whole: list[Array], rows: NamedArray, key: Any) -> elastic.Sums:
+    def shard_sums(whole: list[Array], rows: Rows, key: Any) -> elastic.Sums:
         def sums(whole: list[Array]) -> tuple[Array, Array]:
             params = jax.tree_util.tree_unflatten(tree, whole)
             cast = policy.cast_to_compute(eqx.combine(params, rest))
-            return next_token_loss(cast, LmExample.causal(rows, Pos), key=key)
+            return next_token_loss(cast, _example(rows, Pos), key=key)
 
         (total, weight), gradient = jax.value_and_grad(sums, has_aux=True)(whole)
         return total, weight, gradient
@@ -176,11 +189,11 @@ def _compile_elastic(
         return jax.tree_util.tree_leaves(trainable(blueprint.unflatten(arrays).model)[0])
 
     def local_sums(
-        params: list[Array], tokens: Array, key: Any, step: Array, first: Array, num_local: Array
+        params: list[Array], rows: Rows, key: Any, step: Array, first: Array, num_local: Array
     ) -> list[elastic.Sums]:
-        rows, step_key = NamedArray(tokens, (Batch, Pos)), jax.random.fold_in(key, step)
+        named, step_key = _named(rows, Batch, Pos), jax.random.fold_in(key, step)
         return elastic.local_sums(
-            shard_sums, params, rows, step_key, first, num_local, num_shards=num_shards
+            shard_sums, params, named, step_key, first, num_local, num_shards=num_shards
         )
 
     def exchange(sums: elastic.Sums) -> Any:
@@ -207,9 +220,9 @@ def _compile_elastic(
     norms_of = jax.jit(norms, in_shardings=replicated, out_shardings=replicated)
     where_key, where_step = blueprint.index_of("key"), blueprint.index_of("step")
 
-    def run(arrays: list[Any], tokens: Any) -> tuple[list[Any], Metrics]:
+    def run(arrays: list[Any], rows: Rows) -> tuple[list[Any], Metrics]:
         sums = elastic.on_each_device(
-            program, whole_params(arrays), tokens, arrays[where_key], arrays[where_step],
+            program, whole_params(arrays), rows, arrays[where_key], arrays[where_step],
             layout=layout, num_shards=num_shards,
         )  # fmt: skip
         total, weight, gradients, whole = exchange_sums(sums)
@@ -278,6 +291,21 @@ class _Pieces(eqx.Module):
     def named(self) -> LmExample:
         leaves = map(NamedArray, self.arrays, self.axes)
         return jax.tree_util.tree_unflatten(self.tree, list(leaves))
+
+
+def _named(rows: Rows, Batch: Axis, Pos: Axis) -> Any:
+    """Returns the columns of rows as named arrays; those that are None stay so."""
+    return jax.tree_util.tree_map(lambda column: NamedArray(column, (Batch, Pos)), rows)
+
+
+def _example(rows: Any, Pos: Axis) -> LmExample:
+    return LmExample.causal(rows.tokens, Pos, rows.segment_ids, rows.loss_mask)
+
+
+def _row_shapes(Batch: Axis, Pos: Axis, columns: Columns) -> Any:
+    ids: Any = jax.ShapeDtypeStruct((Batch.size, Pos.size), jnp.int32)
+    mask: Any = jax.ShapeDtypeStruct((Batch.size, Pos.size), jnp.bool_)
+    return Rows(ids, ids if columns.segment_ids else None, mask if columns.loss_mask else None)
 
 
 def _is_named(node: Any) -> bool:

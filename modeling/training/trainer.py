@@ -230,6 +230,7 @@ class _Run:
             plan.experiment.trainer,
             plan.layout,
             Pos=plan.Pos,
+            columns=self._loader.columns,
         )
         self.compile_s = time.monotonic() - began
         devices = plan.layout.mesh.devices
@@ -253,8 +254,8 @@ class _Run:
         with self._loader.stream(first) as batches:
             self._clock.start(first)
             for update in range(first + 1, self._plan.num_steps + 1):
-                tokens = jax.device_put(next(batches), step.batch_sharding)
-                arrays, metrics = step.run(arrays, tokens)
+                rows = jax.device_put(next(batches), step.batch_sharding)
+                arrays, metrics = step.run(arrays, rows)
                 faults.reach("after-step", update)
                 # The device is busy with this update while the host looks at the one before.
                 if unread is not None:

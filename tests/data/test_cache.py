@@ -26,7 +26,7 @@ def test_rows_are_the_stream_cut_at_the_length(length, chain, make_workspace):
     for split in corpus.SPLITS:
         expected = expected_rows(chain, split, length)
         num_rows = opened.num_rows(split)
-        rows = opened.rows(split, np.arange(num_rows))
+        rows = opened.rows(split, np.arange(num_rows)).tokens
         assert rows.dtype == np.int32
         assert np.array_equal(rows, expected)
         stream_length = len(chain.tokens(split))
@@ -42,8 +42,8 @@ def test_rows_come_in_the_order_asked_and_may_repeat(chain):
     opened = TokenCache.open(chain.cache_dir, chain.tokenized_dir)
     expected = expected_rows(chain, "train", 16)
     indices = np.random.default_rng(0).integers(0, len(expected), 300)
-    assert np.array_equal(opened.rows("train", indices), expected[indices])
-    assert opened.rows("train", indices[:0]).shape == (0, 16)
+    assert np.array_equal(opened.rows("train", indices).tokens, expected[indices])
+    assert opened.rows("train", indices[:0]).tokens.shape == (0, 16)
 
 
 @pytest.mark.parametrize("block_bytes", [10, 64, 4096])
@@ -78,7 +78,7 @@ def test_shards_leave_no_trace_and_any_equal_tokens_will_do(chain, make_workspac
     assert cache.build(16, tokens.output, workspace, **IDS).content_id == chain.cache.content_id
     opened = TokenCache.open(chain.cache_dir, tokens.output)
     expected = expected_rows(chain, "train", 16)
-    assert np.array_equal(opened.rows("train", np.arange(len(expected))), expected)
+    assert np.array_equal(opened.rows("train", np.arange(len(expected))).tokens, expected)
 
 
 def test_other_tokens_are_refused(chain, make_workspace):
@@ -132,7 +132,7 @@ def test_a_copy_has_the_rows_and_the_content_id_of_the_view(length, chain, make_
     for split in corpus.SPLITS:
         expected = expected_rows(chain, split, length)
         indices = np.random.default_rng(1).permutation(len(expected))
-        assert np.array_equal(alone.rows(split, indices), expected[indices])
+        assert np.array_equal(alone.rows(split, indices).tokens, expected[indices])
 
 
 def test_datasets_opens_a_copy_as_it_is(chain, make_workspace):

@@ -32,26 +32,26 @@ def test_a_batch_is_the_rows_that_the_order_gives(loader, token_cache):
     order = RowOrder(ORDER, token_cache.num_rows("train"), token_cache.content_id)
     for step in (0, 1, 10**6):
         expected = token_cache.rows("train", order.rows_at(7 * step, 7))
-        assert np.array_equal(loader.batch(step), expected)
+        assert np.array_equal(loader.batch(step).tokens, expected.tokens)
 
 
 def test_an_epoch_draws_every_row_once(token_cache):
     num_rows = token_cache.num_rows("train")
     every = TrainLoader(token_cache, ORDER, num_rows)
-    rows = token_cache.rows("train", np.arange(num_rows))
+    rows = token_cache.rows("train", np.arange(num_rows)).tokens
     for step in range(2):
-        batch = every.batch(step)
+        batch = every.batch(step).tokens
         assert sorted(batch.tolist()) == sorted(rows.tolist())
         assert batch.tolist() != rows.tolist()
 
 
 def test_resuming_at_every_step_gives_the_same_batches(loader):
     with loader.stream(0) as batches:
-        whole = list(islice(batches, 12))
+        whole = [rows.tokens for rows in islice(batches, 12)]
     for start in range(12):
         with loader.stream(start, prefetch=3) as batches:
             assert batches.cursor == loader.cursor(start) == 7 * start
-            rest = list(islice(batches, 12 - start))
+            rest = [rows.tokens for rows in islice(batches, 12 - start)]
             assert batches.cursor == 84
         assert np.array_equal(rest, whole[start:])
 

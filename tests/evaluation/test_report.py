@@ -15,25 +15,27 @@ import pytest
 import haliax as hax
 from modeling.artifacts import Workspace
 from modeling.data.cache import TokenCache
+from modeling.data.rows import Rows
 from modeling.data.tokenizer import Tokenizer
 from modeling.evaluation import report
 from modeling.evaluation.config import EvaluationConfig
 from modeling.models.trained import load_model
 
 
-class Rows:
+class Given:
     """A token cache of the given validation rows."""
 
-    def __init__(self, rows):
-        self._rows = np.asarray(rows, np.int32)
-        self.sequence_length = self._rows.shape[1]
+    def __init__(self, tokens, segment_ids=None, loss_mask=None):
+        segment_ids = None if segment_ids is None else np.asarray(segment_ids, np.int32)
+        self._rows = Rows(np.asarray(tokens, np.int32), segment_ids, loss_mask)
+        self.sequence_length = self._rows.tokens.shape[1]
 
     def num_rows(self, split):
-        return len(self._rows) if split == "validation" else 0
+        return len(self._rows.tokens) if split == "validation" else 0
 
     def rows(self, split, indices):
         assert split == "validation"
-        return self._rows[indices]
+        return Rows(*(None if column is None else column[indices] for column in self._rows))
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +73,7 @@ def logits64(model, rows):
 
 
 def test_figures_equal_those_computed_by_hand(built, model, cache, tokenizer):
-    rows = cache.rows("validation", np.arange(cache.num_rows("validation")))
+    rows = cache.rows("validation", np.arange(cache.num_rows("validation"))).tokens
     assert len(rows) % 7 != 0, "the last batch should be a short one"
     logits = logits64(model, rows)[:, :-1]
     log_sums = np.log(np.exp(logits).sum(-1))
@@ -108,7 +110,7 @@ def _byte_alphabet():
 def test_the_batch_size_changes_nothing_but_rounding(batch_size, model, tokenizer):
     rows = np.random.default_rng(0).integers(0, 280, (7, 24))
     config = EvaluationConfig(batch_size=batch_size, prompts=())
-    results = report.evaluate(config, model, Rows(rows), tokenizer)
+    results = report.evaluate(config, model, Given(rows), tokenizer)
     logits = logits64(model, rows)[:, :-1]
     nats = np.log(np.exp(logits).sum(-1))
     nats -= np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0]
@@ -120,7 +122,7 @@ def test_a_model_that_knows_nothing_needs_the_log_of_the_vocabulary(model, token
     flat = jax.tree.map(jnp.zeros_like, model)
     config = EvaluationConfig(batch_size=2, prompts=())
     rows = np.full((3, 24), 65)
-    results = report.evaluate(config, flat, Rows(rows), tokenizer)
+    results = report.evaluate(config, flat, Given(rows), tokenizer)
     assert results.loss == pytest.approx(math.log(280), rel=1e-6)
     assert results.perplexity == pytest.approx(280, rel=1e-5)
     # Id 65 is one byte, so here every token is.
@@ -130,25 +132,25 @@ def test_a_model_that_knows_nothing_needs_the_log_of_the_vocabulary(model, token
 def test_max_rows_are_evenly_spaced(model, tokenizer):
     rows = np.random.default_rng(0).integers(0, 280, (7, 24))
     config = EvaluationConfig(batch_size=2, prompts=(), max_rows=3)
-    some = report.evaluate(config, model, Rows(rows), tokenizer)
-    alone = report.evaluate(config, model, Rows(rows[[0, 2, 4]]), tokenizer)
+    some = report.evaluate(config, model, Given(rows), tokenizer)
+    alone = report.evaluate(config, model, Given(rows[[0, 2, 4]]), tokenizer)
     assert some == alone
     assert some.num_rows == 3
 
 
 def test_more_max_rows_than_rows_are_all(model, tokenizer):
-    np.testing.assert_array_equal(report.row_indices(Rows(np.zeros((5, 24))), 9), np.arange(5))
+    np.testing.assert_array_equal(report.row_indices(Given(np.zeros((5, 24))), 9), np.arange(5))
 
 
 def test_no_validation_rows_is_an_error(model, tokenizer):
     with pytest.raises(ValueError, match=r"no row of 24 tokens\. Raise validation.fraction"):
-        report.evaluate(EvaluationConfig(), model, Rows(np.zeros((0, 24))), tokenizer)
+        report.evaluate(EvaluationConfig(), model, Given(np.zeros((0, 24))), tokenizer)
 
 
 def test_a_diverged_model_is_an_error(model, tokenizer):
     broken = jax.tree.map(lambda x: x * jnp.nan, model)
     with pytest.raises(ValueError, match="loss over 2 validation rows is nan"):
-        report.evaluate(EvaluationConfig(batch_size=2), broken, Rows(np.ones((2, 24))), tokenizer)
+        report.evaluate(EvaluationConfig(batch_size=2), broken, Given(np.ones((2, 24))), tokenizer)
 
 
 def test_samples_continue_the_prompts(built, model, tokenizer):
@@ -168,7 +170,7 @@ def test_samples_continue_the_prompts(built, model, tokenizer):
 
 def test_row_shows_the_probabilities_of_the_first_row(built, model, cache, tokenizer):
     row = json.loads((built[0] / "report.json").read_text())["row"]
-    ids = cache.rows("validation", np.arange(1))
+    ids = cache.rows("validation", np.arange(1)).tokens
     logits = logits64(model, ids)[0]
     probabilities = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     assert [token["text"] for token in row] == [tokenizer.decode([i]) for i in ids[0].tolist()]
@@ -223,7 +225,7 @@ def test_progress_counts_rows(model, tokenizer):
     told = []
     rows = np.random.default_rng(0).integers(0, 280, (5, 24))
     config = EvaluationConfig(batch_size=2, prompts=())
-    report.evaluate(config, model, Rows(rows), tokenizer, report=told.append)
+    report.evaluate(config, model, Given(rows), tokenizer, report=told.append)
     assert (told[-1].done, told[-1].total, told[-1].unit) == (5, 5, "rows")
 
 

@@ -57,7 +57,7 @@ def exported(trained, tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(trained):
     cache = TokenCache.open(trained.cache_dir, trained.tokenized_dir)
-    return cache.rows("validation", np.arange(4))
+    return cache.rows("validation", np.arange(4)).tokens
 
 
 def test_the_export_has_the_files_that_transformers_reads(exported):

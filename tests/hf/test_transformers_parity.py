@@ -42,7 +42,7 @@ def exported(request, trained, tmp_path_factory):
 @pytest.fixture(scope="module")
 def rows(trained):
     cache = TokenCache.open(trained.cache_dir, trained.tokenized_dir)
-    return cache.rows("validation", np.arange(6))
+    return cache.rows("validation", np.arange(6)).tokens
 
 
 def opened(directory):

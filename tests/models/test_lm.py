@@ -30,10 +30,10 @@ class Table(eqx.Module):
     Vocab: Axis = eqx.field(static=True)
     Pos: Axis = eqx.field(static=True)
 
-    def activations(self, input_ids, *, key=None):
+    def activations(self, input_ids, *, segment_ids=None, key=None):
         return self.table["id", input_ids]
 
-    def __call__(self, input_ids, *, key=None):
+    def __call__(self, input_ids, *, segment_ids=None, key=None):
         return hax.dot(self.activations(input_ids), self.head, axis=Embed)
 
 

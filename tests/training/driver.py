@@ -18,6 +18,7 @@ import numpy as np
 
 from modeling.artifacts import Workspace
 from modeling.data.cache import TokenCache
+from modeling.data.rows import Rows
 from modeling.experiment import ExperimentConfig, validate
 
 VOCAB, LENGTH, ROWS = 61, 16, 200
@@ -65,8 +66,8 @@ class CountingCache(TokenCache):
     def num_rows(self, split: str) -> int:
         return len(self.tokens)
 
-    def rows(self, split: str, indices: np.ndarray) -> np.ndarray:
-        return self.tokens[indices]
+    def rows(self, split: str, indices: np.ndarray) -> Rows:
+        return Rows(self.tokens[indices])
 
 
 def counting_cache(length: int = LENGTH, rows: int = ROWS) -> TokenCache:

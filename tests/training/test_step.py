@@ -13,6 +13,7 @@ import optax
 import pytest
 
 from haliax import Axis, NamedArray
+from modeling.data.rows import Columns, Rows
 from modeling.models.lm import LmExample, next_token_loss
 from modeling.optim.build import build_optimizer
 from modeling.training import step as step_module
@@ -82,7 +83,7 @@ def test_an_update_is_the_optimizers_on_the_gradient_of_the_mean_loss(steps):
     params, rest = trainable(state.model)
 
     def mean_loss(params):
-        example = LmExample.causal(NamedArray(jnp.asarray(tokens), (plan.Batch, plan.Pos)))
+        example = LmExample.causal(NamedArray(jnp.asarray(tokens.tokens), (plan.Batch, plan.Pos)))
         total, weight = next_token_loss(eqx.combine(params, rest), example)
         return total / weight
 
@@ -217,7 +218,7 @@ def test_the_state_given_is_consumed(steps):
 def ragged_example():
     """Eight rows, of which the later ones have fewer and fewer predictions that count."""
     Batch, Pos = Axis("batch", 8), Axis("position", driver.LENGTH)
-    example = LmExample.causal(NamedArray(jnp.asarray(batches(1)[0]), (Batch, Pos)))
+    example = LmExample.causal(NamedArray(jnp.asarray(batches(1)[0].tokens), (Batch, Pos)))
     counts = np.arange(driver.LENGTH)[None, :] < np.asarray([15, 15, 9, 9, 2, 2, 1, 1])[:, None]
     return LmExample(example.tokens, NamedArray(jnp.asarray(counts, jnp.float32), (Batch, Pos)))
 
@@ -246,6 +247,52 @@ def test_accumulation_weighs_tokens_not_microbatches(steps):
         return sum(total / weight for total, weight in sums) / 4
 
     assert abs(float(mean_of_means(model)) - float(whole[0])) > 1e-3, "the case cannot tell"
+
+
+class PackedCache(driver.CountingCache):
+    """Rows of two documents and padding, the last of whose tokens is not to be predicted."""
+
+    columns = Columns(segment_ids=True, loss_mask=True)
+
+    def rows(self, split, indices):
+        tokens = super().rows(split, indices).tokens
+        segment_ids = np.broadcast_to(np.repeat([1, 2, 0], [6, 8, 2]), tokens.shape)
+        mask = (segment_ids > 0) & (np.arange(tokens.shape[1]) != 13)
+        return Rows(tokens, segment_ids.astype(np.int32), mask)
+
+
+@pytest.mark.parametrize("trainer", [{"num_microbatches": 2}, {"elastic_shards": 2}], ids=str)
+def test_rows_of_several_documents_are_trained_on_as_such(trainer):
+    model = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2}
+    experiment = driver.experiment(trainer={"mesh": {"data": 2}} | trainer, model=model)
+    cache = PackedCache(driver.LENGTH, driver.ROWS)
+    plan = make_plan(experiment, cache)
+    step = compile_step(
+        plan.blueprint, experiment.optimizer, experiment.trainer, plan.layout,
+        Pos=plan.Pos, columns=cache.columns,
+    )  # fmt: skip
+    arrays = plan.blueprint.initialize(plan.make, jax.random.PRNGKey(5))
+    model = plan.blueprint.unflatten(arrays).model
+    rows = cache.rows("train", np.arange(8))
+
+    @jax.jit
+    def mean_loss(params):
+        model = eqx.combine(params, rest)
+        documents = [rows.tokens[:, :6], rows.tokens[:, 6:13]]
+        losses = [next_token_loss(model, LmExample.causal(named(x, plan))) for x in documents]
+        return sum(total for total, _ in losses) / sum(weight for _, weight in losses)
+
+    params, rest = trainable(model)
+    loss, gradient = jax.value_and_grad(mean_loss)(params)
+    squares = [float(jnp.sum(g**2)) for g in jax.tree.leaves(gradient)]
+    _, metrics = step.run(arrays, jax.device_put(rows, step.batch_sharding))
+    assert float(metrics.weight) == 8 * (5 + 6)
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics.gradient_squares, squares, rtol=1e-4, atol=1e-12)
+
+
+def named(tokens, plan):
+    return NamedArray(jnp.asarray(tokens), (plan.Batch, plan.Pos.resize(tokens.shape[1])))
 
 
 def pick(example, rows):
