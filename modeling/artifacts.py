@@ -23,6 +23,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -36,11 +37,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from modeling import canonical
 
+_LOG = logging.getLogger(__name__)
 INVENTORY = "INVENTORY.json"
 EXACT = "exact"
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_CHECKED_COPIES: dict[Path, list[tuple[str, int, int]]] = {}
 
 
 class ReproducibilityError(RuntimeError):
@@ -233,6 +236,9 @@ class ArtifactStore:
     def local(self, kind: str, content_id: str) -> Path:
         """Returns a local directory with the object's files, copying and checking them if need be.
 
+        A copy of a remote object is checked whole, once a process and whenever its files' sizes or
+        times have changed, for a worker's disk outlives its promises; a damaged one is copied anew.
+
         Raises:
             DamagedArtifactError: the object, or one of its files, is not (wholly) there.
         """
@@ -244,13 +250,43 @@ class ArtifactStore:
         if self.is_local:
             return Path(source)
         target = self._scratch / "objects" / kind / content_id
+        if _CHECKED_COPIES.get(target) != _stamps(target):
+            if (fault := self._copy_fault(source, target)) is not None:
+                self._replace_copy(source, target, fault)
+            _CHECKED_COPIES[target] = _stamps(target)
+        return target
+
+    def _copy_fault(self, source: str, target: Path) -> str | None:
+        """Returns what is wrong with the copy of a remote object; "" if there is none."""
         if not (target / INVENTORY).exists():
-            attempt = target.with_name(f"{content_id}.{uuid.uuid4().hex[:12]}")
+            return ""
+        if (target / INVENTORY).read_bytes() != self._fs.cat_file(f"{source}/{INVENTORY}"):
+            return f"{INVENTORY} differs from the stored one"
+        try:
+            verify_files(target)
+        except DamagedArtifactError as error:
+            return str(error)
+        return None
+
+    def _replace_copy(self, source: str, target: Path, fault: str) -> None:
+        """Copies and checks a remote object; who reads a damaged copy keeps reading it."""
+        attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}")
+        try:
             self._fs.get(source, str(attempt), recursive=True)
             verify_files(attempt)
-            with contextlib.suppress(OSError):
-                attempt.rename(target)
-        return target
+        except DamagedArtifactError as error:
+            shutil.rmtree(attempt)
+            raise DamagedArtifactError(
+                f"the object stored at {source} is damaged: {error}"
+            ) from None
+        if fault:
+            _LOG.warning("%s; copied again from %s.", fault, source)
+            damaged = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}")
+            target.rename(damaged)
+            shutil.rmtree(damaged)
+        with contextlib.suppress(OSError):  # another process has copied it at the same time
+            attempt.rename(target)
+        shutil.rmtree(attempt, ignore_errors=True)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Yields every record, in the order of recipe ids."""
@@ -411,6 +447,12 @@ def _json_bytes(value: Mapping[str, Any]) -> bytes:
     return (
         json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
     ).encode()
+
+
+def _stamps(directory: Path) -> list[tuple[str, int, int]]:
+    """Returns path, size and time of each file, which change when it is written to."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
 def _sync_directory(path: Path) -> None:

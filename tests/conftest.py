@@ -5,6 +5,14 @@ JAX reads `XLA_FLAGS` once, when its first backend starts, so the flags are set 
 
 import dataclasses
 import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +23,8 @@ os.environ.setdefault("NPROC", "8")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# gcsfs asks Google what kind of bucket it has before each access; an emulator has one kind.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +36,54 @@ class Trained:
     cache_dir: Path
     tokenized_dir: Path
     checkpoint_dir: Path
+
+
+@pytest.fixture(scope="session")
+def gcs_address() -> Iterator[str]:
+    """The address of a Cloud Storage emulator, a process that ends with the session."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory",
+               "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as server:
+        try:
+            deadline = time.monotonic() + 60
+            while not _answers(address):
+                assert server.poll() is None, "the emulator has ended"
+                assert time.monotonic() < deadline, "the emulator does not answer"
+                time.sleep(0.05)
+            yield address
+        finally:
+            server.kill()
+
+
+def _answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{address}/storage/v1/b?project=p", timeout=5):
+            return True
+    except (urllib.error.URLError, ConnectionError):
+        return False
+
+
+@pytest.fixture
+def gcs(gcs_address: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The URL `gs://...` of a fresh bucket; this process and its children reach it by gcsfs.
+
+    Objects over 5 MB take another way, which warns of what it does to the event loop.
+    """
+    import fsspec
+
+    gcsfs = fsspec.get_filesystem_class("gs")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_address)
+    gcsfs.clear_instance_cache()  # instances remember where they belong
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    fsspec.filesystem("gs").mkdir(bucket)
+    yield f"gs://{bucket}"
+    gcsfs.clear_instance_cache()
 
 
 @pytest.fixture(scope="session")
