@@ -69,8 +69,8 @@ class TrainingObserver:
                 "train/gradient_norm": report.gradient_norm,
                 "train/learning_rate": report.learning_rate,
                 "train/tokens": report.tokens,
-                "throughput/tokens_per_second": report.tokens_per_second,
-            },
+            }
+            | throughput(report),
         )
 
     def saved(self, step: int, directory: str) -> None:
@@ -82,6 +82,18 @@ class TrainingObserver:
         self._tracker.summarize(
             {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
         )
+
+
+def throughput(report: "StepReport") -> dict[str, float]:
+    """Returns a report's figures of speed that are known, as the tracker names them."""
+    figures = {
+        "tokens_per_second": report.tokens_per_second,
+        "mfu": report.mfu,
+        "goodput": report.goodput,
+        "loader_share": report.loader_share,
+        "bytes_in_use": report.bytes_in_use,
+    }
+    return {f"throughput/{name}": x for name, x in figures.items() if x is not None}
 
 
 def evaluate(

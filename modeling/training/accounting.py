@@ -8,7 +8,7 @@ take part in products, L layers of H heads of size Q, and rows of T tokens:
 
 Both leave out what is computed twice to save memory. *Model FLOPs utilization* (MFU) is tokens/s x
 model FLOPs / peak of all devices, with the first formula, as papers report it; *hardware* FLOPs
-utilization counts the products of the compiled program instead (`program`).
+utilization (HFU) counts the products that the compiled program makes instead (`program`).
 
 *Goodput* is the share of the time since the run's first launch that went into steps which are part
 of the result. Where the rest went is kept in a ledger beside the checkpoints, one JSON line for
@@ -33,9 +33,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from modeling.models.config import Gpt2Config
+
 _log = logging.getLogger(__name__)
 
-CAUSES = (
+CAUSES: Sequence[str] = (
     "steps",  # useful ones
     "redone",  # steps that a later process had to make again
     "compile",
@@ -60,6 +62,18 @@ class ModelShape:
     num_heads: int
     head_size: int
     sequence_length: int
+
+    @staticmethod
+    def of(config: Gpt2Config, *, num_parameters: int, sequence_length: int) -> "ModelShape":
+        """Returns the shape of a model of which all `num_parameters` are trained."""
+        positions = sequence_length * config.hidden_dim
+        return ModelShape(
+            num_parameters - positions,
+            config.num_layers,
+            config.num_heads,
+            config.hidden_dim // config.num_heads,
+            sequence_length,
+        )
 
     def flops_per_token(self, *, causal: bool = False) -> float:
         """Returns the FLOPs of one token's forward and backward pass."""

@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from modeling.training.program import Memory
+
 
 @dataclasses.dataclass(frozen=True)
 class RunStart:
@@ -18,6 +20,8 @@ class RunStart:
     compile_s: float
     decayed_parameters: tuple[str, ...]
     """Paths that weight decay acts on."""
+    memory: Memory | None
+    """What the compiled update needs on each device, if XLA says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +37,23 @@ class StepReport:
     tokens: int
     """Consumed since the run's first step."""
     tokens_per_second: float
-    """Since the last report."""
+    """Since the last report, over the time of steps and of waiting for batches."""
+    mfu: float | None
+    """Model FLOPs utilization since then, if the devices' peak is known."""
+    loader_share: float
+    """Of that time, the share in which the device waited for a batch."""
+    goodput: float
+    """The share of all time since the run's first launch that went into useful steps."""
+    bytes_in_use: int | None
+    """The most that a device has held so far, where the backend counts it."""
     eta_s: float
 
     def __str__(self) -> str:
+        mfu = "" if self.mfu is None else f", MFU {self.mfu:.1%}"
         return (
             f"step {self.step:,} of {self.num_steps:,}: loss {self.loss:.4f}, "
-            f"{self.tokens_per_second:,.0f} tokens/s, {self.eta_s:.0f} s left"
+            f"{self.tokens_per_second:,.0f} tokens/s{mfu}, goodput {self.goodput:.0%}, "
+            f"{self.eta_s:.0f} s left"
         )
 
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from modeling.artifacts import write_durably
 
+
 @dataclasses.dataclass(frozen=True)
 class Peak:
     """What all devices of a run together could do at most."""
@@ -64,7 +65,6 @@ def published_peak(device_kind: str, dtype: str) -> Peak | None:
     _, half, full = max(known, key=lambda row: len(row[0]))
     teraflops = full if dtype == "float32" else half
     return None if teraflops is None else Peak(teraflops * 1e12, "published")
-
 
 
 def peak_of(devices: Sequence[Any], dtype: str, memo: Path) -> Peak:

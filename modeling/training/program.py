@@ -27,7 +27,7 @@ _BRANCHES = re.compile(
 _TRIPS = re.compile(r"\"known_trip_count\":\{\"n\":\"(\d+)\"\}")
 
 
-def product_flops(text: str) -> float:
+def product_flops(text: str) -> int:
     """Returns the FLOPs of all matrix products of one run on one device.
 
     A loop whose trip count XLA does not know counts once; of a choice, the dearest branch does.
@@ -38,12 +38,12 @@ def product_flops(text: str) -> float:
     computations, entry = _computations(text)
 
     @functools.cache
-    def flops(name: str) -> float:
+    def flops(name: str) -> int:
         lines = computations[name]
         shapes = {found[1]: found[2] for line in lines if (found := _INSTRUCTION.match(line))}
         return sum(_product(line, shapes) + _called(line) for line in lines)
 
-    def _called(line: str) -> float:
+    def _called(line: str) -> int:
         trips = _TRIPS.search(line)
         repeats = int(trips[1]) if trips else 1
         total = sum(flops(name) for _, name in _CALLED.findall(line)) * repeats
@@ -69,18 +69,18 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def _product(line: str, shapes: Mapping[str, str]) -> float:
+def _product(line: str, shapes: Mapping[str, str]) -> int:
     operands = _DOT.search(line) or _GEMM.search(line)
     instruction = _INSTRUCTION.match(line)
     if not operands or not instruction:
-        return 0.0
+        return 0
     left = shapes[operands[1].split(",")[0].split()[-1].lstrip("%")]
     contracted = _CONTRACTED.search(line)
     assert contracted is not None, line
     summed = [int(d) for d in re.findall(r"\d+", contracted[1])]
     # A library call gives a tuple of the product and its workspace.
     result = _dimensions(instruction[2].lstrip("("))
-    return 2.0 * math.prod(result) * math.prod(_dimensions(left)[d] for d in summed)
+    return 2 * math.prod(result) * math.prod(_dimensions(left)[d] for d in summed)
 
 
 def _dimensions(text: str) -> Sequence[int]:

@@ -31,17 +31,20 @@ from haliax import Axis
 from modeling import canonical, recipes
 from modeling.artifacts import Built, Workspace, numerics_digest, write_durably
 from modeling.data.cache import TokenCache
-from modeling.data.loader import TrainLoader
+from modeling.data.loader import BatchStream, TrainLoader
 from modeling.experiment import ExperimentConfig
 from modeling.models.lm import build_model
 from modeling.numerics import numerics_class
 from modeling.optim.build import build_optimizer, decayed_parameters
 from modeling.training import checkpoint, faults, history
+from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.manifest import CheckpointError
 from modeling.training.mesh import Layout, build_layout
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
+from modeling.training.peak import Peak
 from modeling.training.precision import Policy
 from modeling.training.preemption import Preempted, PreemptionNotice
+from modeling.training.program import memory_of, peak_bytes_in_use, product_flops
 from modeling.training.retention import Checkpoints, open_checkpoints
 from modeling.training.state import Blueprint, initial_state, trainable
 from modeling.training.step import Metrics, Step, compile_step
@@ -59,6 +62,7 @@ def train(
     workspace: Workspace,
     *,
     observer: Observer | None = None,
+    peak: Peak | None = None,
     compile_cache: Path | None = None,
 ) -> Built:
     """Trains `experiment` on the training rows of `cache` to its last step.
@@ -68,6 +72,7 @@ def train(
         cache: rows of `experiment.sequence_length` tokens.
         workspace: where progress is kept and the result goes.
         observer: hears of each step.
+        peak: what the devices could do at most, to tell utilization by.
         compile_cache: directory of compiled programs, to start faster the next time.
 
     Raises:
@@ -79,12 +84,14 @@ def train(
         _use_compile_cache(compile_cache)
     plan = make_plan(experiment, cache)
     keep = experiment.trainer.keep_checkpoints
+    directory = checkpoint_directory(workspace, experiment)
     with (
         PreemptionNotice() as notice,
-        open_checkpoints(checkpoint_directory(workspace, experiment), keep=keep) as checkpoints,
+        open_checkpoints(directory, keep=keep) as checkpoints,
+        Ledger(directory / "time.jsonl") as ledger,
     ):
         run = _Run(plan, TrainLoader(cache, experiment.trainer.data_order, plan.Batch.size),
-                   checkpoints, observer or Silent(), notice)  # fmt: skip
+                   checkpoints, observer or Silent(), notice, ledger, peak)  # fmt: skip
         last = run.to_the_end()
         built = _publish(plan, last, workspace.output, run)
     if observer is not None:
@@ -156,6 +163,8 @@ class _Run:
         checkpoints: Checkpoints,
         observer: Observer,
         notice: PreemptionNotice,
+        ledger: Ledger,
+        peak: Peak | None,
     ) -> None:
         self._plan = plan
         self._loader = loader
@@ -164,18 +173,31 @@ class _Run:
         self._notice = notice
         self._written: deque[tuple[int, Path]] = deque()
         self._newest: Path | None = None
-        self._clock = _Clock(plan.tokens_per_step)
+        self._ledger = ledger
+        self._peak = peak
+        self._meter = Meter(
+            ledger,
+            flops_per_token=model_shape(plan).flops_per_token(),
+            peak_flops=peak and peak.flops,
+        )
+        self._reported = 0
+        self._looping_since = 0.0
         self.losses: list[float] = []
         self.resumed_from = 0
-        self.compile_s = 0.0
+        self.host_s = 0.0
+        """CPU seconds of the loop's own thread: what a step costs besides the device's work."""
+        self.program_flops: int | None = None
 
     def to_the_end(self) -> Path:
         """Makes all updates that are left and returns the directory of the last checkpoint."""
-        self._newest = self._checkpoints.newest()
-        if self._newest is not None:
-            self._recall(self._newest)
+        with self._ledger.spending("restore"):
+            self._newest = self._checkpoints.newest()
+            if self._newest is not None:
+                self._recall(self._newest)
+        self._ledger.launched(self.resumed_from)
         if self.resumed_from < self._plan.num_steps:
-            arrays = self._arrays()
+            with self._ledger.spending("restore"):
+                arrays = self._arrays()
             step = self._compile()
             self._loop(step, arrays)
         assert self._newest is not None
@@ -183,19 +205,30 @@ class _Run:
         return self._newest
 
     @property
-    def tokens_per_second(self) -> float:
-        """Over all updates of this process, compilation left out."""
-        return self._clock.overall
+    def figures(self) -> dict[str, Any]:
+        """Speed, memory, and where the time of all processes went: plain facts."""
+        spent, speed = self._ledger.time, self._meter.overall
+        figures = {
+            "tokens_per_second": speed.tokens_per_second,
+            "goodput": spent.goodput,
+            "launches": spent.launches,
+            "seconds": {cause: round(s, 3) for cause, s in spent.by_cause.items() if s},
+            "host_s": self.host_s,
+            "compile_s": self._ledger.spent_here["compile"],
+            "model_flops_per_token": model_shape(self._plan).flops_per_token(),
+        }
+        optional = {
+            "mfu": speed.mfu,
+            "program_flops_per_step": self.program_flops,
+            "peak_flops": self._peak and self._peak.flops,
+            "peak_flops_source": self._peak and self._peak.source,
+            "peak_bytes_in_use": peak_bytes_in_use(self._devices),
+        }
+        return figures | {name: value for name, value in optional.items() if value is not None}
 
     @property
-    def train_s(self) -> float:
-        """Seconds in the loop, saving included."""
-        return self._clock.seconds
-
-    @property
-    def host_s(self) -> float:
-        """CPU seconds of the loop's own thread: what a step costs besides the device's work."""
-        return self._clock.host_s
+    def _devices(self) -> list[Any]:
+        return self._plan.layout.mesh.local_devices
 
     def _recall(self, directory: Path) -> None:
         manifest = self._checkpoints.manifest(directory)
@@ -223,16 +256,19 @@ class _Run:
         return blueprint.flatten(restored)
 
     def _compile(self) -> Step:
-        plan, began = self._plan, time.monotonic()
-        step = compile_step(
-            plan.blueprint,
-            plan.experiment.optimizer,
-            plan.experiment.trainer,
-            plan.layout,
-            Pos=plan.Pos,
-            columns=self._loader.columns,
-        )
-        self.compile_s = time.monotonic() - began
+        plan = self._plan
+        with self._ledger.spending("compile"):
+            step = compile_step(
+                plan.blueprint,
+                plan.experiment.optimizer,
+                plan.experiment.trainer,
+                plan.layout,
+                Pos=plan.Pos,
+                columns=self._loader.columns,
+            )
+            if step.compiled is not None:
+                text = step.compiled.as_text()
+                self.program_flops = product_flops(text) * plan.layout.mesh.size if text else None
         devices = plan.layout.mesh.devices
         params = trainable(plan.blueprint.template.model)[0]
         self._observer.started(
@@ -242,7 +278,8 @@ class _Run:
                 num_parameters=num_parameters(plan.blueprint),
                 num_devices=devices.size,
                 device_kind=devices.flat[0].device_kind,
-                compile_s=self.compile_s,
+                compile_s=self._ledger.spent_here["compile"],
+                memory=step.compiled and memory_of(step.compiled),
                 decayed_parameters=tuple(decayed_parameters(params)),
             )
         )
@@ -251,11 +288,13 @@ class _Run:
     def _loop(self, step: Step, arrays: list[Any]) -> None:
         trainer, first = self._plan.experiment.trainer, self.resumed_from
         unread: Metrics | None = None
-        with self._loader.stream(first) as batches:
-            self._clock.start(first)
+        self._reported = first
+        self._looping_since, host_began = self._ledger.elapsed_s, time.thread_time()
+        with self._loader.stream(first) as batches, self._ledger.stepping():
             for update in range(first + 1, self._plan.num_steps + 1):
-                rows = jax.device_put(next(batches), step.batch_sharding)
-                arrays, metrics = step.run(arrays, rows)
+                rows = self._awaited(batches, unread)
+                on_device = jax.device_put(rows, step.batch_sharding)
+                arrays, metrics = step.run(arrays, on_device)
                 faults.reach("after-step", update)
                 # The device is busy with this update while the host looks at the one before.
                 if unread is not None:
@@ -272,7 +311,17 @@ class _Run:
                 if is_stopping:
                     self._settle()
                     raise Preempted(update)
-        self._settle()
+            self._settle()
+        self.host_s = time.thread_time() - host_began
+
+    def _awaited(self, batches: BatchStream, running: Metrics | None) -> Any:
+        """Returns the next batch; waiting for it costs nothing while the device is busy."""
+        began = time.monotonic()
+        rows = next(batches)
+        loss: Any = running and running.loss
+        if loss is None or loss.is_ready():
+            self._ledger.stalled("loader", time.monotonic() - began)
+        return rows
 
     def _read(self, step: Step, metrics: Metrics) -> None:
         """Waits for an update's figures, refuses those that are no numbers, and tells the rest."""
@@ -282,8 +331,8 @@ class _Run:
         self.losses.append(float(found.loss))
         every, last = self._plan.experiment.trainer.log_every_steps, self._plan.num_steps
         if update in (self.resumed_from + 1, last) or update % every == 0:
-            rate = self._clock.lap(update)
-            left = (last - update) * self._plan.tokens_per_step
+            lap = self._lap(update)
+            looping_s = self._ledger.elapsed_s - self._looping_since
             self._observer.step(
                 StepReport(
                     step=update,
@@ -292,12 +341,27 @@ class _Run:
                     gradient_norm=math.sqrt(float(np.sum(found.gradient_squares))),
                     learning_rate=float(found.learning_rate),
                     tokens=update * self._plan.tokens_per_step,
-                    tokens_per_second=rate,
-                    eta_s=left / self._clock.overall,
+                    tokens_per_second=lap.tokens_per_second,
+                    mfu=lap.mfu,
+                    loader_share=lap.loader_share,
+                    goodput=self._ledger.time.goodput,
+                    bytes_in_use=peak_bytes_in_use(self._devices),
+                    eta_s=(last - update) * looping_s / (update - self.resumed_from),
                 )
             )
 
+    def _lap(self, update: int) -> Lap:
+        """Returns the speed since the last one."""
+        self._ledger.write(update)
+        updates, self._reported = update - self._reported, update
+        return self._meter.lap(updates * self._plan.tokens_per_step)
+
     def _save(self, update: int, arrays: list[Any]) -> None:
+        with self._ledger.spending("checkpoint"):
+            self._begin_save(update, arrays)
+        self._ledger.write(update, sync=True)
+
+    def _begin_save(self, update: int, arrays: list[Any]) -> None:
         # Two copies of the state would not fit where one just does.
         self._checkpoints.wait()
         leaves = checkpoint.snapshot(self._plan.blueprint.unflatten(arrays))
@@ -318,9 +382,11 @@ class _Run:
         )
 
     def _settle(self) -> None:
-        self._checkpoints.wait()
+        with self._ledger.spending("checkpoint"):
+            self._checkpoints.wait()
         self._tell_saved()
-        self._clock.stop(len(self.losses))
+        if self._reported < len(self.losses):
+            self._lap(len(self.losses))
 
     def _tell_saved(self) -> None:
         """Observers hear of it here, not in the thread that writes."""
@@ -329,34 +395,13 @@ class _Run:
             self._observer.saved(update, str(self._newest))
 
 
-class _Clock:
-    """Tokens per second, since the last lap and since the start."""
-
-    def __init__(self, tokens_per_step: int) -> None:
-        self._tokens_per_step = tokens_per_step
-        self.seconds = 0.0
-        self.host_s = 0.0
-        self.overall = 0.0
-
-    def start(self, update: int) -> None:
-        self._first = self._lap_update = update
-        self._began = self._lap_began = time.monotonic()
-        self._host_began = time.thread_time()
-
-    def lap(self, update: int) -> float:
-        now = time.monotonic()
-        rate = self._rate(update - self._lap_update, now - self._lap_began)
-        self._lap_update, self._lap_began = update, now
-        self.stop(update)
-        return rate
-
-    def stop(self, update: int) -> None:
-        self.seconds = time.monotonic() - self._began
-        self.host_s = time.thread_time() - self._host_began
-        self.overall = self._rate(update - self._first, self.seconds)
-
-    def _rate(self, updates: int, seconds: float) -> float:
-        return updates * self._tokens_per_step / max(seconds, 1e-9)
+def model_shape(plan: Plan) -> ModelShape:
+    """Returns what the FLOPs of the plan's model depend on."""
+    return ModelShape.of(
+        plan.experiment.model,
+        num_parameters=num_parameters(plan.blueprint),
+        sequence_length=plan.Pos.size,
+    )
 
 
 def num_parameters(blueprint: Blueprint) -> int:
@@ -404,14 +449,10 @@ def _publish(plan: Plan, last: Path, output: Path, run: _Run) -> Built:
         "loss_last": run.losses[-1],
         "loss_curve": history.curve(run.losses),
         "tokens": manifest.step * plan.tokens_per_step,
-        "tokens_per_second": run.tokens_per_second,
-        "train_s": run.train_s,
-        "host_s": run.host_s,
-        "compile_s": run.compile_s,
         "resumed_from": run.resumed_from,
         "num_parameters": num_parameters(plan.blueprint),
         "num_devices": plan.layout.mesh.size,
-    }
+    } | run.figures
     roots = {"parameters": manifest.parameters}
     return Built(manifest.content_id, roots, facts, manifest.digests)
 

@@ -14,7 +14,9 @@ import pytest
 
 from modeling.models.lm import build_model
 from modeling.training import checkpoint, history, trainer
+from modeling.training.accounting import read_ledger
 from modeling.training.manifest import CheckpointError
+from modeling.training.peak import Peak
 from modeling.training.retention import open_checkpoints
 from modeling.training.trainer import NonFiniteError, train
 
@@ -64,7 +66,7 @@ def finished(tmp_path_factory, compile_cache):
     space, observer = driver.workspace(tmp_path_factory.mktemp("run")), Recorder()
     built = train(
         driver.experiment(), driver.counting_cache(), space,
-        observer=observer, compile_cache=compile_cache,
+        observer=observer, compile_cache=compile_cache, peak=Peak(1e9, "measured"),
     )  # fmt: skip
     return space, built, observer
 
@@ -139,6 +141,30 @@ def test_the_learning_rate_told_is_that_of_the_update(finished):
     assert rates[1] == pytest.approx(5e-3)
     assert rates[2] == pytest.approx(1e-2)
     assert rates[6] == pytest.approx(1e-3)
+
+
+def test_speed_and_the_account_of_time_are_told_and_kept(finished):
+    space, built, observer = finished
+    facts = built.facts
+    per_token = facts["model_flops_per_token"]
+    assert facts["mfu"] == pytest.approx(facts["tokens_per_second"] * per_token / 1e9)
+    for report in observer.named("step"):
+        assert report.mfu == pytest.approx(report.tokens_per_second * per_token / 1e9)
+        assert 0 <= report.loader_share <= 1
+        assert 0 < report.goodput < 1, "compilation is no goodput"
+    assert "MFU" in str(observer.named("step")[0])
+    start = observer.named("started")[0]
+    assert start.memory.arguments > 3 * 4 * facts["num_parameters"], "weights and two moments"
+
+    (path,) = space.progress.rglob("time.jsonl")
+    spent = read_ledger(path)
+    assert spent.launches >= 1
+    assert {"steps", "compile", "restore", "checkpoint"} <= {
+        c for c, s in spent.by_cause.items() if s
+    }
+    assert facts["seconds"]["compile"] == pytest.approx(facts["compile_s"], abs=1e-3)
+    tokens_per_s = facts["tokens"] / (facts["seconds"]["steps"] + facts["seconds"].get("loader", 0))
+    assert facts["tokens_per_second"] == pytest.approx(tokens_per_s, rel=0.05)
 
 
 def test_a_finished_run_trains_no_more(finished):
