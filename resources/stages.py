@@ -3,20 +3,25 @@
 Imports of JAX stand inside the functions, after the worker has tied itself to its parent.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeling.artifacts import Workspace
 from modeling.experiment import ExperimentConfig, validate
 from resources import provenance
+from resources.store import programs_directory, scratch_directory
 from resources.tracker import Tracker, open_tracker
 from resources.worker import Channel
 
 if TYPE_CHECKING:
     from modeling.data.cache import TokenCache
+    from modeling.training.compile_cache import CompileCache
     from modeling.training.observer import RunStart, StepReport
+    from modeling.training.peak import Peak
 
 Arguments = Mapping[str, Any]
 PARITY_ROWS = 4
@@ -33,10 +38,50 @@ def train(arguments: Arguments, workspace: Workspace | None, channel: Channel) -
         "numerics": arguments["numerics"],
         "git": provenance.git_state(provenance.CHECKOUT),
     }
-    with open_tracker(arguments["name"], config) as tracker:
-        observer = TrainingObserver(channel, tracker)
-        built = trainer.train(experiment, _cache(arguments), workspace, observer=observer)
+    with (
+        open_tracker(arguments["name"], config) as tracker,
+        programs(experiment) as compile_cache,
+    ):
+        built = trainer.train(
+            experiment,
+            _cache(arguments),
+            workspace,
+            observer=TrainingObserver(channel, tracker),
+            peak=_peak(experiment),
+            compile_cache=compile_cache,
+        )
     return dataclasses.asdict(built)
+
+
+@contextlib.contextmanager
+def programs(experiment: ExperimentConfig) -> "Iterator[CompileCache | None]":
+    """Keeps what the block compiles for later processes of the same numerics class."""
+    from modeling.training.compile_cache import open_compile_cache
+    from modeling.training.trainer import class_here
+
+    directory = programs_directory()
+    if directory is None:
+        yield None
+        return
+    with open_compile_cache(directory / class_here(experiment)) as cache:
+        yield cache
+
+
+def _peak(experiment: ExperimentConfig) -> "Peak | None":
+    """Returns what the devices could do at most; None if it is not known and nothing is kept."""
+    import jax
+    import numpy as np
+
+    from modeling.training.peak import peak_of
+    from modeling.training.precision import Policy
+    from modeling.training.trainer import class_here
+
+    scratch = scratch_directory()
+    if scratch is None:
+        return None
+    devices = jax.devices()[: math.prod(experiment.trainer.mesh.values())]
+    dtype = np.dtype(Policy.parse(experiment.trainer.mp).compute).name
+    return peak_of(devices, dtype, scratch / "peaks" / f"{class_here(experiment)}.json")
 
 
 class TrainingObserver:
@@ -103,14 +148,16 @@ def evaluate(
     from modeling.evaluation import report
 
     assert workspace is not None
-    built = report.build(
-        _experiment(arguments),
-        Path(arguments["checkpoint"]),
-        _cache(arguments),
-        Path(arguments["tokenizer"]),
-        workspace,
-        report=channel.say,
-    )
+    experiment = _experiment(arguments)
+    with programs(experiment):
+        built = report.build(
+            experiment,
+            Path(arguments["checkpoint"]),
+            _cache(arguments),
+            Path(arguments["tokenizer"]),
+            workspace,
+            report=channel.say,
+        )
     return dataclasses.asdict(built)
 
 
@@ -121,14 +168,16 @@ def export(
     from modeling.hf import export
 
     assert workspace is not None
-    built = export.build(
-        _experiment(arguments),
-        Path(arguments["checkpoint"]),
-        Path(arguments["tokenizer"]),
-        arguments["lineage"],
-        workspace,
-        report=channel.say,
-    )
+    experiment = _experiment(arguments)
+    with programs(experiment):
+        built = export.build(
+            experiment,
+            Path(arguments["checkpoint"]),
+            Path(arguments["tokenizer"]),
+            arguments["lineage"],
+            workspace,
+            report=channel.say,
+        )
     return dataclasses.asdict(built)
 
 
@@ -144,7 +193,9 @@ def parity(
     split = "validation" if cache.num_rows("validation") else "train"
     rows = cache.rows(split, np.arange(min(PARITY_ROWS, cache.num_rows(split)))).tokens
     directories = Path(arguments["export"]), Path(arguments["checkpoint"])
-    found = export.logit_difference(*directories, _experiment(arguments), rows)
+    experiment = _experiment(arguments)
+    with programs(experiment):
+        found = export.logit_difference(*directories, experiment, rows)
     return {
         "max_abs_logit_difference": found.max_abs,
         "largest_logit": found.largest,

@@ -45,6 +45,18 @@ def scratch_directory(environ: Mapping[str, str] = os.environ) -> Path | None:
     return Path(home) / "scratch" if home else None
 
 
+def programs_directory(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """Returns where compiled programs are kept; None if nobody says, or `off` is said.
+
+    `LEVANTER_COMPILE_CACHE` names a directory or is `off`; else they lie beside other scratch work.
+    """
+    wanted = environ.get("LEVANTER_COMPILE_CACHE")
+    if wanted:
+        return None if wanted == "off" else Path(wanted).absolute()
+    scratch = scratch_directory(environ)
+    return scratch and scratch / "programs"
+
+
 def open_store(configured: str | None = None) -> ArtifactStore:
     """Opens the store that the environment names."""
     return ArtifactStore(store_url(configured), scratch=scratch_directory())

@@ -38,6 +38,7 @@ from modeling.numerics import numerics_class
 from modeling.optim.build import build_optimizer, decayed_parameters
 from modeling.training import checkpoint, faults, history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
+from modeling.training.compile_cache import CompileCache
 from modeling.training.manifest import CheckpointError
 from modeling.training.mesh import Layout, build_layout
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
@@ -63,7 +64,7 @@ def train(
     *,
     observer: Observer | None = None,
     peak: Peak | None = None,
-    compile_cache: Path | None = None,
+    compile_cache: CompileCache | None = None,
 ) -> Built:
     """Trains `experiment` on the training rows of `cache` to its last step.
 
@@ -73,15 +74,13 @@ def train(
         workspace: where progress is kept and the result goes.
         observer: hears of each step.
         peak: what the devices could do at most, to tell utilization by.
-        compile_cache: directory of compiled programs, to start faster the next time.
+        compile_cache: keeps what is compiled, to start faster the next time.
 
     Raises:
         Preempted: the process was asked to end; everything up to `.step` is saved.
         NonFiniteError: naming the step and the first leaf.
         CheckpointError: another trainer is at work on this workspace.
     """
-    if compile_cache is not None:
-        _use_compile_cache(compile_cache)
     plan = make_plan(experiment, cache)
     keep = experiment.trainer.keep_checkpoints
     directory = checkpoint_directory(workspace, experiment)
@@ -90,8 +89,9 @@ def train(
         open_checkpoints(directory, keep=keep) as checkpoints,
         Ledger(directory / "time.jsonl") as ledger,
     ):
-        run = _Run(plan, TrainLoader(cache, experiment.trainer.data_order, plan.Batch.size),
-                   checkpoints, observer or Silent(), notice, ledger, peak)  # fmt: skip
+        loader = TrainLoader(cache, experiment.trainer.data_order, plan.Batch.size)
+        told = observer or Silent()
+        run = _Run(plan, loader, checkpoints, told, notice, ledger, peak, compile_cache)
         last = run.to_the_end()
         built = _publish(plan, last, workspace.output, run)
     if observer is not None:
@@ -165,6 +165,7 @@ class _Run:
         notice: PreemptionNotice,
         ledger: Ledger,
         peak: Peak | None,
+        compile_cache: CompileCache | None,
     ) -> None:
         self._plan = plan
         self._loader = loader
@@ -175,6 +176,7 @@ class _Run:
         self._newest: Path | None = None
         self._ledger = ledger
         self._peak = peak
+        self._compile_cache = compile_cache
         self._meter = Meter(
             ledger,
             flops_per_token=model_shape(plan).flops_per_token(),
@@ -266,6 +268,7 @@ class _Run:
                 Pos=plan.Pos,
                 columns=self._loader.columns,
             )
+            self._keep_programs()
             if step.compiled is not None:
                 text = step.compiled.as_text()
                 self.program_flops = product_flops(text) * plan.layout.mesh.size if text else None
@@ -284,6 +287,10 @@ class _Run:
             )
         )
         return step
+
+    def _keep_programs(self) -> None:
+        if self._compile_cache is not None:
+            self._compile_cache.publish()
 
     def _loop(self, step: Step, arrays: list[Any]) -> None:
         trainer, first = self._plan.experiment.trainer, self.resumed_from
@@ -359,6 +366,7 @@ class _Run:
     def _save(self, update: int, arrays: list[Any]) -> None:
         with self._ledger.spending("checkpoint"):
             self._begin_save(update, arrays)
+        self._keep_programs()
         self._ledger.write(update, sync=True)
 
     def _begin_save(self, update: int, arrays: list[Any]) -> None:
@@ -457,12 +465,17 @@ def _publish(plan: Plan, last: Path, output: Path, run: _Run) -> Built:
     return Built(manifest.content_id, roots, facts, manifest.digests)
 
 
-def checkpoint_directory(workspace: Workspace, experiment: ExperimentConfig) -> Path:
-    """Returns where the checkpoints of this experiment in this numerics class are."""
+def class_here(experiment: ExperimentConfig) -> str:
+    """Returns a short name of the numerics class of `experiment` on the devices of this process."""
     device = jax.devices()[0]
     kind = None if device.platform == "cpu" else device.device_kind
     numerics = numerics_class(experiment.trainer, platform=device.platform, device_kind=kind)
-    directory = workspace.progress / "checkpoints" / numerics_digest(numerics)[:16]
+    return numerics_digest(numerics)[:16]
+
+
+def checkpoint_directory(workspace: Workspace, experiment: ExperimentConfig) -> Path:
+    """Returns where the checkpoints of this experiment in this numerics class are."""
+    directory = workspace.progress / "checkpoints" / class_here(experiment)
     others = sorted(p.name for p in directory.parent.glob("*") if p.name != directory.name)
     if others and not directory.exists():
         _log.warning(
@@ -470,9 +483,3 @@ def checkpoint_directory(workspace: Workspace, experiment: ExperimentConfig) -> 
             "training begins anew.", directory.parent, ", ".join(others),
         )  # fmt: skip
     return directory
-
-
-def _use_compile_cache(directory: Path) -> None:
-    jax.config.update("jax_compilation_cache_dir", str(directory))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

@@ -7,6 +7,7 @@ are made up by arithmetic, so that no corpus is needed: each one counts up from 
 of its own, which a tiny model can learn.
 """
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -85,14 +86,15 @@ def workspace(directory: Path) -> Workspace:
 
 def run(case: Mapping[str, Any]) -> dict[str, Any]:
     from modeling.training import history, trainer
+    from modeling.training.compile_cache import open_compile_cache
 
-    space = workspace(Path(case["workspace"]))
-    built = trainer.train(
-        experiment(**case["experiment"]),
-        counting_cache(),
-        space,
-        compile_cache=Path(case["compile_cache"]) if "compile_cache" in case else None,
-    )
+    space, config = workspace(Path(case["workspace"])), experiment(**case["experiment"])
+    with contextlib.ExitStack() as stack:
+        cache = None
+        if "compile_cache" in case:
+            directory = Path(case["compile_cache"]) / trainer.class_here(config)
+            cache = stack.enter_context(open_compile_cache(directory))
+        built = trainer.train(config, counting_cache(), space, compile_cache=cache)
     losses = history.read_losses(space.output)
     return dataclasses.asdict(built) | {"losses": [loss.hex() for loss in losses]}
 

@@ -15,6 +15,7 @@ import pytest
 from modeling.models.lm import build_model
 from modeling.training import checkpoint, history, trainer
 from modeling.training.accounting import read_ledger
+from modeling.training.compile_cache import open_compile_cache
 from modeling.training.manifest import CheckpointError
 from modeling.training.peak import Peak
 from modeling.training.retention import open_checkpoints
@@ -56,8 +57,8 @@ class Recorder:
 
 @pytest.fixture(scope="module")
 def compile_cache(tmp_path_factory):
-    yield tmp_path_factory.mktemp("compiled")
-    jax.config.update("jax_compilation_cache_dir", None)
+    with open_compile_cache(tmp_path_factory.mktemp("compiled")) as cache:
+        yield cache
 
 
 @pytest.fixture(scope="module")
