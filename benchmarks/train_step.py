@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from modeling.data.cache import TokenCache
+from modeling.data.rows import Rows
 from modeling.experiment import ExperimentConfig, validate
 from modeling.numerics import environment
 
@@ -139,9 +140,9 @@ class RandomCache(TokenCache):
         """All rows are for training."""
         return len(self._rows)
 
-    def rows(self, split: str, indices: np.ndarray) -> np.ndarray:
+    def rows(self, split: str, indices: np.ndarray) -> Rows:
         """Returns copies of rows."""
-        return self._rows[indices]
+        return Rows(self._rows[indices])
 
 
 def experiment(sizes: dict[str, int], mp: str, devices: int) -> ExperimentConfig:
