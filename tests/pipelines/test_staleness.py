@@ -76,7 +76,7 @@ def test_why_names_the_field_above_and_what_the_asset_was_made_for(chain, first_
     assert "above it, tiny/checkpoint is stale: trainer.seed 0 -> 5" in changed
     assert "because: first materialization" in changed
     assert "tiny/hf_model is fresh" in told("tiny/hf_model")
-    with pytest.raises(ValueError, match="there are .*tiny/hf_model"):
+    with pytest.raises(ValueError, match=r"there are .*tiny/hf_model"):
         told("tiny/hf")
 
 

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import dagster as dg
 import pytest
 
 from modeling.artifacts import Artifact, Built, Recipe
@@ -24,6 +25,27 @@ def store(tmp_path):
     return StoreResource(url=str(tmp_path / "store"))
 
 
+@pytest.fixture
+def made(store):
+    """Materializes recipes one after the other as the same asset."""
+    with dg.DagsterInstance.ephemeral() as instance:
+
+        def make(recipe, builder, **options):
+            results = []
+
+            @dg.asset(metadata={"config": dg.MetadataValue.json(recipe.params)})
+            def toy():
+                results.append(store.materialize(recipe, builder, **options))
+                return dg.MaterializeResult(
+                    data_version=results[0].data_version, metadata=results[0].metadata
+                )
+
+            assert dg.materialize([toy], instance=instance).success
+            return results[0]
+
+        yield make
+
+
 def test_the_location_is_the_resources_then_the_variables_then_the_homes():
     both = {"LEVANTER_STORE": "/b", "DAGSTER_HOME": "/c"}
     assert store_url("/a", both) == "/a"
@@ -39,10 +61,10 @@ def test_without_a_location_the_remedy_is_told():
         store_url(None, {})
 
 
-def test_a_materialization_shows_ids_facts_and_whether_it_was_built(store):
+def test_a_materialization_shows_ids_facts_and_whether_it_was_built(made):
     recipe = Recipe("toy", 1, {"seed": 1})
-    first = store.materialize(recipe, build("a"), show=lambda made, files: {
-        "text": (files / "a.txt").read_text()})  # fmt: skip
+    show = lambda made, files: {"text": (files / "a.txt").read_text()}
+    first = made(recipe, build("a"), show=show)
     assert isinstance(first.value, Artifact)
     assert first.data_version.value == "a" * 64
     assert first.metadata["was"] == "built"
@@ -51,15 +73,29 @@ def test_a_materialization_shows_ids_facts_and_whether_it_was_built(store):
     assert first.metadata["text"] == "a"
     assert first.metadata["recipe_id"] == recipe.id
     assert "nothing" not in first.metadata
-    second = store.materialize(recipe, build("b"))
+    assert first.metadata["why"] == "first materialization"
+    second = made(recipe, build("b"))
     assert second.metadata["was"] == "reused"
+    assert second.metadata["why"] == "asked for again; nothing has changed"
     assert second.value == first.value
 
 
-def test_inputs_are_found_through_the_records(store):
-    top = store.materialize(Recipe("top", 1, {}), build("a")).value
-    middle = store.materialize(Recipe("middle", 1, {}, {"top": top.as_input()}), build("b")).value
-    low = store.materialize(Recipe("low", 1, {}, {"middle": middle.as_input()}), build("c")).value
+def test_why_names_parameters_inputs_version_and_numerics_class(made):
+    above = [made(Recipe("above", 1, {"n": n}), build(text)).value for n, text in enumerate("ab")]
+    made(Recipe("toy", 1, {"seed": 1}, {"x": above[0].as_input()}), build("c"), numerics={"d": 1})
+    after = Recipe("toy", 2, {"seed": 2}, {"x": above[1].as_input()})
+    assert made(after, build("d"), numerics={"d": 2}).metadata["why"].split("; ") == [
+        "seed 1 -> 2",
+        "transform version 1 -> 2",
+        f"input.x {'a' * 12} -> {'b' * 12}",
+        "numerics.d 1 -> 2",
+    ]
+
+
+def test_inputs_are_found_through_the_records(made, store):
+    top = made(Recipe("top", 1, {}), build("a")).value
+    middle = made(Recipe("middle", 1, {}, {"top": top.as_input()}), build("b")).value
+    low = made(Recipe("low", 1, {}, {"middle": middle.as_input()}), build("c")).value
     assert store.input_of(low, "middle") == middle
     assert store.inputs_above(low) == {"top": top, "middle": middle}
     with pytest.raises(ValueError, match=r"no input `top`; it has \['middle'\]"):
