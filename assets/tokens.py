@@ -48,6 +48,7 @@ def tokenized_assets(
                 dataset.tokenization,
                 *inputs,
                 space,
+                document_format=dataset.format,
                 report=lambda now: context.log.info(str(now)),
             ),
             show=lambda made, _: {"dagster/row_count": _sum_of_splits(made, "documents")},

@@ -118,8 +118,25 @@ class _Changes:
 
 
 def load_dataset(path: Path, overrides: Sequence[str] = ()) -> DatasetConfig:
-    """Reads one dataset file and applies dotted overrides."""
-    return validate(DatasetConfig, with_overrides(read_yaml(path), overrides), str(path))
+    """Reads one dataset file, and the template that it names, and applies dotted overrides."""
+    raw = with_overrides(read_yaml(path), overrides)
+    return validate(DatasetConfig, _with_template(raw, path), str(path))
+
+
+def _with_template(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Replaces `format.template_file` by what the file holds, since its name means nothing."""
+    section = raw.get("format")
+    if not isinstance(section, Mapping) or "template_file" not in section:
+        return raw
+    if "template" in section:
+        raise ConfigError(f"{path}: format: set either `template` or `template_file`.")
+    rest = {key: value for key, value in section.items() if key != "template_file"}
+    template = path.parent / str(section["template_file"])
+    try:
+        rest["template"] = template.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: format.template_file: {template}: {error}.") from None
+    return raw | {"format": rest}
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:

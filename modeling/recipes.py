@@ -11,7 +11,7 @@ from typing import Any
 
 from modeling import canonical
 from modeling.artifacts import Artifact, Input, Recipe
-from modeling.data.config import DatasetConfig
+from modeling.data.config import DatasetConfig, TokenizerConfig, TrainedTokenizerConfig
 from modeling.experiment import ExperimentConfig
 
 VERSIONS = {
@@ -48,14 +48,37 @@ def _corpus_params(dataset: DatasetConfig) -> dict[str, Any]:
     return params | {"format": reading} if reading else params
 
 
+def is_trained_here(tokenizer: TokenizerConfig) -> bool:
+    """Whether a tokenizer depends on the corpus."""
+    return isinstance(tokenizer, TrainedTokenizerConfig)
+
+
 def tokenizer_params(dataset: DatasetConfig) -> Any:
-    """How the tokenizer is trained."""
+    """How the tokenizer is trained, or where it is taken from."""
+    params = _tokenizer_params(dataset)
+    path = getattr(dataset.tokenizer, "path", None)
+    return params if path is None else params | {"path": path}
+
+
+def tokenizer_recipe(
+    dataset: DatasetConfig, corpus: Artifact | None, files_root: str | None = None
+) -> Recipe:
+    """Depends on the decoded documents alone if trained here, else on the files that are named.
+
+    Args:
+        dataset: says which tokenizer.
+        corpus: what a tokenizer is trained on; None for one that is not trained here.
+        files_root: the digest of the files found now, where a path names them.
+    """
+    params = _tokenizer_params(dataset)
+    if files_root is not None:
+        params |= {"files": files_root}
+    inputs = {} if corpus is None else {"corpus": corpus.as_input("documents")}
+    return _recipe("tokenizer", params, **inputs)
+
+
+def _tokenizer_params(dataset: DatasetConfig) -> dict[str, Any]:
     return {"tokenizer": dataset.tokenizer, "tokenizers": importlib.metadata.version("tokenizers")}
-
-
-def tokenizer_recipe(dataset: DatasetConfig, corpus: Artifact) -> Recipe:
-    """Depends on the decoded documents alone."""
-    return _recipe("tokenizer", tokenizer_params(dataset), corpus=corpus.as_input("documents"))
 
 
 def tokenized_params(dataset: DatasetConfig) -> Any:

@@ -7,7 +7,7 @@ library encode each once, and gathers. Any other tokenizer goes through the libr
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import Protocol, runtime_checkable
@@ -17,11 +17,21 @@ import pyarrow as pa
 import tokenizers
 from jaxtyping import Int64, Integer, UInt8
 
-from modeling.data.config import TokenizationConfig
+from modeling.data.chat import ChatTemplate, Piece, TemplateProblem
+from modeling.data.config import (
+    ChatFormat,
+    Format,
+    IdsFormat,
+    SupervisedFormat,
+    TextFormat,
+    TokenizationConfig,
+)
 from modeling.data.pretokens import SEPARATOR, Splitter
+from modeling.data.records import COMPLETION, PROMPT
 from modeling.data.shards import token_dtype
-from modeling.data.tokenizer import Tokenizer
+from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
 
+TEXT = TextFormat()
 _SEPARATOR_WORD = bytes([SEPARATOR])
 _MAX_KNOWN_WORDS = 1 << 20
 _MAX_KNOWN_BYTES = 1 << 26
@@ -193,10 +203,9 @@ class TextEncoder:
 
     has_loss_mask = False
 
-    def __init__(self, tokenizer: Tokenizer, config: TokenizationConfig) -> None:
-        """Encodes with `tokenizer`, bounding documents by `config`."""
-        self._tokenizer = tokenizer
-        self._config = config
+    def __init__(self, tokenizer: Tokenizer, bounds: "Bounds") -> None:
+        """Encodes with `tokenizer`, bounding documents by `bounds`."""
+        self._bounds = bounds
         self._encoder = encoder_for(tokenizer.backend, token_dtype(tokenizer.vocab_size))
 
     @property
@@ -206,20 +215,208 @@ class TextEncoder:
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """Returns the ids of each UTF-8 text, with what begins and ends it."""
-        encoded = self._encoder.encode(documents)
-        tokens, lengths = encoded.tokens, encoded.lengths
-        if self._config.append_eos:
-            tokens = np.insert(tokens, lengths.cumsum(), self._tokenizer.eos_id)
-            lengths = lengths + 1
-        if self._config.append_bos:
-            tokens = np.insert(tokens, lengths.cumsum() - lengths, self._tokenizer.bos_id)
-            lengths = lengths + 1
-        return Encoded(tokens, lengths)
+        return self._bounds.added(self._encoder.encode(documents))
 
 
-def document_encoder(tokenizer: Tokenizer, config: TokenizationConfig) -> DocumentEncoder:
-    """Returns what encodes the documents of a dataset."""
-    return TextEncoder(tokenizer, config)
+class PieceEncoder:
+    """Encodes documents that are rendered as pieces of text and special tokens.
+
+    Each piece is encoded apart, as the last one is when a model goes on from a prompt; so ids are
+    those of the whole where, as in byte-level BPE, a token never reaches over a pre-token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        bounds: "Bounds",
+        render: Callable[[str], Sequence[Piece]],
+        *,
+        has_loss_mask: bool,
+    ) -> None:
+        """Encodes with `tokenizer` what `render` makes of a document."""
+        self.has_loss_mask = has_loss_mask
+        self._bounds = bounds
+        self._render = render
+        self._encoder = encoder_for(tokenizer.backend, token_dtype(tokenizer.vocab_size))
+        if not isinstance(self._encoder, WordEncoder):
+            raise ValueError("not yet")
+
+    @property
+    def name(self) -> str:
+        """How ids are found, for an artifact's facts."""
+        return self._encoder.name
+
+    def encode(self, documents: Sequence[bytes]) -> Encoded:
+        """Returns the ids of each document, with what begins and ends it."""
+        rendered = [self._rendered(index, text) for index, text in enumerate(documents)]
+        pieces = list(chain.from_iterable(rendered))
+        texts = [piece.content.encode() for piece in pieces if isinstance(piece.content, str)]
+        encoded = self._encoder.encode(texts)
+
+        is_text = np.fromiter((isinstance(p.content, str) for p in pieces), np.bool_, len(pieces))
+        lengths = np.ones(len(pieces), np.int64)
+        lengths[is_text] = encoded.lengths
+        special = [piece.content for piece in pieces if isinstance(piece.content, int)]
+        tokens = np.empty(int(lengths.sum()), encoded.tokens.dtype)
+        of_text = np.repeat(is_text, lengths)
+        tokens[of_text] = encoded.tokens
+        tokens[~of_text] = special
+        counts = np.fromiter((piece.counts for piece in pieces), np.uint8, len(pieces))
+        document = np.repeat(np.arange(len(rendered)), [len(parts) for parts in rendered])
+        return self._bounds.added(
+            Encoded(
+                tokens,
+                np.bincount(document, lengths, len(rendered)).astype(np.int64),
+                np.repeat(counts, lengths) if self.has_loss_mask else None,
+            )
+        )
+
+    def _rendered(self, index: int, document: bytes) -> Sequence[Piece]:
+        try:
+            return self._render(document.decode())
+        except TemplateProblem as error:
+            raise DocumentError(index, str(error)) from error
+
+
+class IdsEncoder:
+    """Takes the ids that documents are given as, and checks them against the vocabulary."""
+
+    name = "passthrough"
+    has_loss_mask = False
+
+    def __init__(self, tokenizer: PassthroughTokenizer, bounds: "Bounds") -> None:
+        """Admits ids of the vocabulary that `tokenizer` declares."""
+        self._vocab_size = tokenizer.vocab_size
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._bounds = bounds
+
+    def encode(self, documents: Sequence[bytes]) -> Encoded:
+        """Returns the ids of each document, with what begins and ends it."""
+        ids = np.fromstring(b" ".join(documents).decode(), np.int64, sep=" ")
+        lengths = np.fromiter(
+            (1 + text.count(b" ") for text in documents), np.int64, len(documents)
+        )
+        assert len(ids) == lengths.sum()
+        if (beyond := np.flatnonzero(ids >= self._vocab_size)).size:
+            first = int(beyond[0])
+            ends = lengths.cumsum()
+            index = int(np.searchsorted(ends, first, side="right"))
+            raise DocumentError(
+                index,
+                f"id {ids[first]}, number {first - int(ends[index] - lengths[index]) + 1} of the "
+                f"document, is not below tokenizer.vocab_size {self._vocab_size}. Declare the "
+                f"vocabulary that the ids were made with.",
+            )
+        return self._bounds.added(Encoded(ids.astype(self._dtype), lengths))
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The ids that begin and end every document; one that does so already gets no second."""
+
+    bos_id: int | None
+    eos_id: int | None
+    eos_counts: bool = True
+    """Whether an appended end is to be predicted, where there is a loss mask."""
+
+    def added(self, encoded: Encoded) -> Encoded:
+        """Returns the documents with their bounds."""
+        if self.eos_id is not None:
+            ends = encoded.lengths.cumsum()
+            encoded = _inserted(encoded, ends, ends - 1, self.eos_id, counts=self.eos_counts)
+        if self.bos_id is not None:
+            starts = encoded.lengths.cumsum() - encoded.lengths
+            encoded = _inserted(encoded, starts, starts, self.bos_id, counts=False)
+        return encoded
+
+
+def _inserted(
+    encoded: Encoded,
+    positions: Int64[np.ndarray, " documents"],
+    present: Int64[np.ndarray, " documents"],
+    token_id: int,
+    *,
+    counts: bool,
+) -> Encoded:
+    """Inserts an id at each document's position, unless the one at `present` is that id."""
+    lacks = encoded.lengths == 0
+    lacks[~lacks] = encoded.tokens[present[~lacks]] != token_id
+    mask = encoded.loss_mask
+    return Encoded(
+        np.insert(encoded.tokens, positions[lacks], token_id),
+        encoded.lengths + lacks,
+        None if mask is None else np.insert(mask, positions[lacks], counts),
+    )
+
+
+def document_encoder(
+    tokenizer: Tokenizer | PassthroughTokenizer,
+    config: TokenizationConfig,
+    document_format: Format = TEXT,
+) -> DocumentEncoder:
+    """Returns what encodes the documents of a dataset.
+
+    Raises:
+        ValueError: the format needs another tokenizer, or a chat template that there is not.
+    """
+    bounds = Bounds(
+        _bound(tokenizer.bos_id, config.append_bos, "bos"),
+        _bound(tokenizer.eos_id, config.append_eos, "eos"),
+        eos_counts=not isinstance(document_format, ChatFormat),
+    )
+    if isinstance(tokenizer, PassthroughTokenizer):
+        if not isinstance(document_format, IdsFormat):
+            raise ValueError(
+                f"format: {document_format.type} needs a tokenizer, but tokenizer is passthrough; "
+                f"set `format: {{type: ids}}`, or another tokenizer."
+            )
+        return IdsEncoder(tokenizer, bounds)
+    match document_format:
+        case TextFormat():
+            return TextEncoder(tokenizer, bounds)
+        case ChatFormat():
+            template = _chat_template(tokenizer, document_format)
+            has_loss_mask = document_format.loss != "all"
+            return PieceEncoder(tokenizer, bounds, template.render, has_loss_mask=has_loss_mask)
+        case SupervisedFormat():
+            separator = document_format.separator
+
+            def render(document: str) -> list[Piece]:
+                record = json.loads(document)
+                prompt, completion = record[PROMPT] + separator, record[COMPLETION]
+                return [Piece(prompt, False), Piece(completion, True)]
+
+            return PieceEncoder(tokenizer, bounds, render, has_loss_mask=True)
+        case IdsFormat():
+            raise ValueError(
+                "format: ids takes `tokenizer: {type: passthrough, vocab_size: N, eos_id: M}`, "
+                "since nothing says that another tokenizer made the ids."
+            )
+
+
+def _bound(token_id: int | None, is_asked_for: bool, name: str) -> int | None:
+    if is_asked_for and token_id is None:
+        raise ValueError(
+            f"tokenization.append_{name}: the tokenizer has no {name} token; set "
+            f"`tokenizer.{name}_id` or `tokenizer.{name}_token`, or `append_{name}: false`."
+        )
+    return token_id if is_asked_for else None
+
+
+def _chat_template(tokenizer: Tokenizer, chat: ChatFormat) -> ChatTemplate:
+    template = chat.template if chat.template is not None else tokenizer.chat_template
+    if template is None:
+        raise ValueError(
+            "format.template: the tokenizer has no chat template of its own; set `format.template` "
+            "or `format.template_file`."
+        )
+    named = {f"{name}_token": token for name, token in tokenizer.named_tokens.items()}
+    return ChatTemplate(
+        template,
+        tokenizer.special_tokens,
+        named | dict(chat.variables),
+        counts_all=chat.loss == "all",
+    )
 
 
 def splits_like_gpt2(backend: tokenizers.Tokenizer) -> bool:

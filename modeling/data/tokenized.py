@@ -26,10 +26,10 @@ import numpy as np
 from modeling import canonical
 from modeling.artifacts import Built, DamagedArtifactError, Workspace, file_sha256, write_durably
 from modeling.data import corpus
-from modeling.data.config import TokenizationConfig
+from modeling.data.config import Format, TokenizationConfig
 from modeling.data.encoding import DocumentEncoder, Encoded, document_encoder
 from modeling.data.shards import FlatTokens, map_shard, token_dtype, write_shard
-from modeling.data.tokenizer import Tokenizer
+from modeling.data.tokenizer import load_tokenizer
 from modeling.merkle import MerkleHasher
 from modeling.progress import Meter, Report, ignore
 
@@ -112,17 +112,19 @@ def build(
     tokenizer_dir: Path,
     workspace: Workspace,
     *,
+    document_format: Format = corpus.TEXT,
     report: Report = ignore,
     shard_tokens: int = SHARD_TOKENS,
 ) -> Built:
     """Encodes every document, resuming after the last shard that an earlier attempt committed.
 
     Args:
+        document_format: what the corpus's documents are.
         shard_tokens: closes a shard at the first document that reaches this many tokens.
     """
-    tokenizer = Tokenizer.load(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     dtype = token_dtype(tokenizer.vocab_size)
-    encoder = document_encoder(tokenizer, config)
+    encoder = document_encoder(tokenizer, config, document_format)
     total = sum(corpus.num_documents(corpus_dir, split) for split in corpus.SPLITS)
     meter = Meter(report, "tokenized corpus", total, "documents")
     splits = {}

@@ -1,15 +1,21 @@
-"""A byte-level BPE tokenizer trained on the corpus, and the one way to use a tokenizer.
+"""The tokenizer artifact, wherever its vocabulary comes from, and the one way to use it.
 
     tokenizer.json        canonical `tokenizers` JSON, with padding and truncation off
-    special_tokens.json   text and id of `bos` and `eos`: {"eos": {"token": ..., "id": ...}, ...}
+    special_tokens.json   text and id of each token with a role, `eos` at least:
+                          {"eos": {"token": ..., "id": ...}, "bos": ..., "pad": ...}
+    chat_template.jinja   the template that came with the tokenizer, if one did
     probe.json            the ids of hostile texts, checked at each load against the library in use
+    passthrough.json      instead of all these, where documents are ids already: {"vocab_size": ...,
+                          "eos_id": ..., "bos_id": ...}
 
-The content id covers the JSON (keys sorted) and the special tokens. Texts are encoded without
-looking for special tokens in them: a document that spells `<|endoftext|>` ends no document.
+The content id covers the JSON (keys sorted), the special tokens and the template. Texts are encoded
+without looking for special tokens in them: a document that spells `<|endoftext|>` ends no document.
+Nor does a post-processor add any: what begins and ends a document is said by `tokenization`.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +25,21 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, write_durably
-from modeling.data import corpus
-from modeling.data.config import BpeTokenizerConfig
+from modeling.data import corpus, pretrained
+from modeling.data.config import (
+    BpeTokenizerConfig,
+    PassthroughTokenizerConfig,
+    PretrainedTokenizerConfig,
+    TokenizerConfig,
+)
 from modeling.progress import Meter, Report, ignore
 
 END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 SPECIAL_TOKENS_FILE = "special_tokens.json"
 PROBE_FILE = "probe.json"
+TEMPLATE_FILE = "chat_template.jinja"
+PASSTHROUGH_FILE = "passthrough.json"
 _TRAIN_BATCH_DOCUMENTS = 256
 
 PROBE_TEXTS = (
@@ -47,26 +60,61 @@ PROBE_TEXTS = (
 )
 
 
+@dataclass(frozen=True)
+class PassthroughTokenizer:
+    """A vocabulary that documents of ids were made with; nothing here knows its texts."""
+
+    vocab_size: int
+    eos_id: int
+    bos_id: int | None
+
+
 class Tokenizer:
     """Text to ids and back; the same ids for the same text, always."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, *, bos_token: str, eos_token: str) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        *,
+        bos_token: str | None,
+        eos_token: str,
+        named_tokens: Mapping[str, str] | None = None,
+        chat_template: str | None = None,
+    ) -> None:
         """Wraps `backend`, whose padding and truncation are turned off.
 
         Args:
+            backend: the library's tokenizer.
             bos_token: what may begin a document; as in GPT-2 it may be the one that ends it.
             eos_token: what ends a document.
+            named_tokens: tokens with other roles, such as `pad`.
+            chat_template: Jinja that came with the tokenizer.
         """
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True
         self.backend = backend
+        self.named_tokens = dict(named_tokens or {}) | {"eos": eos_token}
+        """The text of each token with a role: `eos`, and `bos`, `pad` and others where known."""
+        if bos_token is not None:
+            self.named_tokens["bos"] = bos_token
+        for token in self.named_tokens.values():
+            _id_of(backend, token)
+        self.chat_template = chat_template
         self.bos_token = bos_token
         self.eos_token = eos_token
-        self.bos_id = _id_of(backend, bos_token)
+        self.bos_id = None if bos_token is None else _id_of(backend, bos_token)
         self.eos_id = _id_of(backend, eos_token)
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         """The number of rows that an embedding needs: one more than the largest id."""
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The id of every token that no text spells: those marked special, or with a role."""
+        added = self.backend.get_added_tokens_decoder()
+        special = {token.content: index for index, token in added.items() if token.special}
+        named = {token: _id_of(self.backend, token) for token in self.named_tokens.values()}
+        return special | named
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
@@ -76,9 +124,15 @@ class Tokenizer:
             ValueError: the installed `tokenizers` encodes a probe text to other ids.
         """
         special = json.loads((directory / SPECIAL_TOKENS_FILE).read_text(encoding="utf-8"))
+        named = {name: entry["token"] for name, entry in special.items()}
         backend = tokenizers.Tokenizer.from_file(str(directory / TOKENIZER_FILE))
+        template = directory / TEMPLATE_FILE
         tokenizer = cls(
-            backend, bos_token=special["bos"]["token"], eos_token=special["eos"]["token"]
+            backend,
+            bos_token=named.pop("bos", None),
+            eos_token=named.pop("eos"),
+            named_tokens=named,
+            chat_template=template.read_text(encoding="utf-8") if template.exists() else None,
         )
         probe = json.loads((directory / PROBE_FILE).read_text(encoding="utf-8"))
         for text, expected in zip(probe["texts"], probe["ids"], strict=True):
@@ -122,29 +176,62 @@ class Tokenizer:
         return lengths
 
 
+def load_tokenizer(directory: Path) -> Tokenizer | PassthroughTokenizer:
+    """Opens a built tokenizer artifact, of text or of ids."""
+    declared = directory / PASSTHROUGH_FILE
+    if not declared.exists():
+        return Tokenizer.load(directory)
+    return PassthroughTokenizer(**json.loads(declared.read_text(encoding="utf-8")))
+
+
+def files_root(config: TokenizerConfig) -> str | None:
+    """Returns the digest of the files that `config` names by a path; None where it names none."""
+    return pretrained.files_root(config) if isinstance(config, PretrainedTokenizerConfig) else None
+
+
 def build(
-    config: BpeTokenizerConfig,
-    corpus_dir: Path,
+    config: TokenizerConfig,
+    corpus_dir: Path | None,
     workspace: Workspace,
     *,
     report: Report = ignore,
 ) -> Built:
-    """Trains the tokenizer on the training split alone.
+    """Trains a tokenizer on the training split alone, or takes the one that is named.
+
+    Args:
+        config: says which.
+        corpus_dir: what to train on; None for one that is not trained here.
+        workspace: where to write.
+        report: told of the progress.
 
     Raises:
-        ValueError: the corpus gives fewer merges than `vocab_size` asks for.
+        ValueError: the corpus is too small for `vocab_size`, or the named files are no tokenizer.
     """
+    match config:
+        case BpeTokenizerConfig():
+            assert corpus_dir is not None
+            tokenizer = _train_bpe(config, _training_texts(corpus_dir, report))
+        case PretrainedTokenizerConfig():
+            tokenizer = _pretrained(config)
+        case PassthroughTokenizerConfig():
+            declared = PassthroughTokenizer(config.vocab_size, config.eos_id, config.bos_id)
+            return _save_passthrough(declared, workspace.output)
+        case _:
+            raise NotImplementedError
+    return save(tokenizer, workspace.output)
+
+
+def _train_bpe(config: BpeTokenizerConfig, texts: Iterator[list[str]]) -> Tokenizer:
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
         min_frequency=config.min_frequency,
-        special_tokens=[END_OF_TEXT],
+        special_tokens=[END_OF_TEXT, *config.special_tokens],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    texts = _training_texts(corpus_dir, report)
     backend.train_from_iterator(texts, trainer=trainer)
     tokenizer = Tokenizer(backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
     if tokenizer.vocab_size != config.vocab_size:
@@ -153,15 +240,27 @@ def build(
             f"gives {tokenizer.vocab_size} at min_frequency {config.min_frequency}. Lower "
             f"vocab_size or min_frequency, or add documents."
         )
-    return save(tokenizer, workspace.output)
+    return tokenizer
+
+
+def _pretrained(config: PretrainedTokenizerConfig) -> Tokenizer:
+    found = pretrained.load_pretrained(config)
+    named = dict(found.named_tokens)
+    return Tokenizer(
+        found.backend,
+        bos_token=named.pop("bos", None),
+        eos_token=named.pop("eos"),
+        named_tokens=named,
+        chat_template=found.chat_template,
+    )
 
 
 def save(tokenizer: Tokenizer, directory: Path) -> Built:
     """Writes `tokenizer` in its canonical form and returns what it is."""
     backend_json = json.loads(tokenizer.backend.to_str()) | {"padding": None, "truncation": None}
     special = {
-        "bos": {"token": tokenizer.bos_token, "id": tokenizer.bos_id},
-        "eos": {"token": tokenizer.eos_token, "id": tokenizer.eos_id},
+        name: {"token": token, "id": _id_of(tokenizer.backend, token)}
+        for name, token in tokenizer.named_tokens.items()
     }
     probe = {
         "tokenizers": tokenizers.__version__,
@@ -171,10 +270,18 @@ def save(tokenizer: Tokenizer, directory: Path) -> Built:
     # `sort_keys` would bury the vocabulary's order by id, which readers of the file rely on.
     text = json.dumps(backend_json, indent=2, ensure_ascii=False)
     (directory / TOKENIZER_FILE).write_text(text + "\n", encoding="utf-8")
+    if tokenizer.chat_template is not None:
+        (directory / TEMPLATE_FILE).write_text(tokenizer.chat_template, encoding="utf-8")
     write_durably(directory / SPECIAL_TOKENS_FILE, special)
     write_durably(directory / PROBE_FILE, probe)
     facts = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
-    return Built(_content_id(backend_json, special), facts=facts)
+    return Built(_content_id(backend_json, special, tokenizer.chat_template), facts=facts)
+
+
+def _save_passthrough(declared: PassthroughTokenizer, directory: Path) -> Built:
+    write_durably(directory / PASSTHROUGH_FILE, asdict(declared))
+    facts = {"vocab_size": declared.vocab_size, "eos_id": declared.eos_id}
+    return Built(canonical.digest("tokenizer.passthrough/1", asdict(declared)), facts=facts)
 
 
 def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
@@ -198,7 +305,12 @@ def _training_texts(corpus_dir: Path, report: Report) -> Iterator[list[str]]:
     meter.finish()
 
 
-def _content_id(backend_json: dict[str, Any], special: dict[str, Any]) -> str:
+def _content_id(
+    backend_json: dict[str, Any], special: dict[str, Any], chat_template: str | None
+) -> str:
     # Hashed as bytes, since the canonical encoding of texts would merge tokens equal under NFC.
     text = json.dumps(backend_json, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return canonical.digest("tokenizer/1", {"json": text.encode(), "special_tokens": special})
+    content: dict[str, Any] = {"json": text.encode(), "special_tokens": special}
+    if chat_template is not None:
+        content["chat_template"] = chat_template.encode()
+    return canonical.digest("tokenizer/1", content)

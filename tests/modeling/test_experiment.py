@@ -110,7 +110,7 @@ def test_overrides_reach_the_experiment_and_its_dataset(catalog_dir: Path):
         ("sequence_length=64", "sequence_length: 64 is not built by dataset 'tiny' ([16, 32])"),
         (
             "dataset.tokenizer.vocab_size=many",
-            "tiny.yaml: tokenizer.vocab_size: Input should be a valid integer",
+            "tiny.yaml: tokenizer.bpe.vocab_size: Input should be a valid integer",
         ),
         ("dataset.source.type=ftp", "tiny.yaml: source: Input tag 'ftp'"),
         (
