@@ -2,8 +2,8 @@
 
     objects/<kind>/<content_id>/                    the bytes, shared by all recipes that yield them
     objects/<kind>/<content_id>/INVENTORY.json      path, size and SHA-256 of each file; comes last
-    recipes/<recipe_id>/<numerics>/artifact.json    the record: recipe, inputs, content id, facts,
-                                                    provenance
+    recipes/<recipe_id>/<numerics>/artifact.json    the record: recipe, inputs, content id, SHA-256
+                                                    of the inventory, facts, provenance
     aliases/<name>                                  a content id, for people
     work/<recipe_id>/<numerics>/                    progress of unfinished builds, for any retry
 
@@ -149,27 +149,29 @@ class ArtifactStore:
         Args:
             scratch: where builds happen and copies are kept when `url` is remote; required there.
         """
-        self._fs, root = fsspec.url_to_fs(url)
+        self.filesystem, root = fsspec.url_to_fs(url)
         self.root = str(root).rstrip("/")
+        """The store's path within `filesystem`."""
         self.url = url
-        self.is_local = isinstance(self._fs, LocalFileSystem)
+        self.is_local = isinstance(self.filesystem, LocalFileSystem)
         if not self.is_local and scratch is None:
             raise ValueError(
                 f"The store {url} is remote; give a local `scratch` directory for builds."
             )
-        self._scratch = Path(self.root) if self.is_local or scratch is None else scratch
+        self.scratch = Path(self.root) if self.is_local or scratch is None else scratch
+        """Where builds happen on this machine, and copies of remote objects are."""
 
     def find(self, recipe: Recipe, numerics: str = EXACT) -> Artifact | None:
         """Returns the artifact on record for `recipe` in this class, if its bytes are there."""
-        path = self._record_path(recipe.id, numerics)
-        if not self._fs.exists(path):
+        path = self.record_path(recipe.id, numerics)
+        if not self.filesystem.exists(path):
             return None
-        artifact = self._from_record(json.loads(self._fs.cat_file(path)))
+        artifact = self._from_record(json.loads(self.filesystem.cat_file(path)))
         return artifact if self.contains(artifact.kind, artifact.content_id) else None
 
     def contains(self, kind: str, content_id: str) -> bool:
         """Whether the whole object is stored."""
-        return self._fs.exists(f"{self._object_path(kind, content_id)}/{INVENTORY}")
+        return self.filesystem.exists(f"{self.object_path(kind, content_id)}/{INVENTORY}")
 
     def materialize(
         self,
@@ -215,7 +217,7 @@ class ArtifactStore:
             ReproducibilityError: this recipe and numerics class are on record with other content.
         """
         numerics_id = numerics_digest(numerics)
-        record_path = self._record_path(recipe.id, numerics_id)
+        record_path = self.record_path(recipe.id, numerics_id)
         record = {
             "kind": recipe.kind,
             "content_id": built.content_id,
@@ -227,10 +229,13 @@ class ArtifactStore:
             "facts": dict(built.facts),
             "provenance": dict(provenance or {}),
         }
-        if self._fs.exists(record_path):
-            _refuse_other_content(json.loads(self._fs.cat_file(record_path)), record)
+        if self.filesystem.exists(record_path):
+            _refuse_other_content(json.loads(self.filesystem.cat_file(record_path)), record)
         self._store_object(recipe.kind, built.content_id, output)
-        self._write_last(record_path, record)
+        self._write_last(
+            record_path,
+            record | {"inventory": self.inventory_sha256(recipe.kind, built.content_id)},
+        )
         return self._from_record(record)
 
     def local(self, kind: str, content_id: str) -> Path:
@@ -242,14 +247,14 @@ class ArtifactStore:
         Raises:
             DamagedArtifactError: the object, or one of its files, is not (wholly) there.
         """
-        source = self._object_path(kind, content_id)
+        source = self.object_path(kind, content_id)
         if not self.contains(kind, content_id):
             raise DamagedArtifactError(
                 f"{source}: no such object. Rebuild it by materializing its asset again."
             )
         if self.is_local:
             return Path(source)
-        target = self._scratch / "objects" / kind / content_id
+        target = self.scratch / "objects" / kind / content_id
         if _CHECKED_COPIES.get(target) != _stamps(target):
             if (fault := self._copy_fault(source, target)) is not None:
                 self._replace_copy(source, target, fault)
@@ -260,7 +265,7 @@ class ArtifactStore:
         """Returns what is wrong with the copy of a remote object; "" if there is none."""
         if not (target / INVENTORY).exists():
             return ""
-        if (target / INVENTORY).read_bytes() != self._fs.cat_file(f"{source}/{INVENTORY}"):
+        if (target / INVENTORY).read_bytes() != self.filesystem.cat_file(f"{source}/{INVENTORY}"):
             return f"{INVENTORY} differs from the stored one"
         try:
             verify_files(target)
@@ -272,7 +277,7 @@ class ArtifactStore:
         """Copies and checks a remote object; who reads a damaged copy keeps reading it."""
         attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}")
         try:
-            self._fs.get(source, str(attempt), recursive=True)
+            self.filesystem.get(source, str(attempt), recursive=True)
             verify_files(attempt)
         except DamagedArtifactError as error:
             shutil.rmtree(attempt)
@@ -288,14 +293,19 @@ class ArtifactStore:
             attempt.rename(target)
         shutil.rmtree(attempt, ignore_errors=True)
 
+    def inventory_sha256(self, kind: str, content_id: str) -> str:
+        """Returns the digest of an object's inventory: records hold it, so that no file is free."""
+        path = f"{self.object_path(kind, content_id)}/{INVENTORY}"
+        return hashlib.sha256(self.filesystem.cat_file(path)).hexdigest()
+
     def records(self) -> Iterator[dict[str, Any]]:
         """Yields every record, in the order of recipe ids."""
-        for path in sorted(self._fs.glob(f"{self.root}/recipes/*/*/artifact.json")):
-            yield json.loads(self._fs.cat_file(path))
+        for path in sorted(self.filesystem.glob(f"{self.root}/recipes/*/*/artifact.json")):
+            yield json.loads(self.filesystem.cat_file(path))
 
     def record(self, recipe_id: str, numerics: str = EXACT) -> dict[str, Any]:
         """Returns the record of one recipe, provenance included."""
-        return json.loads(self._fs.cat_file(self._record_path(recipe_id, numerics)))
+        return json.loads(self.filesystem.cat_file(self.record_path(recipe_id, numerics)))
 
     def set_alias(self, name: str, content_id: str) -> None:
         """Points the name `name`, for people, at a content id."""
@@ -305,8 +315,12 @@ class ArtifactStore:
 
     def resolve(self, reference: str) -> str:
         """Returns the content id meant by an alias, or by six or more of its first digits."""
-        if _ALIAS.fullmatch(reference) and self._fs.exists(f"{self.root}/aliases/{reference}"):
-            return json.loads(self._fs.cat_file(f"{self.root}/aliases/{reference}"))["content_id"]
+        if _ALIAS.fullmatch(reference) and self.filesystem.exists(
+            f"{self.root}/aliases/{reference}"
+        ):
+            return json.loads(self.filesystem.cat_file(f"{self.root}/aliases/{reference}"))[
+                "content_id"
+            ]
         known = sorted({record["content_id"] for record in self.records()})
         matches = [
             known_id for known_id in known if len(reference) >= 6 and known_id.startswith(reference)
@@ -318,12 +332,14 @@ class ArtifactStore:
             )
         return matches[0]
 
-    def _object_path(self, kind: str, content_id: str) -> str:
+    def object_path(self, kind: str, content_id: str) -> str:
+        """Returns where an object is, or would be, within `filesystem`."""
         _require(_KIND, kind, "artifact kind")
         _require(_DIGEST, content_id, "content id")
         return f"{self.root}/objects/{kind}/{content_id}"
 
-    def _record_path(self, recipe_id: str, numerics: str) -> str:
+    def record_path(self, recipe_id: str, numerics: str) -> str:
+        """Returns where a record is, or would be, within `filesystem`."""
         _require(_DIGEST, recipe_id, "recipe id")
         if numerics != EXACT:
             _require(_DIGEST, numerics, "numerics id")
@@ -335,7 +351,7 @@ class ArtifactStore:
 
         Each numerics class has its own: a run resumed on another class would belong to neither.
         """
-        work = self._scratch / "work" / recipe_id / numerics
+        work = self.scratch / "work" / recipe_id / numerics
         work.parent.mkdir(parents=True, exist_ok=True)
         with work.with_suffix(".lock").open("w") as handle:
             fcntl.flock(handle, fcntl.LOCK_EX)
@@ -343,7 +359,7 @@ class ArtifactStore:
 
     def _from_record(self, record: Mapping[str, Any]) -> Artifact:
         kind, content_id = record["kind"], record["content_id"]
-        uri = self._fs.unstrip_protocol(self._object_path(kind, content_id))
+        uri = self.filesystem.unstrip_protocol(self.object_path(kind, content_id))
         return Artifact(
             kind,
             content_id,
@@ -356,7 +372,7 @@ class ArtifactStore:
 
     def _store_object(self, kind: str, content_id: str, output: Path) -> None:
         """Makes `output` the object, unless another build has stored the same content before."""
-        target = self._object_path(kind, content_id)
+        target = self.object_path(kind, content_id)
         inventory = [
             {
                 "path": path.relative_to(output).as_posix(),
@@ -383,8 +399,8 @@ class ArtifactStore:
             _sync_directory(Path(target).parent)
         else:
             for name in [*(entry["path"] for entry in inventory), INVENTORY]:
-                self._fs.makedirs(f"{target}/{name}".rsplit("/", 1)[0], exist_ok=True)
-                self._fs.put_file(str(output / name), f"{target}/{name}")
+                self.filesystem.makedirs(f"{target}/{name}".rsplit("/", 1)[0], exist_ok=True)
+                self.filesystem.put_file(str(output / name), f"{target}/{name}")
             shutil.rmtree(output)
 
     def _write_last(self, path: str, value: Mapping[str, Any]) -> None:
@@ -392,8 +408,8 @@ class ArtifactStore:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             write_durably(Path(path), value)
         else:
-            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            self._fs.pipe_file(path, _json_bytes(value))
+            self.filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            self.filesystem.pipe_file(path, _json_bytes(value))
 
 
 def numerics_digest(numerics: Mapping[str, Any] | None) -> str:

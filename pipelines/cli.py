@@ -21,6 +21,7 @@ Make language models, every step an asset you can see.
   levanter status                          what is fresh, stale or missing, and why
   levanter why nano/checkpoint             which field made it stale
   levanter lineage nano/hf_model           which bytes a model was made of
+  levanter fsck                            whether every byte is still what was published
   levanter ui                              the same in the browser, on 127.0.0.1
 """
 _RUN = """\
@@ -48,6 +49,16 @@ Tells why an asset is not up to date, as differences of fields, files and conten
 layers above it; and what its last materialization was for.
 
   levanter why nano/checkpoint
+"""
+_FSCK = """\
+Reads every object, record and alias of the artifact store and names each file that is missing,
+changed, exchanged or not published, with what making it again would take. Changes nothing, unless
+told to set damaged artifacts aside: the next run makes them anew. Exits 1 if anything is wrong.
+"""
+_GC = """\
+Lists what no record, alias or Dagster instance reaches: objects without a record, progress of
+builds that are done, attempts of processes that are gone. Deletes it only with --delete. Records,
+and so the artifacts on record, last for ever unless --expire-records gives them an age.
 """
 _LINEAGE = """\
 Prints what an artifact was made of, down to the corpus.
@@ -147,6 +158,23 @@ def make_parser() -> argparse.ArgumentParser:
     lineage.add_argument("--json", action="store_true", help="as JSON")
     lineage.set_defaults(call=_lineage)
 
+    fsck = add("fsck", "Verify every byte of the artifact store.", _FSCK)
+    fsck.add_argument("--set-aside", action="store_true", help="move damaged artifacts away")
+    fsck.set_defaults(call=_fsck)
+
+    gc = add("gc", "Show, or delete, what nothing in the store needs.", _GC)
+    gc.add_argument("--delete", action="store_true", help="delete what is listed")
+    gc.add_argument(
+        "--expire-records", type=float, metavar="DAYS",
+        help="let go of older records that no alias and no Dagster instance reaches",
+    )  # fmt: skip
+    gc.set_defaults(call=_gc)
+
+    alias = add("alias", "Give an artifact a name, which also keeps it.")
+    alias.add_argument("name", metavar="NAME")
+    alias.add_argument("artifact", metavar="ARTIFACT")
+    alias.set_defaults(call=_alias)
+
     ui = add("ui", "Open the Dagster UI on 127.0.0.1 over the same instance.")
     ui.add_argument("--port", type=int, default=3000)
     ui.set_defaults(call=_ui)
@@ -197,6 +225,30 @@ def _lineage(arguments: argparse.Namespace) -> int:
     sys.stdout.write(as_json(node) if arguments.json else "\n".join(lines(node)))
     sys.stdout.write("\n")
     return 0
+
+
+def _fsck(arguments: argparse.Namespace) -> int:
+    from pipelines.upkeep import fsck
+    from resources.store import open_store
+
+    return fsck(open_store(), set_aside=arguments.set_aside)
+
+
+def _gc(arguments: argparse.Namespace) -> int:
+    from pipelines.upkeep import gc
+    from resources.store import open_store
+
+    expire = arguments.expire_records
+    return gc(open_store(), delete=arguments.delete, expire_records_after_days=expire)
+
+
+def _alias(arguments: argparse.Namespace) -> int:
+    from pipelines.run import content_id_of
+    from pipelines.upkeep import alias
+    from resources.store import open_store
+
+    store = open_store()
+    return alias(store, arguments.name, content_id_of(store, arguments.artifact))
 
 
 def _ui(arguments: argparse.Namespace) -> int:

@@ -1,0 +1,68 @@
+"""`levanter fsck`, `gc` and `alias`: looks after the artifact store from the command line."""
+
+import sys
+
+from modeling import upkeep
+from modeling.artifacts import ArtifactStore
+from modeling.progress import Progress
+
+_UNITS = ("B", "kB", "MB", "GB", "TB")
+
+
+def fsck(store: ArtifactStore, *, set_aside: bool) -> int:
+    """Verifies every byte of the store; returns 0 if all is as published, else 1.
+
+    Args:
+        store: what is verified.
+        set_aside: moves damaged objects out of the way, so that the next run makes them anew.
+    """
+    found = upkeep.check(store, report=_progress)
+    for damage in found:
+        _say(str(damage))
+    for key in sorted({damage.object for damage in found if damage.object is not None}):
+        if set_aside:
+            _say(f"set aside: {upkeep.set_aside(store, key)}")
+    if not found:
+        _say(f"{store.url}: every object, record and alias is as published.")
+        return 0
+    _say(f"{store.url}: {len(found)} faults." + ("" if set_aside else " Nothing was changed."))
+    return 1
+
+
+def gc(store: ArtifactStore, *, delete: bool, expire_records_after_days: float | None) -> int:
+    """Lists what nothing reaches, and deletes it if asked to."""
+    found = upkeep.garbage(store, expire_records_after_days=expire_records_after_days)
+    for one in found:
+        _say(f"{_bytes(one.num_bytes):>9}  {one.path}  ({one.why})")
+    total = f"{len(found)} of it, {_bytes(sum(one.num_bytes for one in found))}"
+    if not found:
+        _say(f"{store.url}: nothing to collect.")
+    elif delete:
+        upkeep.delete(store, found)
+        _say(f"Deleted: {total}.")
+    else:
+        _say(f"Would delete: {total}. Do it with `levanter gc --delete`.")
+    return 0
+
+
+def alias(store: ArtifactStore, name: str, content_id: str) -> int:
+    """Points a name at an artifact, which keeps it from collection."""
+    store.set_alias(name, content_id)
+    _say(f"{name} is {content_id}")
+    return 0
+
+
+def _progress(now: Progress) -> None:
+    sys.stderr.write(f"{now}\n")
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+
+
+def _bytes(count: float) -> str:
+    for unit in _UNITS:
+        if count < 1000 or unit == _UNITS[-1]:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    raise AssertionError

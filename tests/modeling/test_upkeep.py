@@ -1,0 +1,181 @@
+"""`check` misses no damage and names it; `garbage` lists nothing that anything reaches."""
+
+import datetime
+import fcntl
+import json
+import os
+
+import pytest
+
+from modeling.artifacts import INVENTORY, ArtifactStore, Built, Recipe
+from modeling.canonical import digest
+from modeling.upkeep import check, delete, garbage, set_aside
+
+LATER = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=10)
+
+
+@pytest.fixture(params=["local", "remote"])
+def store(request, tmp_path):
+    if request.param == "local":
+        return ArtifactStore(str(tmp_path / "store"))
+    return ArtifactStore(f"memory://{tmp_path.name}/{os.getpid()}", scratch=tmp_path / "scratch")
+
+
+def make(store, kind, text, *, days_ago=0, **inputs):
+    """Makes an artifact of two files from others."""
+
+    def build(workspace):
+        (workspace.output / "part").mkdir()
+        (workspace.output / "part" / "a.txt").write_text(text)
+        (workspace.output / "b.txt").write_text(text * 2)
+        return Built(digest("test", [kind, text]))
+
+    ended = datetime.datetime.now(datetime.UTC) - datetime.timedelta(days=days_ago)
+    recipe = Recipe(kind, 1, {"text": text}, {name: it.as_input() for name, it in inputs.items()})
+    provenance = {"times": {"ended": ended.isoformat()}}
+    return store.materialize(recipe, build, provenance=provenance)[0]
+
+
+@pytest.fixture
+def chain(store):
+    """Corpus, tokenizer and tokens: the last is made of both."""
+    corpus = make(store, "raw_corpus", "tales")
+    tokenizer = make(store, "tokenizer", "words", corpus=corpus)
+    return corpus, tokenizer, make(store, "tokens", "ids", corpus=corpus, tokenizer=tokenizer)
+
+
+def path_of(store, artifact, file="part/a.txt"):
+    return f"{store.object_path(artifact.kind, artifact.content_id)}/{file}"
+
+
+def test_a_sound_store_has_no_faults_and_no_garbage(store, chain):
+    assert check(store) == []
+    assert garbage(store, now=LATER) == []
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+@pytest.mark.parametrize("file", ["part/a.txt", "b.txt", INVENTORY])
+@pytest.mark.parametrize("damage", ["truncate", "delete", "flip", "swap"])
+def test_every_damage_to_every_file_is_named(store, chain, kind, file, damage):
+    fs, path = store.filesystem, path_of(store, chain[kind], file)
+    data = fs.cat_file(path)
+    match damage:
+        case "truncate":
+            fs.pipe_file(path, data[:-1])
+        case "delete":
+            fs.rm(path)
+        case "flip":
+            # In the inventory a digit of a digest, so that it stays what it seems to be.
+            where = data.index(b'"sha256": "') + 12 if file == INVENTORY else 0
+            fs.pipe_file(path, data[:where] + bytes([data[where] ^ 1]) + data[where + 1 :])
+        case "swap":
+            fs.pipe_file(path, fs.cat_file(path_of(store, chain[kind - 1], file)))
+    found = [one for one in check(store) if one.object is not None]
+    object_key = (chain[kind].kind, chain[kind].content_id)
+    assert {one.object for one in found} == {object_key}
+    assert path in {one.path for one in found}
+
+
+def test_a_file_that_was_not_published_is_named(store, chain):
+    store.filesystem.pipe_file(path_of(store, chain[1], "extra.txt"), b"")
+    (found,) = check(store)
+    assert found.path.endswith("extra.txt")
+    assert "not published" in found.what
+
+
+def test_a_damaged_artifact_is_told_what_it_needs_and_made_again(store, chain):
+    corpus, tokenizer, _ = chain
+    for artifact in (tokenizer, corpus):
+        store.filesystem.pipe_file(path_of(store, artifact), b"other")
+    by_kind = {one.object[0]: one.remedy for one in check(store)}
+    recipe = store.record(tokenizer.recipe_id)["recipe_id"][:12]
+    assert f"recipe {recipe} makes it from corpus: raw_corpus" in by_kind["tokenizer"]
+    assert "(lost as well)" in by_kind["tokenizer"]
+    assert "its source alone" in by_kind["raw_corpus"]
+
+    kept = set_aside(store, (tokenizer.kind, tokenizer.content_id))
+    assert store.filesystem.cat_file(f"{kept}/part/a.txt") == b"other"
+    assert any("which is not stored" in one.what for one in check(store))
+    assert make(store, "tokenizer", "words", corpus=corpus) == tokenizer
+    assert {one.object for one in check(store)} == {(corpus.kind, corpus.content_id)}
+
+
+def test_damaged_records_aliases_and_lineage_are_named(store, chain):
+    corpus, tokenizer, tokens = chain
+    fs = store.filesystem
+    store.set_alias("best", "0" * 64)
+    fs.pipe_file(store.record_path(tokens.recipe_id, "exact"), b"{")
+    record = json.loads(fs.cat_file(store.record_path(tokenizer.recipe_id, "exact")))
+    fs.pipe_file(
+        store.record_path(tokenizer.recipe_id, "exact"),
+        json.dumps(record | {"recipe_id": corpus.recipe_id}).encode(),
+    )
+    told = [str(one) for one in check(store)]
+    assert any("aliases/best" in line and "not stored" in line for line in told)
+    assert any(tokens.recipe_id in line and "no valid record" in line for line in told)
+    assert any(tokenizer.recipe_id in line and "lies under" in line for line in told)
+    with pytest.raises(ValueError, match="while a record is damaged"):
+        garbage(store, now=LATER)
+
+
+def test_a_lost_record_of_an_input_breaks_the_lineage(store, chain):
+    corpus, _, _ = chain
+    store.filesystem.rm(store.record_path(corpus.recipe_id, "exact"))
+    told = [one.what for one in check(store)]
+    assert sum("has no record" in what for what in told) == 2
+    # What others on record were made of is kept all the same.
+    assert garbage(store, now=LATER) == []
+
+
+def test_an_object_without_a_record_is_garbage_once_it_is_old(store, chain):
+    lost = chain[2]
+    store.filesystem.rm(store.record_path(lost.recipe_id, "exact"))
+    assert garbage(store) == [], "a build may be about to put it on record"
+    (found,) = garbage(store, now=LATER)
+    assert found.path == store.object_path(lost.kind, lost.content_id)
+    assert found.num_bytes > 9
+    store.set_alias("best", lost.content_id)
+    assert garbage(store, now=LATER) == [], "an alias keeps it"
+    store.filesystem.rm(f"{store.root}/aliases/best")
+    delete(store, garbage(store, now=LATER))
+    assert not store.contains(lost.kind, lost.content_id)
+    assert check(store) == []
+
+
+def test_old_records_expire_unless_a_name_or_an_instance_reaches_them(store):
+    corpus = make(store, "raw_corpus", "old", days_ago=90)
+    kept = [make(store, "tokens", text, days_ago=90, corpus=corpus) for text in ("a", "b")]
+    gone = make(store, "tokens", "c", days_ago=90, corpus=corpus)
+    young = make(store, "tokens", "d", days_ago=5, corpus=corpus)
+    store.set_alias("best", kept[0].content_id)
+    reference = {"kind": kept[1].kind, "content_id": kept[1].content_id}
+    store.filesystem.makedirs(f"{store.root}/refs/scope/latest/nano", exist_ok=True)
+    store.filesystem.pipe_file(
+        f"{store.root}/refs/scope/latest/nano/tokens.json", json.dumps(reference).encode()
+    )
+    found = garbage(store, now=LATER, expire_records_after_days=30.0)
+    assert {one.path for one in found} == {
+        store.record_path(gone.recipe_id, "exact"),
+        store.object_path(gone.kind, gone.content_id),
+    }
+    delete(store, found)
+    assert check(store) == []
+    assert [store.contains(a.kind, a.content_id) for a in (corpus, *kept, young, gone)] == [
+        True, True, True, True, False,
+    ]  # fmt: skip
+
+
+def test_work_that_is_done_is_garbage_and_work_in_hand_is_not(store, chain):
+    done = store.scratch / "work" / chain[0].recipe_id / "exact"
+    dead = store.scratch / "work" / ("f" * 64) / "exact"
+    for work in (done, dead):
+        (work / "progress").mkdir(parents=True)
+        (work / "progress" / "x").write_text("four")
+        work.with_suffix(".lock").touch()
+    (dead / "attempt-1").mkdir()
+    assert [one.path for one in garbage(store)] == [str(done)]
+    found = {one.path: one.num_bytes for one in garbage(store, now=LATER)}
+    assert found == {str(done): 4, str(dead / "attempt-1"): 0}, "progress is for any retry"
+    with dead.with_suffix(".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert [one.path for one in garbage(store, now=LATER)] == [str(done)]
