@@ -10,7 +10,7 @@ that nothing in the surroundings can choose otherwise. XLA reads them once, when
 starts, and sizes its CPU pool by max(`NPROC` or the number of cores, number of devices); `NPROC` is
 therefore always set, or a machine with more cores would give other bits.
 
-An *elastic* run (`trainer.elastic_shards`) gives the same bits on any number of devices, so that
+An *elastic* run (`trainer.reproducibility`) gives the same bits on any number of devices, so that
 its class holds no mesh, and its thread pool is as large on one device as on the most it may take.
 
 No JAX is imported here: whether an artifact exists must be known without starting a device.
@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from modeling.training.config import TrainerConfig
+from modeling.training.config import AxisMapping, TrainerConfig
 
 LIBRARIES = ("jax", "jaxlib", "equinox", "optax")
 """Packages whose version can change the order of operations in the compiled program."""
@@ -50,6 +50,7 @@ _HARMLESS = (
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
 )
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
+_COLLECTIVES = "JAX_CPU_COLLECTIVES_IMPLEMENTATION"
 _ACCELERATORS = {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
 
 
@@ -79,20 +80,35 @@ def numerics_class(
         "device": device,
         "libraries": _libraries(platform),
     }
-    if trainer.elastic_shards is not None:
-        flags = re.sub(rf"{_DEVICE_COUNT}=\d+", "", variables["XLA_FLAGS"]).strip()
-        return common | {"elastic": True, "environment": variables | {"XLA_FLAGS": flags}}
+    if trainer.reproducibility == "elastic":
+        return common | {"elastic": True, "environment": _without_layout(variables)}
     return common | {
         "mesh": [[axis, size] for axis, size in trainer.mesh.items()],
-        "axis_resources": dict(trainer.axis_resources),
-        "parameter_axis_resources": dict(trainer.parameter_axis_resources),
+        "processes": trainer.processes,
+        "axis_resources": _plain(trainer.axis_resources),
+        "parameter_axis_resources": _plain(trainer.parameter_axis_resources),
         "environment": variables,
+    }
+
+
+def _without_layout(variables: Mapping[str, str]) -> dict[str, str]:
+    flags = re.sub(rf"{_DEVICE_COUNT}=\d+", "", variables["XLA_FLAGS"]).strip()
+    kept = {name: value for name, value in variables.items() if name != _COLLECTIVES}
+    return kept | {"XLA_FLAGS": flags}
+
+
+def _plain(mapping: AxisMapping) -> dict[str, Any]:
+    """A mapping as JSON reads it back."""
+    return {
+        logical: physical if isinstance(physical, str) else list(physical)
+        for logical, physical in mapping.items()
     }
 
 
 def environment(trainer: TrainerConfig, platform: str = "cpu") -> dict[str, str]:
     """Returns the variables to set before Python starts; they replace any from the surroundings."""
-    num_devices = math.prod(trainer.mesh.values())
+    num_devices = math.prod(trainer.mesh.values()) // trainer.processes
+    elastic_shards = trainer.elastic_shards if trainer.reproducibility == "elastic" else 0
     pinned = {
         # Random bits must depend on the key and the position, not on how an array is split.
         "JAX_THREEFRY_PARTITIONABLE": "true",
@@ -101,11 +117,15 @@ def environment(trainer: TrainerConfig, platform: str = "cpu") -> dict[str, str]
         "JAX_DEFAULT_MATMUL_PRECISION": "default",
     }
     if platform == "cpu":
-        return pinned | {
-            "JAX_PLATFORMS": "cpu",
-            "NPROC": str(max(trainer.cpu_threads, num_devices, trainer.elastic_shards or 0)),
-            "XLA_FLAGS": f"{_DEVICE_COUNT}={num_devices}",
-        }
+        return (
+            pinned
+            | ({_COLLECTIVES: "gloo"} if trainer.processes > 1 else {})
+            | {
+                "JAX_PLATFORMS": "cpu",
+                "NPROC": str(max(trainer.cpu_threads, num_devices, elastic_shards)),
+                "XLA_FLAGS": f"{_DEVICE_COUNT}={num_devices}",
+            }
+        )
     if platform not in _ACCELERATORS:
         raise ValueError(f"platform: {platform!r} is not one of {['cpu', *sorted(_ACCELERATORS)]}.")
     flags = "" if platform == "tpu" else " ".join(GPU_FLAGS)

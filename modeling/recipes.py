@@ -119,15 +119,17 @@ def checkpoint_params(experiment: ExperimentConfig) -> Any:
 
 
 def checkpoint_code_params(experiment: ExperimentConfig) -> Any:
-    """The science and the layout over devices: another layout is another numerics class."""
+    """The science and, unless bits are the same on all of them, the layout over devices."""
     trainer = experiment.trainer
     layout = {
         "mesh": dict(trainer.mesh),
+        "processes": trainer.processes,
         "axis_resources": dict(trainer.axis_resources),
         "parameter_axis_resources": dict(trainer.parameter_axis_resources),
         "cpu_threads": trainer.cpu_threads,
     }
-    return checkpoint_params(experiment) | {"layout": layout}
+    science = checkpoint_params(experiment)
+    return science if trainer.reproducibility == "elastic" else science | {"layout": layout}
 
 
 def checkpoint_recipe(experiment: ExperimentConfig, token_cache: Artifact) -> Recipe:

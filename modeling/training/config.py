@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -10,7 +10,8 @@ from modeling.canonical import NOT_IDENTITY, added_later
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(ge=1)]
-AxisMapping = Mapping[str, str]
+AxisMapping = Mapping[str, str | tuple[str, ...]]
+"""From logical axes to a mesh axis each, or to several, the slowest first."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,18 +39,25 @@ class TrainerConfig:
     num_microbatches: Positive = 1
     """Cuts each batch and sums the gradients, to fit memory."""
     data_order: DataOrderConfig = DataOrderConfig()
-    elastic_shards: Positive | None = dataclasses.field(default=None, metadata=added_later(None))
-    """Logical shards, a power of two, whose sums have one fixed order: the same bits on any number
-    of data-parallel devices that divides it. Costs memory: see `elastic`."""
+    reproducibility: Literal["fast", "elastic"] = dataclasses.field(
+        default="fast", metadata=added_later("fast")
+    )
+    """`fast`: the same bits on equal meshes. `elastic`: on any number of data-parallel devices that
+    divides `elastic_shards`, for more memory and some time: see `elastic`."""
+    elastic_shards: Positive = dataclasses.field(default=8, metadata=added_later(8))
+    """Logical shards of an elastic batch, a power of two; their sums have one fixed order."""
 
     mesh: Mapping[str, Positive] = dataclasses.field(
         default_factory=lambda: {"data": 1}, metadata=NOT_IDENTITY
     )
-    """Devices along each physical axis: `{data: 4, model: 2}` takes eight."""
+    """Devices along each physical axis, slowest first: `{data: 4, model: 2}` takes eight."""
+    processes: Positive = dataclasses.field(default=1, metadata=NOT_IDENTITY)
+    """Processes that share the mesh's devices evenly, in order."""
     axis_resources: AxisMapping = dataclasses.field(
         default_factory=lambda: {"batch": "data"}, metadata=NOT_IDENTITY
     )
-    """Logical to physical axes in compute; `heads: model, mlp: model` is tensor parallelism."""
+    """Logical to physical axes in compute; `heads: model, mlp: model` is tensor parallelism, and
+    `batch: [replica, data]` splits a batch over both."""
     parameter_axis_resources: AxisMapping = dataclasses.field(
         default_factory=lambda: {"embed": "data"}, metadata=NOT_IDENTITY
     )

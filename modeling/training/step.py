@@ -82,7 +82,7 @@ def compile_step(
     Batch = Axis("batch", trainer.train_batch_size)
     rule = _Rule(blueprint, optimizer, trainer.num_train_steps)
     with jax.set_mesh(layout.mesh):
-        if trainer.elastic_shards is not None:
+        if trainer.reproducibility == "elastic":
             return _compile_elastic(blueprint, rule, trainer, layout, Batch, Pos)
         return _compile(blueprint, rule, trainer, layout, Batch, Pos, columns)
 
@@ -166,38 +166,42 @@ def _compile_elastic(
     Pos: Axis,
 ) -> Step:
     """Compiles several programs instead of one, lest the mesh decide what is fused with what."""
+    elastic.check(layout, trainer)
     num_shards = trainer.elastic_shards
-    assert num_shards is not None
-    elastic.check(layout, num_shards, Batch.size, trainer.num_microbatches)
     policy = Policy.parse(trainer.mp)
     replicated = NamedSharding(layout.mesh, PartitionSpec())
     shardings = list(blueprint.shardings.values())
     params, rest = trainable(blueprint.template.model)
     tree = jax.tree_util.tree_structure(params)
     split = [sharding for _, sharding in leaf_shardings(params, layout.mesh, layout.parameters)]
-
-    def shard_sums(whole: list[Array], rows: Rows, key: Any) -> elastic.Sums:
-        def sums(whole: list[Array]) -> tuple[Array, Array]:
-            params = jax.tree_util.tree_unflatten(tree, whole)
-            cast = policy.cast_to_compute(eqx.combine(params, rest))
-            return next_token_loss(cast, _example(rows, Pos), key=key)
-
-        (total, weight), gradient = jax.value_and_grad(sums, has_aux=True)(whole)
-        return total, weight, gradient
+    dtypes = [p.dtype for p in jax.tree_util.tree_leaves(params)]
 
     def gather(arrays: Sequence[Any]) -> list[Array]:
-        return jax.tree_util.tree_leaves(trainable(blueprint.unflatten(arrays).model)[0])
+        params = trainable(blueprint.unflatten(arrays).model)[0]
+        return jax.tree_util.tree_leaves(policy.cast_to_compute(params))
 
-    def local_sums(
-        params: list[Array], rows: Rows, key: Any, step: Array, first: Array, num_local: Array
-    ) -> list[elastic.Sums]:
-        named, step_key = _named(rows, Batch, Pos), jax.random.fold_in(key, step)
-        return elastic.local_sums(
-            shard_sums, params, named, step_key, first, num_local, num_shards=num_shards
-        )
+    def shard_sums(
+        whole: list[Array], rows: Rows, key: Any, step: Array, shard: Array
+    ) -> elastic.Sums:
+        Here = Batch.resize(Batch.size // num_shards)
+        here = _named(elastic.rows_of_shard(rows, shard, num_shards), Here, Pos)
+        shard_key = jax.random.fold_in(jax.random.fold_in(key, step), shard)
+
+        def sums(whole: list[Array]) -> tuple[Array, Array]:
+            model = eqx.combine(jax.tree_util.tree_unflatten(tree, whole), cast_rest)
+            return next_token_loss(model, _example(here, Pos), key=shard_key)
+
+        cast_rest = policy.cast_to_compute(rest)
+        (total, weight), gradient = jax.value_and_grad(sums, has_aux=True)(whole)
+        # Sums of 16-bit gradients would stop growing long before the last shard.
+        wide = [g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in gradient]
+        return elastic.as_parts((total, weight, wide))
 
     def exchange(sums: elastic.Sums) -> Any:
-        return elastic.exchanged(sums, [sharding.spec for sharding in split], layout=layout)
+        specs = [sharding.spec for sharding in split]
+        total, weight, gradients, whole = elastic.exchanged(sums, specs, layout=layout)
+        cast = [[g.astype(d) for g, d in zip(x, dtypes, strict=True)] for x in (gradients, whole)]
+        return total, weight, *cast
 
     def norms(whole: list[Array], weight: Array) -> Array:
         return _squared_norms([_mean(g, weight) for g in whole])
@@ -215,7 +219,7 @@ def _compile_elastic(
         out_shardings=(shardings, replicated),
         donate_argnums=0,
     )
-    program = jax.jit(local_sums)
+    program = jax.jit(shard_sums)
     exchange_sums = jax.jit(exchange, donate_argnums=0)
     norms_of = jax.jit(norms, in_shardings=replicated, out_shardings=replicated)
     where_key, where_step = blueprint.index_of("key"), blueprint.index_of("step")

@@ -40,7 +40,7 @@ from modeling.training import checkpoint, faults, history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
 from modeling.training.manifest import CheckpointError
-from modeling.training.mesh import Layout, build_layout
+from modeling.training.mesh import Layout, build_layout, require_known_axes
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
 from modeling.training.peak import Peak
 from modeling.training.precision import Policy
@@ -140,6 +140,8 @@ def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
         return build_model(experiment.model, Vocab, Pos, key=key)
 
     make = partial(initial_state, make_model, optimizer, policy)
+    blueprint = Blueprint.of(make, layout)
+    require_known_axes(trainer, {*blueprint.axis_names, "batch", Pos.name})
     science = [recipes.checkpoint_params(experiment), cache.content_id]
     return Plan(
         experiment=experiment,
@@ -147,7 +149,7 @@ def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
         science=canonical.digest("training/1", science),
         layout=layout,
         make=make,
-        blueprint=Blueprint.of(make, layout),
+        blueprint=blueprint,
         Batch=Axis("batch", trainer.train_batch_size),
         Pos=Pos,
     )
@@ -250,7 +252,7 @@ class _Run:
             return blueprint.initialize(
                 self._plan.make,
                 jax.random.PRNGKey(trainer.seed),
-                elastic=trainer.elastic_shards is not None,
+                elastic=trainer.reproducibility == "elastic",
             )
         restored = checkpoint.restore(
             self._newest, blueprint.template, mesh=layout.mesh, mapping=layout.parameters
