@@ -33,7 +33,7 @@ import tensorstore
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from haliax.core import NamedArray
-from haliax.partitioning import sharding_for_axis
+from haliax.partitioning import ResourceMapping, sharding_for_axis
 from modeling.artifacts import file_sha256, write_durably
 from modeling.training import faults
 from modeling.training.manifest import (
@@ -352,7 +352,7 @@ def restore(
     template: Tree,
     *,
     mesh: Mesh | None = None,
-    mapping: Mapping[str, str] | None = None,
+    mapping: ResourceMapping | None = None,
 ) -> Tree:
     """Returns `template` with its arrays replaced by the checkpoint's, verified first.
 
@@ -371,14 +371,14 @@ def restore_parameters(
     template: Tree,
     *,
     mesh: Mesh | None = None,
-    mapping: Mapping[str, str] | None = None,
+    mapping: ResourceMapping | None = None,
 ) -> Tree:
     """Returns the model `template` with the weights of a checkpoint; see `restore`."""
     return _restore(directory, template, MODEL_PREFIX, mesh, mapping or {})
 
 
 def _restore(
-    directory: Path, template: Tree, prefix: str, mesh: Mesh | None, mapping: Mapping[str, str]
+    directory: Path, template: Tree, prefix: str, mesh: Mesh | None, mapping: ResourceMapping
 ) -> Tree:
     manifest = read_manifest(directory)
     saved = {
@@ -407,7 +407,7 @@ def _restore(
 
 
 def leaf_shardings(
-    tree: Any, mesh: Mesh, mapping: Mapping[str, str]
+    tree: Any, mesh: Mesh, mapping: ResourceMapping
 ) -> Iterator[tuple[str, NamedSharding]]:
     """Yields path and sharding of every array of a tree; arrays without names are replicated."""
     flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_named)

@@ -73,3 +73,10 @@ class TrainerConfig:
 
     identity_tag: ClassVar[str] = "trainer/1"
     __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        if self.reproducibility == "fast" and self.elastic_shards != 8:
+            raise ValueError(
+                f"elastic_shards: {self.elastic_shards} has no effect while reproducibility is "
+                f"`fast`; set reproducibility: elastic, or leave it out."
+            )

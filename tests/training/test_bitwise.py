@@ -184,7 +184,8 @@ def test_an_elastic_run_has_the_same_bits_on_any_number_of_devices(processes):
     """On one device, on two, and killed on two to be finished by one; dropout is on."""
 
     def on(devices):
-        trainer = {"mesh": {"data": devices}, "elastic_shards": 4, "num_microbatches": 1}
+        trainer = {"mesh": {"data": devices}, "num_microbatches": 1}
+        trainer |= {"reproducibility": "elastic", "elastic_shards": 4}
         return {"model": MODEL, "trainer": trainer}
 
     reference = processes.start(on(1), ["elastic-one"])

@@ -46,6 +46,7 @@ print(json.dumps(found))
         {"axis_resources": {"batch": "data", "mlp": "model"}},
         {"parameter_axis_resources": {}},
         {"cpu_threads": 3},
+        {"processes": 2},
     ],
 )
 def test_whatever_moves_bits_is_another_class(change):
@@ -57,11 +58,17 @@ def test_whatever_moves_bits_is_another_class(change):
 
 
 def test_the_class_of_an_elastic_run_holds_no_mesh_and_a_pool_for_the_largest():
-    def elastic(devices, shards=8):
-        return dataclasses.replace(TRAINER, mesh={"data": devices}, elastic_shards=shards)
+    def elastic(devices, shards=8, **more):
+        return dataclasses.replace(
+            TRAINER,
+            mesh={"data": devices},
+            reproducibility="elastic",
+            elastic_shards=shards,
+            **more,
+        )
 
     one, eight = numerics.numerics_class(elastic(1)), numerics.numerics_class(elastic(8))
-    assert one == eight
+    assert one == eight == numerics.numerics_class(elastic(4, processes=2))
     assert one != numerics.numerics_class(TRAINER)
     for devices in (1, 8):
         variables = numerics.environment(elastic(devices))
@@ -71,7 +78,11 @@ def test_the_class_of_an_elastic_run_holds_no_mesh_and_a_pool_for_the_largest():
 
 def test_not_being_elastic_leaves_older_identities_as_they_were():
     assert b"elastic" not in canonical.encode(TRAINER)
-    assert b"elastic" in canonical.encode(dataclasses.replace(TRAINER, elastic_shards=4))
+    assert b"elastic" in canonical.encode(dataclasses.replace(TRAINER, reproducibility="elastic"))
+    four = dataclasses.replace(TRAINER, reproducibility="elastic", elastic_shards=4)
+    assert b"elastic_shards" in canonical.encode(four)
+    with pytest.raises(ValueError, match="elastic_shards: 4 has no effect"):
+        dataclasses.replace(TRAINER, elastic_shards=4)
 
 
 def test_the_order_of_mesh_axes_counts():

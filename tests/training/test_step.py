@@ -35,7 +35,7 @@ LAYOUTS = {
         "mesh": {"data": 2, "model": 2},
         "axis_resources": TENSOR_PARALLEL,
     },
-    "elastic": {"mesh": {"data": 2}, "elastic_shards": 4},
+    "elastic": {"mesh": {"data": 2}, "reproducibility": "elastic", "elastic_shards": 4},
 }
 MODEL = {"hidden_dim": 64, "num_layers": 3, "num_heads": 4}
 
@@ -150,11 +150,17 @@ def test_the_initial_weights_do_not_depend_on_the_layout(steps):
         ({"elastic_shards": 16}, r"16 logical shards must divide trainer.train_batch_size 8"),
         ({"elastic_shards": 4, "num_microbatches": 2}, r"num_microbatches, which is 2"),
         ({"elastic_shards": 4, **LAYOUTS["fsdp and tensor parallel"]}, r"\{'model': 2\} besides"),
-        ({"elastic_shards": 4, "axis_resources": {}}, r"must map `batch` to a mesh axis"),
+        ({"elastic_shards": 4, "axis_resources": {}}, r"map `batch` to one mesh axis, found \[\]"),
+        (
+            {"mesh": {"replica": 2, "data": 2}, "axis_resources": {"batch": ["replica", "data"]}},
+            r"map `batch` to one mesh axis, found \['replica', 'data'\]",
+        ),
     ],
 )
 def test_an_elastic_run_that_cannot_be_is_refused(change, message):
-    experiment = driver.experiment(trainer={"parameter_axis_resources": {}} | change)
+    experiment = driver.experiment(
+        trainer={"parameter_axis_resources": {}, "reproducibility": "elastic"} | change
+    )
     plan = make_plan(experiment, driver.counting_cache())
     with pytest.raises(ValueError, match=message):
         compile_step(
