@@ -267,7 +267,9 @@ class PackedCache(driver.CountingCache):
         return Rows(tokens, segment_ids.astype(np.int32), mask)
 
 
-@pytest.mark.parametrize("trainer", [{"num_microbatches": 2}, {"elastic_shards": 2}], ids=str)
+@pytest.mark.parametrize(
+    "trainer", [{"num_microbatches": 2}, {"reproducibility": "elastic"}], ids=str
+)
 def test_rows_of_several_documents_are_trained_on_as_such(trainer):
     model = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2}
     experiment = driver.experiment(trainer={"mesh": {"data": 2}} | trainer, model=model)
