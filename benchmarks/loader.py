@@ -81,7 +81,9 @@ def write_tokens(root: Path) -> np.ndarray:
 def measure(root: Path, tokens: np.ndarray, num_rounds: int, num_batches: int) -> None:
     """Runs every contender in every round over the same rows and prints the medians."""
     opened = cache.TokenCache.open(root / "cache", root)
-    order = RowOrder(DataOrderConfig(), opened.num_rows("train"), opened.content_id)
+    order = RowOrder(
+        lambda wanted: opened.num_rows("train"), seed=0, era_rows=DataOrderConfig().era_rows
+    )
     rows = [order.rows_at(step * BATCH, BATCH) for step in range(num_batches)]
     expected = [tokens.reshape(-1, LENGTH)[batch_rows] for batch_rows in rows[:10]]
     cpu_s: dict[str, list[float]] = {}

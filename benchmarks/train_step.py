@@ -163,9 +163,12 @@ def our_step(config: ExperimentConfig, cache: TokenCache) -> Advance:
     from modeling.training.trainer import make_plan
 
     plan = make_plan(config, cache)
-    step = compile_step(plan.blueprint, config.optimizer, config.trainer, plan.layout, Pos=plan.Pos)
+    step = compile_step(
+        plan.blueprint, config.optimizer, config.trainer, plan.layout,
+        Batch=plan.batch_axis(0), Pos=plan.Pos,
+    )  # fmt: skip
     arrays = plan.blueprint.initialize(plan.make, jax.random.PRNGKey(0))
-    rows = np.arange(plan.Batch.size)
+    rows = np.arange(plan.batch_axis(0).size)
 
     def advance() -> Any:
         nonlocal arrays

@@ -184,6 +184,18 @@ class TokenCache:
         return self._splits[split].rows
 
     @property
+    def splits(self) -> tuple[str, ...]:
+        """Names of the splits."""
+        return tuple(self._splits)
+
+    def known_rows(self, split: str, wanted: int) -> int:
+        """Returns the number of rows, as a cache that still grows does of `wanted` rows."""
+        return self.num_rows(split)
+
+    def stop_waiting(self) -> None:
+        """Does nothing: all rows are here."""
+
+    @property
     def columns(self) -> Columns:
         """Which columns rows have besides their tokens."""
         return TOKENS_ALONE

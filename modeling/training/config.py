@@ -1,10 +1,12 @@
 """How a run trains: steps, batches, precision, mesh, checkpoints. No JAX is imported here."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 
 from modeling.canonical import NOT_IDENTITY, added_later
 
@@ -14,15 +16,131 @@ AxisMapping = Mapping[str, str | tuple[str, ...]]
 """From logical axes to a mesh axis each, or to several, the slowest first."""
 
 
+def _in_order(stages: Sequence["BatchStage | MixtureStage"]) -> Sequence[Any]:
+    starts = [stage.start_step for stage in stages]
+    if starts[:1] != [0] or sorted(set(starts)) != starts:
+        raise ValueError(f"stages must begin at step 0 and each after the one before, not {starts}")
+    return stages
+
+
+def _some_positive(weights: Mapping[str, float]) -> Mapping[str, float]:
+    if not any(weights.values()):
+        raise ValueError("at least one weight must be above 0")
+    return weights
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchStage:
+    """Batches of `size` rows from the update after `start_step` updates on."""
+
+    start_step: Annotated[int, Field(ge=0)]
+    size: Positive
+
+    identity_tag: ClassVar[str] = "batch_stage/1"
+    __pydantic_config__ = STRICT
+
+
+BatchSizes = Annotated[
+    Annotated[Positive, Tag("rows")]
+    | Annotated[
+        tuple[BatchStage, ...], Field(min_length=1), AfterValidator(_in_order), Tag("stages")
+    ],
+    Discriminator(lambda value: "stages" if isinstance(value, list | tuple) else "rows"),
+]
+Weights = Annotated[
+    Mapping[str, Annotated[float, Field(ge=0.0, allow_inf_nan=False)]],
+    AfterValidator(_some_positive),
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureStage:
+    """Shares of the sources from the update after `start_step` updates on."""
+
+    start_step: Annotated[int, Field(ge=0)]
+    weights: Weights
+    """By source; only their ratios count."""
+
+    identity_tag: ClassVar[str] = "mixture_stage/1"
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixtureConfig:
+    """Sources in given shares, exact in each block of rows: `weights` throughout, or `stages`."""
+
+    weights: Weights | None = None
+    """By source; only their ratios count."""
+    stages: (
+        Annotated[tuple[MixtureStage, ...], Field(min_length=1), AfterValidator(_in_order)] | None
+    ) = None
+    block_rows: Annotated[int, Field(ge=1, le=2**20)] = 2048
+
+    identity_tag: ClassVar[str] = "mixture/1"
+    __pydantic_config__ = STRICT
+
+    def in_stages(self) -> tuple[MixtureStage, ...]:
+        """Returns the stages; one where the weights never change."""
+        if self.weights is not None:
+            return (MixtureStage(start_step=0, weights=self.weights),)
+        assert self.stages is not None
+        return self.stages
+
+
+def _one_of_both(mixture: MixtureConfig) -> MixtureConfig:
+    if (mixture.weights is None) == (mixture.stages is None):
+        raise ValueError("give either weights or stages")
+    return mixture
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataOrderConfig:
     """The order in which rows are drawn: a keyed permutation inside each era of `era_rows` rows."""
 
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     era_rows: Positive = 65536
+    mixture: Annotated[MixtureConfig, AfterValidator(_one_of_both)] | None = dataclasses.field(
+        default=None, metadata=added_later(None)
+    )
+    """Shares of the dataset's sources; without it an epoch draws each row of every source once."""
+    max_epochs: Positive | None = dataclasses.field(default=None, metadata=NOT_IDENTITY)
+    """How often a row of any source may be drawn before the run is refused; None for no limit."""
 
-    identity_tag: ClassVar[str] = "order.eras/1"
+    identity_tag: ClassVar[str] = "order.eras/2"
     __pydantic_config__ = STRICT
+
+
+class BatchSchedule:
+    """How many rows each step takes, and where in the data order it begins."""
+
+    def __init__(self, sizes: "int | Sequence[BatchStage]") -> None:
+        """Takes one size, or stages in order."""
+        stages = [BatchStage(start_step=0, size=sizes)] if isinstance(sizes, int) else sizes
+        self._stages = list(stages)
+        self._cursors = [0]
+        for stage, following in pairwise(self._stages):
+            steps = following.start_step - stage.start_step
+            self._cursors.append(self._cursors[-1] + steps * stage.size)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The different sizes."""
+        return tuple(sorted({stage.size for stage in self._stages}))
+
+    def size(self, step: int) -> int:
+        """Returns how many rows the update after `step` updates takes."""
+        return self._stages[self._stage(step)].size
+
+    def cursor(self, step: int) -> int:
+        """Returns how many rows the first `step` updates take."""
+        index = self._stage(step)
+        stage = self._stages[index]
+        return self._cursors[index] + (step - stage.start_step) * stage.size
+
+    def _stage(self, step: int) -> int:
+        if step < 0:
+            raise ValueError(f"step {step}: must be at least 0.")
+        return bisect_right(self._stages, step, key=lambda stage: stage.start_step) - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,8 +148,8 @@ class TrainerConfig:
     """The run. Fields marked `NOT_IDENTITY` cannot change the science, only the bits or nothing."""
 
     num_train_steps: Positive
-    train_batch_size: Positive
-    """Rows per step, over all devices."""
+    train_batch_size: BatchSizes
+    """Rows per step, over all devices; or stages, `[{start_step: 0, size: 16}, ...]`."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the initial weights and of dropout; the data order has its own."""
     mp: str = "p=f32,c=bfloat16"
@@ -80,3 +198,8 @@ class TrainerConfig:
                 f"elastic_shards: {self.elastic_shards} has no effect while reproducibility is "
                 f"`fast`; set reproducibility: elastic, or leave it out."
             )
+
+    @property
+    def batches(self) -> BatchSchedule:
+        """The batch size by step."""
+        return BatchSchedule(self.train_batch_size)

@@ -60,12 +60,13 @@ def check(layout: Layout, trainer: TrainerConfig) -> None:
             f"trainer.elastic_shards: {num_shards} must be a power of two and a multiple of the "
             f"{ways} devices along `{axis}`."
         )
-    if trainer.train_batch_size % num_shards or trainer.num_microbatches != 1:
+    uneven = [size for size in trainer.batches.sizes if size % num_shards]
+    if uneven or trainer.num_microbatches != 1:
         raise ValueError(
             f"trainer.elastic_shards: {num_shards} logical shards must divide "
-            f"trainer.train_batch_size {trainer.train_batch_size}, and take the place of "
-            f"trainer.num_microbatches, which is {trainer.num_microbatches} and must be 1: a "
-            f"device accumulates over its shards, so take more of them to save memory."
+            f"trainer.train_batch_size {', '.join(map(str, trainer.batches.sizes))}, and take the "
+            f"place of trainer.num_microbatches, which is {trainer.num_microbatches} and must be "
+            f"1: a device accumulates over its shards, so take more of them to save memory."
         )
 
 

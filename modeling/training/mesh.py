@@ -60,7 +60,8 @@ def build_layout(trainer: TrainerConfig, devices: Sequence[Any] | None = None) -
                 f"trainer.{field}: `{logical}: {list(physical)}` must name one or more mesh axes, "
                 f"each once."
             )
-    _check_batch(trainer, sizes)
+    for batch in trainer.batches.sizes:
+        _check_batch(batch, trainer, sizes)
     mesh = Mesh(np.asarray(found[:needed]).reshape(tuple(sizes.values())), tuple(sizes))
     compute = dict(trainer.axis_resources)
     return Layout(mesh, compute, compute | dict(trainer.parameter_axis_resources))
@@ -108,8 +109,8 @@ def _hint(name: str, known: Collection[str]) -> str:
     return f" (did you mean `{close[0]}`?)" if close else ""
 
 
-def _check_batch(trainer: TrainerConfig, sizes: Mapping[str, int]) -> None:
-    batch, pieces = trainer.train_batch_size, trainer.num_microbatches
+def _check_batch(batch: int, trainer: TrainerConfig, sizes: Mapping[str, int]) -> None:
+    pieces = trainer.num_microbatches
     if batch % pieces:
         raise ValueError(
             f"trainer.num_microbatches: {pieces} does not divide trainer.train_batch_size {batch}."

@@ -66,20 +66,21 @@ def compile_step(
     trainer: TrainerConfig,
     layout: Layout,
     *,
+    Batch: Axis,
     Pos: Axis,
     columns: Columns = TOKENS_ALONE,
 ) -> Step:
-    """Compiles the update of states like `blueprint` by batches of rows of `Pos`.
+    """Compiles the update of states like `blueprint` by batches of `Batch` rows of `Pos`.
 
     Args:
         blueprint: what states are like.
         optimizer: the rule.
-        trainer: batch, precision, steps.
+        trainer: precision, steps, microbatches.
         layout: the mesh and what is split over it.
+        Batch: the rows of one update.
         Pos: the axis of a row.
         columns: what rows have besides tokens.
     """
-    Batch = Axis("batch", trainer.train_batch_size)
     rule = _Rule(blueprint, optimizer, trainer.num_train_steps)
     with jax.set_mesh(layout.mesh):
         if trainer.reproducibility == "elastic":

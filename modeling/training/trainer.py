@@ -39,6 +39,7 @@ from modeling.optim.build import build_optimizer, decayed_parameters
 from modeling.training import checkpoint, faults, history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
+from modeling.training.config import BatchSchedule
 from modeling.training.manifest import CheckpointError
 from modeling.training.mesh import Layout, build_layout, require_known_axes
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
@@ -82,6 +83,10 @@ def train(
         CheckpointError: another trainer is at work on this workspace.
     """
     plan = make_plan(experiment, cache)
+    order = experiment.trainer.data_order
+    loader = TrainLoader(cache, order, plan.batches)
+    if order.max_epochs is not None:
+        loader.require_epochs(plan.num_steps, order.max_epochs)
     keep = experiment.trainer.keep_checkpoints
     directory = checkpoint_directory(workspace, experiment)
     with (
@@ -89,7 +94,6 @@ def train(
         open_checkpoints(directory, keep=keep) as checkpoints,
         Ledger(directory / "time.jsonl") as ledger,
     ):
-        loader = TrainLoader(cache, experiment.trainer.data_order, plan.Batch.size)
         told = observer or Silent()
         run = _Run(plan, loader, checkpoints, told, notice, ledger, peak, compile_cache)
         last = run.to_the_end()
@@ -110,7 +114,7 @@ class Plan:
     layout: Layout
     make: Callable[[Any], Any]
     blueprint: Blueprint
-    Batch: Axis
+    batches: BatchSchedule
     Pos: Axis
 
     @property
@@ -118,10 +122,13 @@ class Plan:
         """Updates in all."""
         return self.experiment.trainer.num_train_steps
 
-    @property
-    def tokens_per_step(self) -> int:
-        """Those of one batch."""
-        return self.Batch.size * self.Pos.size
+    def tokens(self, updates: int) -> int:
+        """Returns how many tokens the first `updates` updates take."""
+        return self.batches.cursor(updates) * self.Pos.size
+
+    def batch_axis(self, updates: int) -> Axis:
+        """Returns the axis of the batch of the update after `updates`."""
+        return Axis("batch", self.batches.size(updates))
 
 
 def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
@@ -150,7 +157,7 @@ def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
         layout=layout,
         make=make,
         blueprint=blueprint,
-        Batch=Axis("batch", trainer.train_batch_size),
+        batches=trainer.batches,
         Pos=Pos,
     )
 
@@ -186,6 +193,8 @@ class _Run:
         )
         self._reported = 0
         self._looping_since = 0.0
+        self._steps: dict[Axis, Step] = {}
+        self._saved = 0
         self.losses: list[float] = []
         self.resumed_from = 0
         self.host_s = 0.0
@@ -202,8 +211,8 @@ class _Run:
         if self.resumed_from < self._plan.num_steps:
             with self._ledger.spending("restore"):
                 arrays = self._arrays()
-            step = self._compile()
-            self._loop(step, arrays)
+            self._start()
+            self._loop(arrays)
         assert self._newest is not None
         faults.reach("before-finish", self._plan.num_steps)
         return self._newest
@@ -259,7 +268,14 @@ class _Run:
         )
         return blueprint.flatten(restored)
 
-    def _compile(self) -> Step:
+    def _step(self, updates: int) -> Step:
+        """Returns the program of the update after `updates`; each batch size has its own."""
+        Batch = self._plan.batch_axis(updates)
+        if Batch not in self._steps:
+            self._steps[Batch] = self._compile(Batch)
+        return self._steps[Batch]
+
+    def _compile(self, Batch: Axis) -> Step:
         plan = self._plan
         with self._ledger.spending("compile"):
             step = compile_step(
@@ -267,6 +283,7 @@ class _Run:
                 plan.experiment.optimizer,
                 plan.experiment.trainer,
                 plan.layout,
+                Batch=Batch,
                 Pos=plan.Pos,
                 columns=self._loader.columns,
             )
@@ -274,6 +291,10 @@ class _Run:
             if step.compiled is not None:
                 text = step.compiled.as_text()
                 self.program_flops = product_flops(text) * plan.layout.mesh.size if text else None
+        return step
+
+    def _start(self) -> None:
+        plan, step = self._plan, self._step(self.resumed_from)
         devices = plan.layout.mesh.devices
         params = trainable(plan.blueprint.template.model)[0]
         self._observer.started(
@@ -288,20 +309,27 @@ class _Run:
                 decayed_parameters=tuple(decayed_parameters(params)),
             )
         )
-        return step
 
     def _keep_programs(self) -> None:
         if self._compile_cache is not None:
             self._compile_cache.publish()
 
-    def _loop(self, step: Step, arrays: list[Any]) -> None:
+    def _loop(self, arrays: list[Any]) -> None:
         trainer, first = self._plan.experiment.trainer, self.resumed_from
         unread: Metrics | None = None
         self._reported = first
         self._looping_since, host_began = self._ledger.elapsed_s, time.thread_time()
         with self._loader.stream(first) as batches, self._ledger.stepping():
             for update in range(first + 1, self._plan.num_steps + 1):
+                step = self._step(update - 1)
                 rows = self._awaited(batches, unread)
+                if rows is None:  # Asked to end while the rows are still being written.
+                    if unread is not None:
+                        self._read(step, unread)
+                    if update - 1 > max(first, self._saved):
+                        self._save(update - 1, arrays)
+                    self._settle()
+                    raise Preempted(update - 1)
                 on_device = jax.device_put(rows, step.batch_sharding)
                 arrays, metrics = step.run(arrays, on_device)
                 faults.reach("after-step", update)
@@ -324,9 +352,12 @@ class _Run:
         self.host_s = time.thread_time() - host_began
 
     def _awaited(self, batches: BatchStream, running: Metrics | None) -> Any:
-        """Returns the next batch; waiting for it costs nothing while the device is busy."""
+        """Returns the next batch; waiting for it costs nothing while the device is busy.
+
+        None: the process was asked to end while it waited.
+        """
         began = time.monotonic()
-        rows = next(batches)
+        rows = batches.take(lambda: self._notice.given)
         loss: Any = running and running.loss
         if loss is None or loss.is_ready():
             self._ledger.stalled("loader", time.monotonic() - began)
@@ -349,7 +380,7 @@ class _Run:
                     loss=float(found.loss),
                     gradient_norm=math.sqrt(float(np.sum(found.gradient_squares))),
                     learning_rate=float(found.learning_rate),
-                    tokens=update * self._plan.tokens_per_step,
+                    tokens=self._plan.tokens(update),
                     tokens_per_second=lap.tokens_per_second,
                     mfu=lap.mfu,
                     loader_share=lap.loader_share,
@@ -362,8 +393,8 @@ class _Run:
     def _lap(self, update: int) -> Lap:
         """Returns the speed since the last one."""
         self._ledger.write(update)
-        updates, self._reported = update - self._reported, update
-        return self._meter.lap(updates * self._plan.tokens_per_step)
+        first, self._reported = self._reported, update
+        return self._meter.lap(self._plan.tokens(update) - self._plan.tokens(first))
 
     def _save(self, update: int, arrays: list[Any]) -> None:
         with self._ledger.spending("checkpoint"):
@@ -374,6 +405,7 @@ class _Run:
     def _begin_save(self, update: int, arrays: list[Any]) -> None:
         # Two copies of the state would not fit where one just does.
         self._checkpoints.wait()
+        self._saved = update
         leaves = checkpoint.snapshot(self._plan.blueprint.unflatten(arrays))
         for leaf in leaves:
             if not all(np.isfinite(chunk).all() for chunk in leaf.chunks.values()):
@@ -458,7 +490,7 @@ def _publish(plan: Plan, last: Path, output: Path, run: _Run) -> Built:
         "loss_first": run.losses[0],
         "loss_last": run.losses[-1],
         "loss_curve": history.curve(run.losses),
-        "tokens": manifest.step * plan.tokens_per_step,
+        "tokens": plan.tokens(manifest.step),
         "resumed_from": run.resumed_from,
         "num_parameters": num_parameters(plan.blueprint),
         "num_devices": plan.layout.mesh.size,

@@ -64,6 +64,10 @@ class CountingCache(TokenCache):
         r, i = np.arange(rows)[:, None], np.arange(length)[None, :]
         self.tokens = ((7 * r + (r % 3 + 1) * i) % VOCAB).astype(np.int32)
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return ("train",)
+
     def num_rows(self, split: str) -> int:
         return len(self.tokens)
 

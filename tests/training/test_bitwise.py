@@ -1,8 +1,9 @@
 """The core promise: a run that is killed anywhere and started again ends with the same bits.
 
 Everything runs in real processes, in the environment that `numerics.environment` pins. Dropout and
-accumulation are on in every layout. A process that dies costs a whole start, so that all that died
-in one layout are resumed by one process, one after another.
+accumulation are on in every layout, and the batch grows after the third step. A process that dies
+costs a whole start, so that all that died in one layout are resumed by one process, one after
+another.
 """
 
 import json
@@ -34,8 +35,12 @@ ONE = {"mesh": {"data": 1}}
 LAYOUTS = {"one": ONE, "fsdp": FSDP, "tensor parallel": TENSOR_PARALLEL}
 
 
+GROWING_BATCH = [{"start_step": 0, "size": 8}, {"start_step": 3, "size": 16}]
+
+
 def fields(layout, **trainer):
-    return {"model": MODEL, "trainer": {"num_microbatches": 2} | LAYOUTS[layout] | trainer}
+    common = {"num_microbatches": 2, "train_batch_size": GROWING_BATCH}
+    return {"model": MODEL, "trainer": common | LAYOUTS[layout] | trainer}
 
 
 class Processes:

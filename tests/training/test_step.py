@@ -59,8 +59,9 @@ def compiled(layout, **trainer):
     experiment = driver.experiment(trainer=LAYOUTS[layout] | trainer, model=MODEL)
     plan = make_plan(experiment, driver.counting_cache())
     step = compile_step(
-        plan.blueprint, experiment.optimizer, experiment.trainer, plan.layout, Pos=plan.Pos
-    )
+        plan.blueprint, experiment.optimizer, experiment.trainer, plan.layout,
+        Batch=plan.batch_axis(0), Pos=plan.Pos,
+    )  # fmt: skip
     initial = plan.blueprint.initialize(plan.make, jax.random.PRNGKey(5))
     return Compiled(plan, step, [np.asarray(array) for array in initial])
 
@@ -83,7 +84,8 @@ def test_an_update_is_the_optimizers_on_the_gradient_of_the_mean_loss(steps):
     params, rest = trainable(state.model)
 
     def mean_loss(params):
-        example = LmExample.causal(NamedArray(jnp.asarray(tokens.tokens), (plan.Batch, plan.Pos)))
+        rows = NamedArray(jnp.asarray(tokens.tokens), (plan.batch_axis(0), plan.Pos))
+        example = LmExample.causal(rows)
         total, weight = next_token_loss(eqx.combine(params, rest), example)
         return total / weight
 
@@ -164,8 +166,9 @@ def test_an_elastic_run_that_cannot_be_is_refused(change, message):
     plan = make_plan(experiment, driver.counting_cache())
     with pytest.raises(ValueError, match=message):
         compile_step(
-            plan.blueprint, experiment.optimizer, experiment.trainer, plan.layout, Pos=plan.Pos
-        )
+            plan.blueprint, experiment.optimizer, experiment.trainer, plan.layout,
+            Batch=plan.batch_axis(0), Pos=plan.Pos,
+        )  # fmt: skip
 
 
 def bytes_on_first_device(arrays):
@@ -238,7 +241,7 @@ def test_accumulation_weighs_tokens_not_microbatches(steps):
     def mean_and_gradient(model, number):
         total, weight, gradient = step_module.summed(
             model, example, policy, layout, jax.random.PRNGKey(0),
-            Batch=plan.Batch, num_microbatches=number,
+            Batch=plan.batch_axis(0), num_microbatches=number,
         )  # fmt: skip
         return total / weight, jax.tree.map(lambda g: g / weight, gradient)
 
@@ -277,7 +280,7 @@ def test_rows_of_several_documents_are_trained_on_as_such(trainer):
     plan = make_plan(experiment, cache)
     step = compile_step(
         plan.blueprint, experiment.optimizer, experiment.trainer, plan.layout,
-        Pos=plan.Pos, columns=cache.columns,
+        Batch=plan.batch_axis(0), Pos=plan.Pos, columns=cache.columns,
     )  # fmt: skip
     arrays = plan.blueprint.initialize(plan.make, jax.random.PRNGKey(5))
     model = plan.blueprint.unflatten(arrays).model
@@ -300,7 +303,7 @@ def test_rows_of_several_documents_are_trained_on_as_such(trainer):
 
 
 def named(tokens, plan):
-    return NamedArray(jnp.asarray(tokens), (plan.Batch, plan.Pos.resize(tokens.shape[1])))
+    return NamedArray(jnp.asarray(tokens), (plan.batch_axis(0), plan.Pos.resize(tokens.shape[1])))
 
 
 def pick(example, rows):
