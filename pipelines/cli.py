@@ -155,7 +155,10 @@ def make_parser() -> argparse.ArgumentParser:
 
     lineage = add("lineage", "Show what an artifact was made of.", _LINEAGE)
     lineage.add_argument("artifact", metavar="ARTIFACT")
-    lineage.add_argument("--json", action="store_true", help="as JSON")
+    form = lineage.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="as JSON")
+    form.add_argument("--prov", action="store_true", help="as W3C PROV-JSON")
+    form.add_argument("--html", type=Path, metavar="FILE", help="as a page with the graph")
     lineage.set_defaults(call=_lineage)
 
     fsck = add("fsck", "Verify every byte of the artifact store.", _FSCK)
@@ -217,13 +220,18 @@ def _why(arguments: argparse.Namespace) -> int:
 
 def _lineage(arguments: argparse.Namespace) -> int:
     from pipelines.lineage import as_json, lineage, lines
+    from pipelines.lineage_exports import to_html, to_prov
     from pipelines.run import content_id_of
     from resources.store import open_store
 
     store = open_store()
     node = lineage(store, content_id_of(store, arguments.artifact))
-    sys.stdout.write(as_json(node) if arguments.json else "\n".join(lines(node)))
-    sys.stdout.write("\n")
+    if arguments.html is not None:
+        arguments.html.write_text(to_html(node), encoding="utf-8")
+        sys.stdout.write(f"{arguments.html.absolute()}\n")
+        return 0
+    text = as_json(node) if arguments.json else to_prov(node) if arguments.prov else None
+    sys.stdout.write(f"{text or chr(10).join(lines(node))}\n")
     return 0
 
 
