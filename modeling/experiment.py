@@ -14,7 +14,8 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from types import UnionType
+from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -296,15 +297,11 @@ def _with_preset(raw: dict[str, Any], source: str) -> dict[str, Any]:
 
 def _explain(problem: Any, config_type: type[Any]) -> str:
     """Returns one validation problem as `field: what, found, expected`."""
-    path = [
-        part
-        for part in problem["loc"]
-        if not (isinstance(part, str) and part.startswith("tagged-union"))
-    ]
-    field = ".".join(str(part) for part in path)
+    path, section = _place(config_type, problem["loc"])
+    field = ".".join(path)
     if problem["type"] == "unexpected_keyword_argument":
-        known = _field_names(config_type, path[:-1])
-        close = difflib.get_close_matches(str(path[-1]), known, n=1)
+        known = sorted({f.name for kind in section for f in dataclasses.fields(kind)})
+        close = difflib.get_close_matches(path[-1], known, n=1)
         hint = f"did you mean `{close[0]}`?" if close else f"the fields here are {known}."
         return f"{field}: no such field; {hint}"
     if problem["type"] in ("missing", "missing_argument"):
@@ -312,16 +309,53 @@ def _explain(problem: Any, config_type: type[Any]) -> str:
     return f"{field}: {problem['msg']} (found {problem['input']!r})."
 
 
-def _field_names(config_type: type[Any], path: Sequence[Any]) -> list[str]:
-    """Returns the fields of the section at `path`, as far as dataclasses lead there."""
-    current: Any = config_type
-    for part in path:
-        types = (
-            {f.name: f.type for f in dataclasses.fields(current)}
-            if dataclasses.is_dataclass(current)
-            else {}
-        )
-        current = types.get(part, current)
-    return (
-        [f.name for f in dataclasses.fields(current)] if dataclasses.is_dataclass(current) else []
-    )
+def _place(config_type: Any, location: Sequence[Any]) -> tuple[list[str], list[Any]]:
+    """Returns a location as it is written in a file, and the dataclasses that its end is in.
+
+    pydantic also names the members of unions on the way, which nobody has written.
+    """
+    path: list[str] = []
+    section: list[Any] = []
+    current = _alternatives(config_type)
+    for part in location:
+        tagged = [kind for kind in current if part in _tags(kind)]
+        inner = [found for kind in current for found in _inside(kind, part)]
+        if len(current) > 1 and (tagged or not inner):
+            current = tagged or current
+            continue
+        path.append(str(part))
+        section = [kind for kind in current if dataclasses.is_dataclass(kind)]
+        current = inner
+    return path, section
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """Returns the members of a union, through `Annotated`."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [kind for member in get_args(annotation) for kind in _alternatives(member)]
+    return [annotation]
+
+
+def _tags(kind: Any) -> tuple[Any, ...]:
+    if not dataclasses.is_dataclass(kind):
+        return ()
+    types = [f.type for f in dataclasses.fields(kind) if f.name == "type"]
+    return tuple(tag for annotation in types for tag in get_args(annotation))
+
+
+def _inside(kind: Any, part: Any) -> list[Any]:
+    """Returns what may stand at a field, a key or an item of a section."""
+    if dataclasses.is_dataclass(kind):
+        return [
+            inner
+            for f in dataclasses.fields(kind)
+            if f.name == part
+            for inner in _alternatives(f.type)
+        ]
+    if get_origin(kind) is Mapping:
+        return _alternatives(get_args(kind)[1])
+    if get_origin(kind) is tuple and isinstance(part, int):
+        return _alternatives(get_args(kind)[0])
+    return []

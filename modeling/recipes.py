@@ -19,7 +19,7 @@ VERSIONS = {
     "tokenizer": 1,
     "tokenized_corpus": 1,
     "token_cache": 1,
-    "checkpoint": 1,
+    "checkpoint": 2,
     "eval_report": 1,
     "hf_model": 1,
 }

@@ -6,7 +6,7 @@ Imports of JAX stand inside the functions, after the worker has tied itself to i
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -103,6 +103,11 @@ class TrainingObserver:
             f"devices; compiled in {start.compile_s:.1f} s; steps {start.first_step:,} to "
             f"{start.num_steps:,}."
         )
+        groups = start.parameter_groups
+        self._channel.say(f"Weight decay acts on {_listed(groups.decayed)}.")
+        self._channel.say(f"It spares {_listed(groups.undecayed)}.")
+        for path, multiplier in groups.multiplied.items():
+            self._channel.say(f"The learning rate of {path} is multiplied by {multiplier:g}.")
 
     def step(self, report: "StepReport") -> None:
         """Shows the line and keeps the numbers."""
@@ -115,6 +120,7 @@ class TrainingObserver:
                 "train/learning_rate": report.learning_rate,
                 "train/tokens": report.tokens,
             }
+            | {f"train/{name}": value for name, value in report.figures.items()}
             | throughput(report),
         )
 
@@ -139,6 +145,10 @@ def throughput(report: "StepReport") -> dict[str, float]:
         "bytes_in_use": report.bytes_in_use,
     }
     return {f"throughput/{name}": x for name, x in figures.items() if x is not None}
+
+
+def _listed(paths: Sequence[str]) -> str:
+    return ", ".join(paths) or "nothing"
 
 
 def evaluate(

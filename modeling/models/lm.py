@@ -17,7 +17,7 @@ import haliax as hax
 from haliax import Axis, AxisSelector, NamedArray
 from modeling.models.config import ModelConfig
 from modeling.models.gpt2 import Gpt2LmHeadModel
-from modeling.models.loss import summed_cross_entropy, token_cross_entropy
+from modeling.models.loss import sampled_targets, summed_cross_entropy, token_cross_entropy
 
 
 @runtime_checkable
@@ -104,6 +104,17 @@ def next_token_loss(
     weights = example.loss_weight.astype(jnp.float32)
     activations, targets, Pos = _predictions(model, example.tokens, example.segment_ids, key)
     # `custom_vjp` hides what the function returns from type checkers.
+    total: Any = summed_cross_entropy(activations, model.head, targets, weights, model.Vocab, Pos)
+    return total, hax.sum(weights).scalar()
+
+
+def own_label_loss(
+    model: LanguageModel, example: LmExample, *, key: PRNGKeyArray
+) -> tuple[Array, Array]:
+    """Returns what `next_token_loss` does, for targets drawn with the model's own probabilities."""
+    weights = example.loss_weight.astype(jnp.float32)
+    activations, _, Pos = _predictions(model, example.tokens, example.segment_ids, None)
+    targets = sampled_targets(activations, model.head, model.Vocab, Pos, key=key)
     total: Any = summed_cross_entropy(activations, model.head, targets, weights, model.Vocab, Pos)
     return total, hax.sum(weights).scalar()
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float32, PRNGKeyArray
 
 import haliax as hax
 from haliax import Axis, AxisSpec, NamedArray
@@ -116,6 +116,23 @@ def token_cross_entropy(
     losses = hax.map(lambda h, y: _losses(h, head, y, Vocab)[0], Block)
     nats = losses(*_cut(Pos, Block, activations, targets))
     return _join(Pos, Block, nats).rearrange(targets.axes)
+
+
+def sampled_targets(
+    activations: NamedArray, head: NamedArray, Vocab: Axis, Pos: Axis, *, key: PRNGKeyArray
+) -> NamedArray:
+    """Returns an id for each activation, drawn with the probabilities softmax(h . head)."""
+    Block = _blocks(Pos)
+    over = tuple(axis for axis in head.axes if axis != Vocab)
+
+    def draw(h: NamedArray, block: NamedArray) -> NamedArray:
+        z = hax.dot(h, head, axis=over, preferred_element_type=jnp.float32)
+        return hax.random.categorical(jax.random.fold_in(key, block.array), z, Vocab)
+
+    (blocks,) = _cut(Pos, Block, jax.lax.stop_gradient(activations))
+    ids = hax.map(draw, Block)(blocks, hax.arange(Block)).astype(jnp.int32)
+    tokens = tuple(axis for axis in activations.axes if axis not in over)
+    return _join(Pos, Block, ids).rearrange(tokens)
 
 
 def _losses(

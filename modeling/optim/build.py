@@ -1,109 +1,264 @@
-"""Optimizers and learning-rate schedules from their configurations.
+"""Optimizers from their configurations, from Optax wherever it has them.
 
-AdamW (Loshchilov & Hutter 2019, algorithm 2), for update n = 1, 2, ..., with the gradient g clipped
-to a global norm of at most `max_grad_norm`:
+Each is a chain: gradient -> (what is named below) -> + weight_decay w -> times its multiplier; the
+update is `w -= lr(n) * step`, for update n = 1, 2, ...
+
+AdamW (Loshchilov & Hutter 2019, algorithm 2), with the gradient g clipped to a global norm:
 
     m = b1 m + (1 - b1) g           v = b2 v + (1 - b2) g^2
-    w = w - lr(n) (m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + weight_decay w)
+    step = m / (1 - b1^n) / (sqrt(v / (1 - b2^n)) + eps) + weight_decay w
 
-Cosine schedule over N updates with W of warmup; the first update already moves, and the last one is
-made at the minimum:
+Lion (Chen et al. 2023, arXiv 2302.06675):
 
-    lr(n) = peak n / W                                                    n <= W
-    lr(n) = peak (r + (1 - r) (1 + cos(pi (n - W) / (N - W))) / 2)        n >= W, r = min_lr_ratio
+    step = sign(b1 m + (1 - b1) g) + weight_decay w;   then   m = b2 m + (1 - b2) g
 
-Weight decay spares biases, normalizations and embeddings, told by their path in the model, such as
-`transformer.blocks.stacked.ln_1.weight`; `decayed_parameters` lists what is left.
+Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, arXiv 2502.16982), for every matrix between
+the inputs and outputs of a `Linear`, each layer, expert and index of `separate_axes` by itself:
+
+    m = b m + (1 - b) g
+    step = update_rms sqrt(max(rows, columns)) NewtonSchulz(Nesterov(m)) + weight_decay w
+
+`adafactor` and `sophia` have their own modules. A state has the names of what it belongs to:
+`opt_state.adam.mu.<path of the parameter>`, so it is split over a mesh as parameters are.
 """
 
-import re
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
+import optax.contrib
 from jaxtyping import Array
 
 from haliax.core import NamedArray
-from modeling.optim.config import CosineScheduleConfig, OptimizerConfig
+from modeling.optim.adafactor import scale_by_factored_moments, scale_by_parameter_rms
+from modeling.optim.config import (
+    UNDECAYED,
+    AbstractOptimizerConfig,
+    AdafactorConfig,
+    AdamWConfig,
+    LionConfig,
+    MuonConfig,
+    SophiaGConfig,
+    SophiaHConfig,
+)
+from modeling.optim.parameters import (
+    Matrix,
+    Parameters,
+    by_path,
+    decay_mask,
+    in_tree,
+    matches,
+    matrices,
+)
+from modeling.optim.schedules import Schedule, learning_rate
+from modeling.optim.sophia import SophiaConfig, renewed, scale_by_sophia
 
-Schedule = Callable[[Any], Array]
-
-_SPARED = re.compile(r"bias|(ln|norm|layer_?norm)(_.*)?|.*_(ln|norm)|.*embed(ding)?s?(_.*)?|w[tp]e")
-"""A parameter is spared if any part of its path matches whole."""
+Stage = tuple[str, optax.GradientTransformation]
+_SOPHIA = "sophia"
 
 
-def build_optimizer(
-    config: OptimizerConfig, num_train_steps: int, *, clip: bool = True
-) -> optax.GradientTransformationExtraArgs:
-    """Returns the transformation from gradients to updates.
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """What is done with mean gradients that are clipped already."""
 
-    Args:
-        config: of AdamW and its schedule.
-        num_train_steps: the length of the run.
-        clip: False for a caller that clips by itself, having the norms at hand already.
-    """
-    for field in ("beta1", "beta2"):
-        if getattr(config, field) == 1.0:
-            raise ValueError(
-                f"optimizer.{field}: 1.0 never takes in a gradient; give a number below 1."
-            )
-    return optax.chain(
-        optax.clip_by_global_norm(config.max_grad_norm) if clip else optax.identity(),
-        optax.scale_by_adam(config.beta1, config.beta2, config.epsilon),
-        optax.add_decayed_weights(config.weight_decay, mask=decay_mask),
-        optax.scale_by_learning_rate(learning_rate(config, num_train_steps)),
+    config: AbstractOptimizerConfig
+    chain: optax.GradientTransformationExtraArgs
+    """From gradients to steps, which are to be subtracted, times the learning rate."""
+    learning_rate: Schedule
+
+    def init(self, params: Any) -> Any:
+        """Returns the state before the first update."""
+        return self.chain.init(params)
+
+    def apply(
+        self, gradients: Any, state: Any, params: Any, updates_made: Array
+    ) -> tuple[Any, Any]:
+        """Returns the next parameters and the next state."""
+        steps, state = self.chain.update(gradients, state, params)
+        rate = -self.learning_rate(updates_made)
+        changes = jax.tree.map(lambda step: rate.astype(step.dtype) * step, steps)
+        return optax.apply_updates(params, changes), state
+
+    @property
+    def curvature(self) -> SophiaConfig | None:
+        """How curvature is to be estimated, by an optimizer that needs it."""
+        return self.config if isinstance(self.config, SophiaHConfig | SophiaGConfig) else None
+
+    def with_curvature(self, state: Any, updates_made: Array, estimate: Callable[[], Any]) -> Any:
+        """Returns the state with an estimate of curvature taken in, if one is due."""
+        assert self.curvature is not None
+        found = renewed(state[_SOPHIA], self.curvature, updates_made, estimate)
+        return {**state, _SOPHIA: found}
+
+    def figures(self, state: Any) -> dict[str, Array]:
+        """Returns what the optimizer itself tells of its last update."""
+        return {} if self.curvature is None else {"clipped_share": state[_SOPHIA].clipped_share}
+
+
+def build_optimizer(config: AbstractOptimizerConfig, num_train_steps: int) -> Optimizer:
+    """Returns the optimizer of a run of `num_train_steps` updates."""
+    chain = optax.named_chain(
+        *_stages(config),
+        ("decay", optax.add_decayed_weights(config.weight_decay, _mask(config))),
+        ("multipliers", _multiplied(config)),
     )
+    return Optimizer(config, chain, learning_rate(config.learning_rate, config.schedule,
+                                                  num_train_steps))  # fmt: skip
 
 
-def learning_rate(config: OptimizerConfig, num_train_steps: int) -> Schedule:
-    """Returns the learning rate as a function of the number of updates already made."""
-    schedule = config.schedule
-    warmup_steps = _warmup_steps(schedule, num_train_steps)
-    peak, floor = config.learning_rate, schedule.min_lr_ratio
-    decay_steps = max(num_train_steps - warmup_steps, 1)
-
-    def at(updates_made: Any) -> Array:
-        update = jnp.asarray(updates_made, jnp.float32) + 1.0
-        progress = jnp.clip((update - warmup_steps) / decay_steps, 0.0, 1.0)
-        cosine = floor + (1.0 - floor) * 0.5 * (1.0 + jnp.cos(jnp.pi * progress))
-        warmup = jnp.minimum(update / max(warmup_steps, 1), 1.0)
-        return peak * jnp.where(update <= warmup_steps, warmup, cosine)
-
-    return at
-
-
-def decay_mask(params: Any) -> Any:
-    """Returns the tree of `params` with a boolean for each parameter: whether weight decay acts."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: _decays(path), params, is_leaf=_is_parameter
-    )
+def _stages(config: AbstractOptimizerConfig) -> list[Stage]:
+    match config:
+        case AdamWConfig():
+            return [("adam", optax.scale_by_adam(config.beta1, config.beta2, config.epsilon))]
+        case LionConfig():
+            return [("lion", optax.scale_by_lion(config.beta1, config.beta2))]
+        case AdafactorConfig():
+            stages = [("adafactor", scale_by_factored_moments(config))]
+            if config.relative_updates:
+                stages.append(("relative", scale_by_parameter_rms()))
+            if config.beta1 > 0.0:
+                stages.append(("momentum", optax.ema(config.beta1, debias=False)))
+            return stages
+        case MuonConfig():
+            return [("muon", _muon(config))]
+        case SophiaHConfig() | SophiaGConfig():
+            return [(_SOPHIA, scale_by_sophia(config))]
+        case _:
+            raise TypeError(f"optimizer: {type(config).__name__} is not an optimizer.")
 
 
-def decayed_parameters(params: Any) -> list[str]:
-    """Returns the sorted paths of the parameters that weight decay acts on."""
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_parameter)
-    return sorted(
-        jax.tree_util.keystr(p, simple=True, separator=".") for p, _ in leaves if _decays(p)
-    )
+def _mask(config: AbstractOptimizerConfig) -> Callable[[Any], Any]:
+    return lambda params: decay_mask(params, config.undecayed)
 
 
-def _decays(path: tuple[Any, ...]) -> bool:
-    parts = jax.tree_util.keystr(path, simple=True, separator=".").split(".")
-    return not any(_SPARED.fullmatch(part) for part in parts)
+def _multiplied(config: AbstractOptimizerConfig) -> optax.GradientTransformation:
+    def update(steps: Any, params: Any) -> Any:
+        del params
+        changed = {}
+        for path, step in by_path(steps).items():
+            factor = _multiplier(config, path)
+            changed[path] = jax.tree.map(lambda s, factor=factor: s * factor, step)
+        return in_tree(steps, changed)
+
+    return optax.stateless(update) if config.lr_multipliers else optax.identity()
 
 
-def _is_parameter(node: Any) -> bool:
-    return isinstance(node, NamedArray)
+def _multiplier(config: AbstractOptimizerConfig, path: str) -> float:
+    """Returns the product over all patterns that match, which hangs on no order."""
+    found = [m for pattern, m in config.lr_multipliers.items() if matches(path, [pattern])]
+    return math.prod(found, start=1.0)
 
 
-def _warmup_steps(schedule: CosineScheduleConfig, num_train_steps: int) -> int:
-    warmup = schedule.warmup
-    steps = warmup if isinstance(warmup, int) else round(warmup * num_train_steps)
-    if steps > num_train_steps:
-        raise ValueError(
-            f"optimizer.schedule.warmup: {steps} steps of warmup, but trainer.num_train_steps is "
-            f"{num_train_steps}; shorten the warmup, or write it as a share of the run, e.g. 0.01."
+class MuonState(NamedTuple):
+    """The states of both optimizers, by path of the parameters that each has."""
+
+    matrices: Any
+    others: Any
+
+
+def _muon(config: MuonConfig) -> optax.GradientTransformation:
+    others = optax.scale_by_adam(config.beta1, config.beta2, config.epsilon)
+
+    def orthogonalized(
+        named: Parameters, found: Mapping[str, Matrix]
+    ) -> optax.GradientTransformation:
+        numbers = {}
+        for path, matrix in found.items():
+            sides = optax.contrib.MuonDimensionNumbers(*_sides(named[path], matrix, config))
+            numbers[path] = NamedArray(sides, named[path].axes)
+        return optax.contrib.scale_by_muon(
+            ns_steps=config.newton_schulz_steps,
+            beta=config.momentum,
+            weight_dimension_numbers=lambda _: numbers,
         )
-    return steps
+
+    def init(params: Any) -> Any:
+        named, found = by_path(params), _inner_matrices(params)
+        mine, theirs = _parted(named, found)
+        return MuonState(orthogonalized(named, found).init(mine), others.init(theirs))
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        del params
+        named, found = by_path(updates), _inner_matrices(updates)
+        mine: Any
+        theirs: Any
+        mine, theirs = _parted(named, found)
+        mine, matrices_state = orthogonalized(named, found).update(mine, state.matrices)
+        for path, matrix in found.items():
+            rows, columns = _sides(named[path], matrix, config)
+            shape = named[path].array.shape
+            longest = max(math.prod(shape[d] for d in side) for side in (rows, columns))
+            mine[path] = mine[path] * (config.update_rms * math.sqrt(longest))
+        theirs, others_state = others.update(theirs, state.others)
+        return in_tree(updates, {**mine, **theirs}), MuonState(matrices_state, others_state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _inner_matrices(params: Any) -> dict[str, Matrix]:
+    found = {path: matrix for path, matrix in matrices(params).items() if matrix.is_inner}
+    if not found:
+        raise ValueError(
+            "optimizer: muon found no matrices in the model: no `Linear` between axes that are not "
+            "the vocabulary. Take another optimizer, such as adamw."
+        )
+    return found
+
+
+def _parted(named: Parameters, found: Mapping[str, Matrix]) -> tuple[Parameters, Parameters]:
+    mine = {path: named[path] for path in found}
+    return mine, {path: p for path, p in named.items() if path not in found}
+
+
+def _sides(
+    weight: NamedArray, matrix: Matrix, config: MuonConfig
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Returns which dimensions of a weight are rows and columns; all others count matrices."""
+
+    def dimensions(names: tuple[str, ...]) -> tuple[int, ...]:
+        return tuple(
+            dimension
+            for dimension, axis in enumerate(weight.axes)
+            if axis.name in names and axis.name not in config.separate_axes
+        )
+
+    return dimensions(matrix.rows), dimensions(matrix.columns)
+
+
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """Who is treated how, by path."""
+
+    decayed: tuple[str, ...]
+    undecayed: tuple[str, ...]
+    multiplied: Mapping[str, float]
+    """Multipliers other than 1."""
+
+
+def parameter_groups(config: AbstractOptimizerConfig, params: Any) -> Groups:
+    """Returns what weight decay and multipliers act on.
+
+    Raises:
+        ValueError: a pattern that somebody has written matches no parameter.
+    """
+    paths = sorted(by_path(params))
+    own = [] if config.undecayed == UNDECAYED else list(config.undecayed)
+    for field, patterns in {
+        "undecayed": own,
+        "lr_multipliers": list(config.lr_multipliers),
+    }.items():
+        for pattern in patterns:
+            if not any(matches(path, [pattern]) for path in paths):
+                raise ValueError(
+                    f"optimizer.{field}: {pattern!r} matches no parameter, neither a whole path "
+                    f"nor a whole part of one; the paths are {paths}."
+                )
+    spared = [path for path in paths if matches(path, config.undecayed)]
+    return Groups(
+        tuple(path for path in paths if path not in spared),
+        tuple(spared),
+        {path: m for path in paths if (m := _multiplier(config, path)) != 1.0},
+    )

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
 
 from modeling.canonical import NOT_IDENTITY, added_later
+from modeling.optim.config import Duration
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(ge=1)]
@@ -144,6 +145,52 @@ class BatchSchedule:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class EmaConfig:
+    """An exponential moving average of the weights, kept beside them."""
+
+    decay: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.999
+
+    identity_tag: ClassVar[str] = "average.ema/1"
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TailAverageConfig:
+    """The plain mean of the weights after each update from `start` on."""
+
+    start: Duration = 0.8
+    """Updates to leave out if written as an integer, their share of the run otherwise."""
+
+    identity_tag: ClassVar[str] = "average.tail/1"
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SkipStepConfig:
+    """Leaves out updates whose loss or gradient norm stands out from those just before."""
+
+    sigmas: Annotated[float, Field(gt=0.0)] = 6.0
+    """Standard deviations above the mean that are too many."""
+    window: Annotated[int, Field(ge=8)] = 128
+    """Updates that mean and deviation are taken of; before so many, none is left out."""
+
+    identity_tag: ClassVar[str] = "skip_step/1"
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LengthStage:
+    """From which update on rows are cut to which length."""
+
+    start_step: Annotated[int, Field(ge=0)]
+    """How many updates come before."""
+    length: Annotated[int, Field(ge=8)]
+
+    identity_tag: ClassVar[str] = "length_stage/1"
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """The run. Fields marked `NOT_IDENTITY` cannot change the science, only the bits or nothing."""
 
@@ -164,6 +211,18 @@ class TrainerConfig:
     divides `elastic_shards`, for more memory and some time: see `elastic`."""
     elastic_shards: Positive = dataclasses.field(default=8, metadata=added_later(8))
     """Logical shards of an elastic batch, a power of two; their sums have one fixed order."""
+    ema: EmaConfig | None = dataclasses.field(default=None, metadata=added_later(None))
+    """Weights that evaluation and export take where they say `weights: ema`."""
+    tail_average: TailAverageConfig | None = dataclasses.field(
+        default=None, metadata=added_later(None)
+    )
+    """Weights that evaluation and export take where they say `weights: tail_average`."""
+    skip_step: SkipStepConfig | None = dataclasses.field(default=None, metadata=added_later(None))
+    sequence_length_schedule: tuple[LengthStage, ...] = dataclasses.field(
+        default=(), metadata=added_later(())
+    )
+    """Trains on the first tokens of each row, so many of them from each step on; on whole rows
+    when empty."""
 
     mesh: Mapping[str, Positive] = dataclasses.field(
         default_factory=lambda: {"data": 1}, metadata=NOT_IDENTITY

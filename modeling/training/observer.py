@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+from modeling.optim.build import Groups
 from modeling.training.program import Memory
 
 
@@ -18,8 +19,8 @@ class RunStart:
     num_devices: int
     device_kind: str
     compile_s: float
-    decayed_parameters: tuple[str, ...]
-    """Paths that weight decay acts on."""
+    parameter_groups: Groups
+    """What weight decay and multipliers act on."""
     memory: Memory | None
     """What the compiled update needs on each device, if XLA says."""
 
@@ -34,6 +35,8 @@ class StepReport:
     """In nats per token."""
     gradient_norm: float
     learning_rate: float
+    figures: Mapping[str, float]
+    """What else the update tells, by name."""
     tokens: int
     """Consumed since the run's first step."""
     tokens_per_second: float
@@ -54,6 +57,7 @@ class StepReport:
             f"step {self.step:,} of {self.num_steps:,}: loss {self.loss:.4f}, "
             f"{self.tokens_per_second:,.0f} tokens/s{mfu}, goodput {self.goodput:.0%}, "
             f"{self.eta_s:.0f} s left"
+            + "".join(f", {name} {value:g}" for name, value in self.figures.items())
         )
 
 

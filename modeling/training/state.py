@@ -1,4 +1,4 @@
-"""Everything that training changes, as one tree: steps made, weights, optimizer state, key.
+"""Everything that training changes, as one tree: steps, weights, optimizer, key, averages.
 
 A step's randomness comes from `fold_in(key, step)`, so the key itself never changes and a resumed
 run needs no history of keys.
@@ -15,13 +15,16 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int32, UInt32
 
+from modeling.optim.build import Optimizer
+from modeling.training.averages import Averages, initial_averages
 from modeling.training.checkpoint import leaf_shardings, named_leaves
+from modeling.training.config import TrainerConfig
 from modeling.training.mesh import Layout
 from modeling.training.precision import Policy
+from modeling.training.spikes import SpikeHistory
 
 BuildModel = Callable[[Any], Any]
 """Takes a key and returns a model with random weights."""
@@ -34,16 +37,27 @@ class TrainState(eqx.Module):
     model: Any
     opt_state: Any
     key: UInt32[Array, "2"]
+    averages: Averages
+    """Of the weights, by the field of the trainer that asks for them."""
+    spikes: SpikeHistory | None
+    """If updates may be skipped."""
 
 
 def initial_state(
-    build_model: BuildModel, optimizer: optax.GradientTransformation, policy: Policy, key: Any
+    build_model: BuildModel, optimizer: Optimizer, trainer: TrainerConfig, key: Any
 ) -> TrainState:
     """Returns the state before the first update."""
     model_key, training_key = jax.random.split(key)
-    model = policy.cast_to_param(build_model(model_key))
-    opt_state = optimizer.init(trainable(model)[0])
-    return TrainState(jnp.zeros((), jnp.int32), model, opt_state, training_key)
+    model = Policy.parse(trainer.mp).cast_to_param(build_model(model_key))
+    params, _ = trainable(model)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        model=model,
+        opt_state=optimizer.init(params),
+        key=training_key,
+        averages=initial_averages(trainer, params),
+        spikes=None if trainer.skip_step is None else SpikeHistory.empty(trainer.skip_step),
+    )
 
 
 def trainable(model: Any) -> tuple[Any, Any]:

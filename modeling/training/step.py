@@ -12,13 +12,13 @@ the partitioner gathers each layer's weights where the scan over layers uses the
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32
 
@@ -26,26 +26,15 @@ from haliax import Axis, NamedArray
 from haliax.partitioning import axis_mapping, shard, sharding_for_axis
 from modeling.data.rows import TOKENS_ALONE, Columns, Rows
 from modeling.models.lm import LmExample, next_token_loss
-from modeling.optim.build import build_optimizer, learning_rate
 from modeling.optim.config import OptimizerConfig
-from modeling.training import elastic
+from modeling.optim.sophia import SophiaConfig
+from modeling.training import curvature, elastic
 from modeling.training.checkpoint import leaf_shardings
 from modeling.training.config import TrainerConfig
-from modeling.training.mesh import Layout
+from modeling.training.mesh import Layout, mesh_axes
 from modeling.training.precision import Policy
+from modeling.training.rule import Metrics, Rule, mean_gradient
 from modeling.training.state import Blueprint, TrainState, trainable
-
-
-class Metrics(eqx.Module):
-    """What one update tells; device arrays, so that nobody waits for them."""
-
-    loss: Float32[Array, ""]
-    """Mean over the batch, before the update."""
-    weight: Float32[Array, ""]
-    """How many predictions counted."""
-    learning_rate: Float32[Array, ""]
-    gradient_squares: Float32[Array, " leaves"]
-    """Squared norm of the gradient of each parameter, before clipping."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,47 +70,16 @@ def compile_step(
         Pos: the axis of a row.
         columns: what rows have besides tokens.
     """
-    rule = _Rule(blueprint, optimizer, trainer.num_train_steps)
+    rule = Rule(blueprint, optimizer, trainer)
     with jax.set_mesh(layout.mesh):
         if trainer.reproducibility == "elastic":
             return _compile_elastic(blueprint, rule, trainer, layout, Batch, Pos)
         return _compile(blueprint, rule, trainer, layout, Batch, Pos, columns)
 
 
-class _Rule:
-    """What is done with a mean gradient."""
-
-    def __init__(self, blueprint: Blueprint, config: OptimizerConfig, num_steps: int) -> None:
-        self._blueprint = blueprint
-        self._max_norm = config.max_grad_norm
-        self._transformation = build_optimizer(config, num_steps, clip=False)
-        self._schedule = learning_rate(config, num_steps)
-
-    def apply(
-        self, state: TrainState, total: Array, weight: Array, sums: Any, squares: Array
-    ) -> tuple[list[Any], Metrics]:
-        """Returns the arrays of the next state, given the norms of `sums / weight`."""
-        norm = jnp.sqrt(jnp.sum(squares))
-        factor = jnp.where(norm < self._max_norm, 1.0, self._max_norm / norm)
-        gradients = jax.tree_util.tree_map(
-            lambda g: _mean(g, weight) * factor.astype(g.dtype), sums
-        )
-        params, rest = trainable(state.model)
-        updates, opt_state = self._transformation.update(gradients, state.opt_state, params)
-        model = eqx.combine(optax.apply_updates(params, updates), rest)
-        after = TrainState(state.step + 1, model, opt_state, state.key)
-        metrics = Metrics(total / weight, weight, self._schedule(state.step), squares)
-        return self._blueprint.flatten(after), metrics
-
-
-def _mean(gradient: Array, weight: Array) -> Array:
-    # In float32: as a 16-bit number, the weight of a large batch overflows or is rounded.
-    return (gradient.astype(jnp.float32) / weight).astype(gradient.dtype)
-
-
 def _compile(
     blueprint: Blueprint,
-    rule: _Rule,
+    rule: Rule,
     trainer: TrainerConfig,
     layout: Layout,
     Batch: Axis,
@@ -142,8 +100,17 @@ def _compile(
                 state.model, example, policy, layout, key,
                 Batch=Batch, num_microbatches=trainer.num_microbatches,
             )  # fmt: skip
-        means = [_mean(g, weight) for g in jax.tree_util.tree_leaves(sums)]
-        return rule.apply(state, total, weight, sums, _squared_norms(means))
+        means = [mean_gradient(g, weight) for g in jax.tree_util.tree_leaves(sums)]
+        squares = _squared_norms(means)
+
+        def estimate(config: SophiaConfig) -> Any:
+            with axis_mapping(layout.compute):
+                return _curvature(
+                    config, state, example, policy, layout,
+                    Batch=Batch, num_microbatches=trainer.num_microbatches,
+                )  # fmt: skip
+
+        return rule.apply(state, total, weight, sums, squares, estimate)
 
     compiled = (
         jax.jit(
@@ -160,7 +127,7 @@ def _compile(
 
 def _compile_elastic(
     blueprint: Blueprint,
-    rule: _Rule,
+    rule: Rule,
     trainer: TrainerConfig,
     layout: Layout,
     Batch: Axis,
@@ -169,6 +136,7 @@ def _compile_elastic(
     """Compiles several programs instead of one, lest the mesh decide what is fused with what."""
     elastic.check(layout, trainer)
     num_shards = trainer.elastic_shards
+    rule.require_elementwise()
     policy = Policy.parse(trainer.mp)
     replicated = NamedSharding(layout.mesh, PartitionSpec())
     shardings = list(blueprint.shardings.values())
@@ -205,7 +173,7 @@ def _compile_elastic(
         return total, weight, *cast
 
     def norms(whole: list[Array], weight: Array) -> Array:
-        return _squared_norms([_mean(g, weight) for g in whole])
+        return _squared_norms([mean_gradient(g, weight) for g in whole])
 
     def apply(
         arrays: Sequence[Any], total: Array, weight: Array, sums: list[Array], squares: Array
@@ -245,16 +213,27 @@ def summed(
     *,
     Batch: Axis,
     num_microbatches: int,
-) -> tuple[Array, Array, Any]:
-    """Returns the sums of losses and of weights, and the gradient of the former."""
+    measure: curvature.Measure = curvature.loss_gradient,
+) -> curvature.Sums:
+    """Returns the sums of losses and of weights, and the gradient of the former.
+
+    Args:
+        model: in the dtypes that it is stored in.
+        example: rows over `Batch`.
+        policy: what to compute in.
+        layout: how parameters are split.
+        key: for what is drawn, such as dropout.
+        Batch: the axis to cut.
+        num_microbatches: into how many pieces.
+        measure: what to sum up in the place of the gradient.
+    """
     params, rest = trainable(model)
 
-    def sums(params: Any, example: LmExample, key: Any) -> tuple[Array, Array]:
-        cast = policy.cast_to_compute(eqx.combine(params, rest))
-        return next_token_loss(cast, example, key=key)
+    def as_model(params: Any) -> Any:
+        return policy.cast_to_compute(eqx.combine(params, rest))
 
-    def sums_and_gradient(example: LmExample, key: Any) -> tuple[Array, Array, Any]:
-        (total, weight), gradient = jax.value_and_grad(sums, has_aux=True)(params, example, key)
+    def sums_and_gradient(example: LmExample, key: Any) -> curvature.Sums:
+        total, weight, gradient = measure(as_model, params, example, key)
         return total, weight, shard(gradient, layout.parameters)
 
     if num_microbatches == 1:
@@ -274,6 +253,32 @@ def summed(
     pieces = (jnp.arange(num_microbatches), _Pieces.cut(example, Batch, num_microbatches))
     total, weight, added = jax.lax.scan(add, start, pieces)[0]
     return total, weight, jax.tree_util.tree_map(lambda s, p: s.astype(p.dtype), added, params)
+
+
+def _curvature(
+    config: SophiaConfig,
+    state: TrainState,
+    example: LmExample,
+    policy: Policy,
+    layout: Layout,
+    *,
+    Batch: Axis,
+    num_microbatches: int,
+) -> Any:
+    """Returns an estimate from part of the rows, spread evenly over the devices that have them."""
+    num_rows = curvature.estimate_rows(config, Batch.size)
+    ways = math.prod(layout.mesh.shape[axis] for axis in mesh_axes(layout.compute.get("batch")))
+    pieces = curvature.estimate_microbatches(num_rows, Batch.size // num_microbatches, ways)
+    part = _Pieces.cut(example, Batch, Batch.size // num_rows)
+    first = dataclasses.replace(part, arrays=[array[0] for array in part.arrays]).named()
+    # No step has this number, so that no other key is the same.
+    key = jax.random.fold_in(jax.random.fold_in(state.key, 2**32 - 1), state.step)
+    _, weight, sums = summed(
+        state.model, first, policy, layout, key,
+        Batch=Batch.resize(num_rows), num_microbatches=pieces,
+        measure=curvature.measure_of(config),
+    )  # fmt: skip
+    return curvature.estimate_of(config, sums, weight)
 
 
 class _Pieces(eqx.Module):

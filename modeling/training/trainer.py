@@ -35,7 +35,7 @@ from modeling.data.loader import BatchStream, TrainLoader
 from modeling.experiment import ExperimentConfig
 from modeling.models.lm import build_model
 from modeling.numerics import numerics_class
-from modeling.optim.build import build_optimizer, decayed_parameters
+from modeling.optim.build import build_optimizer, parameter_groups
 from modeling.training import checkpoint, faults, history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
@@ -44,12 +44,12 @@ from modeling.training.manifest import CheckpointError
 from modeling.training.mesh import Layout, build_layout, require_known_axes
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
 from modeling.training.peak import Peak
-from modeling.training.precision import Policy
 from modeling.training.preemption import Preempted, PreemptionNotice
 from modeling.training.program import memory_of, peak_bytes_in_use, product_flops
 from modeling.training.retention import Checkpoints, open_checkpoints
+from modeling.training.rule import Metrics
 from modeling.training.state import Blueprint, initial_state, trainable
-from modeling.training.step import Metrics, Step, compile_step
+from modeling.training.step import Step, compile_step
 
 _log = logging.getLogger(__name__)
 
@@ -139,14 +139,14 @@ def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
             f"cache has rows of {cache.sequence_length}; give the cache of that length."
         )
     trainer = experiment.trainer
-    layout, policy = build_layout(trainer), Policy.parse(trainer.mp)
+    layout = build_layout(trainer)
     optimizer = build_optimizer(experiment.optimizer, trainer.num_train_steps)
     Vocab, Pos = Axis("vocab", cache.vocab_size), Axis("position", cache.sequence_length)
 
     def make_model(key: Any) -> Any:
         return build_model(experiment.model, Vocab, Pos, key=key)
 
-    make = partial(initial_state, make_model, optimizer, policy)
+    make = partial(initial_state, make_model, optimizer, trainer)
     blueprint = Blueprint.of(make, layout)
     require_known_axes(trainer, {*blueprint.axis_names, "batch", Pos.name})
     science = [recipes.checkpoint_params(experiment), cache.content_id]
@@ -306,7 +306,7 @@ class _Run:
                 device_kind=devices.flat[0].device_kind,
                 compile_s=self._ledger.spent_here["compile"],
                 memory=step.compiled and memory_of(step.compiled),
-                decayed_parameters=tuple(decayed_parameters(params)),
+                parameter_groups=parameter_groups(plan.experiment.optimizer, params),
             )
         )
 
@@ -380,6 +380,7 @@ class _Run:
                     loss=float(found.loss),
                     gradient_norm=math.sqrt(float(np.sum(found.gradient_squares))),
                     learning_rate=float(found.learning_rate),
+                    figures={name: float(x) for name, x in found.figures.items()},
                     tokens=self._plan.tokens(update),
                     tokens_per_second=lap.tokens_per_second,
                     mfu=lap.mfu,

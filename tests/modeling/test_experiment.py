@@ -110,14 +110,29 @@ def test_overrides_reach_the_experiment_and_its_dataset(catalog_dir: Path):
         ("sequence_length=64", "sequence_length: 64 is not built by dataset 'tiny' ([16, 32])"),
         (
             "dataset.tokenizer.vocab_size=many",
-            "tiny.yaml: tokenizer.bpe.vocab_size: Input should be a valid integer",
+            "tiny.yaml: tokenizer.vocab_size: Input should be a valid integer",
         ),
         ("dataset.source.type=ftp", "tiny.yaml: source: Input tag 'ftp'"),
         (
             "dataset.source.paths=[]",
-            "tiny.yaml: source.files.paths: Tuple should have at least 1 item",
+            "tiny.yaml: source.paths: Tuple should have at least 1 item",
         ),
         ("optimizer.learning_rate=-1.0", "optimizer.learning_rate: Input should be greater than 0"),
+        ("optimizer.type=sgd", "optimizer: Input tag 'sgd'"),
+        ("optimizer={type: lion, beta: 0.9}", "optimizer.beta: no such field; did you mean `beta"),
+        (
+            "optimizer.schedule={type: wsd, decay: 1.5}",
+            "optimizer.schedule.decay: Input should be less than or equal to 1 (found 1.5)",
+        ),
+        (
+            "optimizer.schedule={type: cycles, cycles: [a]}",
+            "optimizer.schedule.cycles.0: Input should be a valid integer (found 'a')",
+        ),
+        ("optimizer.undecayed=['(']", "optimizer.undecayed.0: Value error, '(' is not a regular"),
+        (
+            "trainer.sequence_length_schedule=[{start_step: 0, lenght: 8}]",
+            "trainer.sequence_length_schedule.0.lenght: no such field; did you mean `length`?",
+        ),
         ("no-equals-sign", "--set no-equals-sign: expected section.field=value"),
     ],
 )

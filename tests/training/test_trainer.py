@@ -79,7 +79,7 @@ def test_the_output_is_a_checkpoint_with_its_experiment_model_and_losses(finishe
     assert built.content_id == manifest.content_id
     assert built.roots == {"parameters": manifest.parameters}
     assert built.leaves == manifest.digests
-    assert len([path for path in built.leaves if path.startswith("opt_state.1.mu.")]) == 16
+    assert len([path for path in built.leaves if path.startswith("opt_state.adam.mu.")]) == 16
 
     described = json.loads((space.output / "model.json").read_text())
     assert described == {
@@ -123,7 +123,7 @@ def test_the_observer_hears_it_in_order_and_in_its_own_thread(finished):
     start = observer.events[0][1]
     assert (start.num_steps, start.first_step, start.num_devices) == (6, 1, 1)
     assert start.num_parameters == built.facts["num_parameters"]
-    decayed = {path.split(".", 3)[-1] for path in start.decayed_parameters}
+    decayed = {path.split(".", 3)[-1] for path in start.parameter_groups.decayed}
     assert decayed == {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight",
                        "mlp.c_proj.weight"}  # fmt: skip
     reports = observer.named("step")
