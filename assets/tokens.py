@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from assets.catalog import config_metadata
 from assets.checks import artifact_check
+from assets.pictures import lengths_picture
 from modeling import recipes
 from modeling.artifacts import Artifact
 from resources.store import StoreResource
@@ -49,9 +50,16 @@ def tokenized_assets(
                 *inputs,
                 space,
                 document_format=dataset.format,
+                compute=dataset.compute,
+                fetch_earlier=tokenized.EarlierBuilds(store.open()).fetch,
                 report=lambda now: context.log.info(str(now)),
             ),
-            show=lambda made, _: {"dagster/row_count": _sum_of_splits(made, "documents")},
+            show=lambda made, _: {
+                "dagster/row_count": _sum_of_splits(made, "documents"),
+                "document_lengths": lengths_picture(
+                    {name: facts["document_lengths"] for name, facts in _splits(made).items()}
+                ),
+            },
         )
 
     shards_are_whole = artifact_check(
@@ -111,8 +119,19 @@ def cache_assets(
     return [token_cache, rows_are_the_stream]
 
 
+def _splits(artifact: Artifact) -> dict[str, Mapping[str, Any]]:
+    """Returns the facts of each split."""
+    from modeling.data.corpus import SPLITS
+
+    return {
+        name: facts
+        for name, facts in artifact.facts.items()
+        if name.partition("/")[0] in SPLITS and isinstance(facts, Mapping)
+    }
+
+
 def _sum_of_splits(artifact: Artifact, what: str) -> int:
-    return sum(split[what] for split in artifact.facts.values() if isinstance(split, Mapping))
+    return sum(facts[what] for facts in _splits(artifact).values())
 
 
 def _token_faults(files: Path, ends_with_eos: bool) -> Iterator[str]:

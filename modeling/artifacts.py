@@ -298,6 +298,28 @@ class ArtifactStore:
         path = f"{self.object_path(kind, content_id)}/{INVENTORY}"
         return hashlib.sha256(self.filesystem.cat_file(path)).hexdigest()
 
+    def content_ids(self, kind: str) -> list[str]:
+        """Returns the content ids of all whole objects of a kind, sorted."""
+        _require(_KIND, kind, "artifact kind")
+        inventories = self.filesystem.glob(f"{self.root}/objects/{kind}/*/{INVENTORY}")
+        return sorted(str(path).split("/")[-2] for path in inventories)
+
+    def read_file(self, kind: str, content_id: str, path: str) -> bytes:
+        """Returns the bytes of one file of an object, unchecked."""
+        return self.filesystem.cat_file(f"{self.object_path(kind, content_id)}/{path}")
+
+    def fetch_file(self, kind: str, content_id: str, path: str, target: Path) -> None:
+        """Puts one file of an object at `target`, linked where that can be, else copied; unchecked.
+
+        Raises:
+            FileNotFoundError: the object has no such file.
+        """
+        source = f"{self.object_path(kind, content_id)}/{path}"
+        if self.is_local:
+            link_or_copy(Path(source), target)
+        else:
+            self.filesystem.get_file(source, str(target))
+
     def records(self) -> Iterator[dict[str, Any]]:
         """Yields every record, in the order of recipe ids."""
         for path in sorted(self.filesystem.glob(f"{self.root}/recipes/*/*/artifact.json")):
@@ -421,6 +443,16 @@ def file_sha256(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Gives a file a second name, and where the file system has no hard links, a second copy."""
+    try:
+        target.hardlink_to(source)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def verify_files(directory: Path) -> None:

@@ -17,7 +17,7 @@ from modeling.experiment import ExperimentConfig
 VERSIONS = {
     "raw_corpus": 1,
     "tokenizer": 1,
-    "tokenized_corpus": 1,
+    "tokenized_corpus": 2,
     "token_cache": 1,
     "checkpoint": 2,
     "eval_report": 1,

@@ -52,7 +52,7 @@ def alias(store: ArtifactStore, name: str, content_id: str) -> int:
     return 0
 
 
-def _progress(now: Progress) -> None:
+def _progress(now: Progress | str) -> None:
     sys.stderr.write(f"{now}\n")
 
 

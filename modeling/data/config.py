@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 
 from modeling.canonical import NOT_IDENTITY, added_later
 
@@ -287,6 +287,38 @@ class TokenizationConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalCompute:
+    """This process encodes."""
+
+    type: Literal["local"] = "local"
+
+    identity_tag: ClassVar[str] = "compute.local/1"
+    __pydantic_config__ = STRICT
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RayCompute:
+    """Tasks of a Ray cluster encode, one started here for the purpose unless there is one."""
+
+    type: Literal["ray"]
+    address: str | None = None
+    """Of a running cluster (`auto`, `ray://head:10001`); None starts one in this machine."""
+    max_workers: Annotated[int, Field(ge=1)] | None = None
+    """Tasks at a time; None takes as many as there are processors."""
+
+    identity_tag: ClassVar[str] = "compute.ray/1"
+    __pydantic_config__ = STRICT
+
+
+Compute = Annotated[
+    LocalCompute | RayCompute,
+    Field(discriminator="type"),
+    BeforeValidator(lambda value: {"type": value} if isinstance(value, str) else value),
+]
+"""Where documents are encoded; `ray` alone is short for `{type: ray}`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
     """One dataset file: a corpus, its tokenizer, and the sequence lengths to cut it at."""
 
@@ -298,6 +330,7 @@ class DatasetConfig:
     validation: ValidationConfig = ValidationConfig()
     tokenization: TokenizationConfig = TokenizationConfig()
     format: Format = dataclasses.field(default=TextFormat(), metadata=added_later(TextFormat()))
+    compute: Compute = dataclasses.field(default=LocalCompute(), metadata=NOT_IDENTITY)
     description: str = dataclasses.field(default="", metadata=NOT_IDENTITY)
 
     identity_tag: ClassVar[str] = "dataset/1"

@@ -2,8 +2,8 @@
 
     documents.arrow   Arrow IPC file, zstd: (doc_id: string, split: string, text: large_string), in
                       the order of logical paths, record batches of about 32 MiB of text
-    files.json        documents per split, and the listing: logical path, size, SHA-256 of each
-                      file, split where it has one
+    files.json        documents and bytes per split, and the listing: logical path, size, SHA-256
+                      of each file, split where it has one
 
 A document is held out for validation when the hash of its id falls below the configured fraction,
 so adding a document moves no other. The root `documents` covers (doc_id, split, UTF-8 text), each
@@ -147,6 +147,7 @@ def build(
         workspace.output / FILES_FILE,
         {
             "documents": {split: tally.documents[split] for split in SPLITS},
+            "bytes": {split: tally.text_bytes[split] for split in SPLITS},
             "files": [_plain(file) for file in listing.files],
         },
     )
@@ -182,6 +183,11 @@ def texts(directory: Path, split: str) -> Iterator[bytes]:
 def num_documents(directory: Path, split: str) -> int:
     """Returns how many documents one split of a built corpus has."""
     return json.loads((directory / FILES_FILE).read_text(encoding="utf-8"))["documents"][split]
+
+
+def num_bytes(directory: Path, split: str) -> int:
+    """Returns how many bytes of UTF-8 one split of a built corpus has."""
+    return json.loads((directory / FILES_FILE).read_text(encoding="utf-8"))["bytes"][split]
 
 
 def record_batches(directory: Path) -> Iterator[pa.RecordBatch]:

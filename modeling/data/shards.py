@@ -20,6 +20,7 @@ import pyarrow as pa
 from jaxtyping import Int32, Integer, UInt8
 
 Ids = Integer[np.ndarray, "_"]
+_MOST_TOKENS = (1 << 31) - 1
 
 
 class MappedShard(NamedTuple):
@@ -41,7 +42,16 @@ def write_shard(
     lengths: Integer[np.ndarray, " documents"],
     loss_mask: UInt8[np.ndarray, "_"] | None = None,
 ) -> None:
-    """Writes documents, given end to end with their lengths, and waits until they are on disk."""
+    """Writes documents, given end to end with their lengths, and waits until they are on disk.
+
+    Raises:
+        ValueError: there are more tokens than offsets of 32 bits can count.
+    """
+    if (num_tokens := int(np.sum(lengths, dtype=np.int64))) > _MOST_TOKENS:
+        raise ValueError(
+            f"{path}: {num_tokens:,} tokens, a shard holds {_MOST_TOKENS:,} at most. Part its "
+            f"longest document."
+        )
     schema = _documents_schema(tokens.dtype, with_loss_mask=loss_mask is not None)
     offsets = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=offsets[1:])

@@ -9,47 +9,44 @@ offset of each document, as little-endian uint64; a third where tokens have a lo
 each. The content id covers dtype, vocabulary and the streams, so it knows nothing of batches,
 shards, threads or crashes.
 
-A shard is written beside the others in `Workspace.progress` and its receipt `<shard>.json` last; a
-retry digests the shards that have one and goes on after them.
+The documents are cut into units (`modeling.data.units`), each of which becomes a shard, here or on
+a Ray cluster (`modeling.data.compute`); finished shards are committed one by one, for a retry to
+find (`modeling.data.ledger`). A unit that another tokenized corpus has under the same key is taken
+from there. All files are the same whoever encoded, in which order, after how many attempts.
 """
 
 import json
-import shutil
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import count, islice
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from modeling import canonical
-from modeling.artifacts import Built, DamagedArtifactError, Workspace, file_sha256, write_durably
+from modeling.artifacts import (
+    ArtifactStore,
+    Built,
+    DamagedArtifactError,
+    Workspace,
+    link_or_copy,
+    write_durably,
+)
 from modeling.data import corpus
-from modeling.data.config import Format, TokenizationConfig
-from modeling.data.encoding import DocumentEncoder, Encoded, document_encoder
-from modeling.data.shards import FlatTokens, map_shard, token_dtype, write_shard
-from modeling.data.tokenizer import load_tokenizer
+from modeling.data.compute import Encoding, Keyed, encoded_by_ray, encoded_here
+from modeling.data.config import Compute, Format, LocalCompute, RayCompute, TokenizationConfig
+from modeling.data.encoding import document_encoder
+from modeling.data.ledger import FetchEarlier, Ledger, Shard, nothing_earlier
+from modeling.data.shards import FlatTokens, map_shard, token_dtype
+from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
+from modeling.data.units import UNIT_BYTES, cut_units
 from modeling.merkle import MerkleHasher
 from modeling.progress import Meter, Report, ignore
 
 MANIFEST_FILE = "manifest.json"
-FORMAT = "tokenized_corpus/1"
-SHARD_TOKENS = 1 << 24
-_BATCH_BYTES = 4 * 1024 * 1024
-_BATCH_DOCUMENTS = 4096
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of consecutive documents of a split."""
-
-    file: str
-    documents: int
-    tokens: int
-    text_bytes: int
-    sha256: str
-    """Of the file as written: a retry checks what an earlier attempt left."""
+FORMAT = "tokenized_corpus/2"
+LOCAL = LocalCompute()
+_MEGABYTE = 1e6
 
 
 @dataclass(frozen=True)
@@ -65,6 +62,12 @@ class SplitManifest:
     offsets_root: str
     loss_mask_root: str | None
     """None where every token is to be predicted."""
+    longest_document: int
+    """In tokens."""
+    document_lengths: tuple[int, ...]
+    """How many documents have fewer than 2, then 2 to 3, 4 to 7, 8 to 15... tokens."""
+    unknown_tokens: int | None
+    """How often the id that stands for unknown text occurs; None if the tokenizer has none."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,7 @@ class Manifest:
                 | {
                     "shards": tuple(Shard(**shard) for shard in split["shards"]),
                     "token_leaves": tuple(split["token_leaves"]),
+                    "document_lengths": tuple(split["document_lengths"]),
                 }
             )
             for name, split in raw.pop("splits").items()
@@ -113,209 +117,220 @@ def build(
     workspace: Workspace,
     *,
     document_format: Format = corpus.TEXT,
+    compute: Compute = LOCAL,
+    fetch_earlier: FetchEarlier = nothing_earlier,
     report: Report = ignore,
-    shard_tokens: int = SHARD_TOKENS,
+    unit_bytes: int = UNIT_BYTES,
 ) -> Built:
-    """Encodes every document, resuming after the last shard that an earlier attempt committed.
+    """Encodes every document that no shard holds yet.
 
     Args:
+        config: the policy on special tokens.
+        corpus_dir: the built raw corpus.
+        tokenizer_dir: the built tokenizer.
+        workspace: where the files go; its progress is gone on with.
         document_format: what the corpus's documents are.
-        shard_tokens: closes a shard at the first document that reaches this many tokens.
+        compute: who encodes.
+        fetch_earlier: finds shards of other builds, to take where the documents are the same.
+        report: is told how far it is, and what was reused or damaged.
+        unit_bytes: bytes of text in a unit, of which each shard has one.
+
+    Raises:
+        DiskFullError: there is no space for a shard; those before it are kept.
     """
+    encoding = Encoding.read(config, document_format, tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
-    dtype = token_dtype(tokenizer.vocab_size)
     encoder = document_encoder(tokenizer, config, document_format)
-    total = sum(corpus.num_documents(corpus_dir, split) for split in corpus.SPLITS)
-    meter = Meter(report, "tokenized corpus", total, "documents")
-    splits = {}
-    for split in corpus.SPLITS:
-        digests = _SplitDigests(workspace.progress, dtype, has_loss_mask=encoder.has_loss_mask)
-        for shard in _committed_shards(workspace.progress, split):
-            digests.add(shard)
-            meter.skip(shard.documents)
-        texts = islice(corpus.texts(corpus_dir, split), digests.documents, None)
-        batches = _encode(encoder, texts, meter)
-        for documents in _cut(batches, shard_tokens):
-            shard = _commit(documents, workspace.progress, _shard_name(split, len(digests.shards)))
-            digests.add(shard)
-        splits[split] = digests.manifest()
+    dtype = token_dtype(tokenizer.vocab_size)
+    header = {
+        "dtype": dtype.name,
+        "vocab_size": tokenizer.vocab_size,
+        "eos_id": tokenizer.eos_id,
+        "policy": canonical.digest("stream/1", [encoding.policy, unit_bytes]),
+    }
+    ledger = Ledger(workspace.progress, header, fetch_earlier, report)
+    streams = {
+        split: _Stream(split, ledger, dtype, encoder.has_loss_mask, unknown_id(tokenizer))
+        for split in corpus.SPLITS
+    }
+    total = sum(corpus.num_bytes(corpus_dir, split) for split in corpus.SPLITS)
+    meter = Meter(report, "tokenized corpus", total / _MEGABYTE, "MB")
+
+    def unknown_units() -> Iterator[Keyed]:
+        under_way = set()
+        for unit in cut_units(corpus.record_batches(corpus_dir), unit_bytes):
+            key = unit.key(encoding.policy)
+            streams[unit.split].keys.append(key)
+            if ledger.find(key) is not None:
+                meter.skip(unit.num_bytes / _MEGABYTE)
+                streams[unit.split].advance()
+            elif key not in under_way:
+                under_way.add(key)
+                yield key, unit
+
+    if isinstance(compute, RayCompute):
+        results = encoded_by_ray(compute, encoding, unknown_units())
+    else:
+        results = encoded_here(encoder, unknown_units())
+    for key, encoded, num_bytes in results:
+        ledger.commit(key, encoded, num_bytes)
+        meter.advance(num_bytes / _MEGABYTE, tokens=len(encoded.tokens))
+        for stream in streams.values():
+            stream.advance()
     meter.finish()
-    for shard in (shard for split in splits.values() for shard in split.shards):
-        _link(workspace.progress / shard.file, workspace.output / shard.file)
+    ledger.complete()
     manifest = Manifest(
         dtype=dtype.name,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
         has_loss_mask=encoder.has_loss_mask,
-        splits=splits,
+        splits={split: stream.manifest() for split, stream in streams.items()},
     )
-    write_durably(workspace.output / MANIFEST_FILE, {"format": FORMAT} | asdict(manifest))
-    return _built(manifest, encoder.name)
-
-
-@dataclass(frozen=True)
-class _Documents:
-    """Consecutive documents encoded, and their lengths in bytes."""
-
-    encoded: Encoded
-    text_bytes: np.ndarray
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return self.encoded.lengths
-
-    def split_at(self, document: int) -> tuple["_Documents", "_Documents"]:
-        head, tail = self.encoded.split_at(document)
-        return (
-            _Documents(head, self.text_bytes[:document]),
-            _Documents(tail, self.text_bytes[document:]),
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            link_or_copy(ledger.path(shard.key), workspace.output / shard.file)
+    reuse = _reuse(ledger, manifest)
+    if reuse["units"]:
+        report(
+            f"tokenized corpus: {reuse['units']} of {reuse['of_units']} units reused, "
+            f"{reuse['documents']:,} documents and {reuse['tokens']:,} tokens "
+            f"({reuse['percent']}%), {reuse['from_other_corpora']} of them from other corpora"
         )
+    write_durably(workspace.output / MANIFEST_FILE, {"format": FORMAT} | asdict(manifest))
+    return _built(manifest, encoder.name, reuse)
 
 
-class _SplitDigests:
-    """Folds shards, in order, into the split's digests and its counts."""
+class EarlierBuilds:
+    """The shards of all tokenized corpora in a store."""
 
-    def __init__(self, directory: Path, dtype: np.dtype, *, has_loss_mask: bool) -> None:
-        self.shards: list[Shard] = []
-        self.documents = 0
-        self._directory = directory
+    def __init__(self, store: ArtifactStore) -> None:
+        """Looks at `store` when first asked."""
+        self._store = store
+        self._known: dict[str, tuple[str, Shard]] | None = None
+
+    def fetch(self, key: str, target: Path) -> Shard | None:
+        """Puts the shard with `key` at `target`, as a hard link where the store is local."""
+        if self._known is None:
+            self._known = dict(self._shards())
+        if key not in self._known:
+            return None
+        content_id, shard = self._known[key]
+        self._store.fetch_file("tokenized_corpus", content_id, shard.file, target)
+        return shard
+
+    def _shards(self) -> Iterator[tuple[str, tuple[str, Shard]]]:
+        for content_id in self._store.content_ids("tokenized_corpus"):
+            raw = json.loads(self._store.read_file("tokenized_corpus", content_id, MANIFEST_FILE))
+            if raw["format"] == FORMAT:
+                for split in raw["splits"].values():
+                    for shard in split["shards"]:
+                        yield shard["key"], (content_id, Shard(**shard))
+
+
+class _Stream:
+    """The shards of a split in their order, digested as far as they are committed."""
+
+    def __init__(
+        self, split: str, ledger: Ledger, dtype: np.dtype, has_loss_mask: bool, unknown: int | None
+    ) -> None:
+        self.keys: list[str] = []
+        """Of all units that the documents read so far make."""
+        self._split = split
+        self._ledger = ledger
         self._dtype = dtype
-        self._tokens = 0
+        self._unknown = unknown
+        self._shards: list[Shard] = []
         self._token_hasher = MerkleHasher()
         self._offset_hasher = MerkleHasher()
         self._mask_hasher = MerkleHasher() if has_loss_mask else None
+        self._num_tokens = 0
+        self._longest = 0
+        self._lengths = np.zeros(1, np.int64)
+        self._num_unknown = 0
 
-    def add(self, shard: Shard) -> None:
-        has_loss_mask = self._mask_hasher is not None
-        tokens, offsets, mask = map_shard(
-            self._directory / shard.file, self._dtype, with_loss_mask=has_loss_mask
-        )
-        if (len(offsets) - 1, len(tokens)) != (shard.documents, shard.tokens):
-            raise DamagedArtifactError(
-                f"{shard.file}: has {len(offsets) - 1} documents and {len(tokens)} tokens, its "
-                f"receipt says {shard.documents} and {shard.tokens}."
-            )
-        ends = offsets[1:].astype("<u8") + self._tokens
-        self._token_hasher.update(tokens.data.cast("B"))
-        self._offset_hasher.update(ends.data.cast("B"))
-        if self._mask_hasher is not None and mask is not None:
-            self._mask_hasher.update(mask.data)
-        self.shards.append(shard)
-        self.documents += shard.documents
-        self._tokens += shard.tokens
+    def advance(self) -> None:
+        """Takes in the shards up to the first that is not committed yet."""
+        while len(self._shards) < len(self.keys):
+            key = self.keys[len(self._shards)]
+            if not self._ledger.has(key):
+                return
+            shard = self._ledger.tell(self._split, len(self._shards), key)
+            self._fold(shard, self._ledger.path(key))
+            self._shards.append(replace(shard, file=f"{self._split}-{len(self._shards):05d}.arrow"))
 
     def manifest(self) -> SplitManifest:
+        """Returns what is known when all units are committed."""
+        assert len(self._shards) == len(self.keys)
         return SplitManifest(
-            documents=self.documents,
-            tokens=self._tokens,
-            text_bytes=sum(shard.text_bytes for shard in self.shards),
-            shards=tuple(self.shards),
+            documents=sum(shard.documents for shard in self._shards),
+            tokens=self._num_tokens,
+            text_bytes=sum(shard.text_bytes for shard in self._shards),
+            shards=tuple(self._shards),
             token_leaves=tuple(leaf.hex() for leaf in self._token_hasher.leaves),
             tokens_root=self._token_hasher.root(),
             offsets_root=self._offset_hasher.root(),
             loss_mask_root=None if self._mask_hasher is None else self._mask_hasher.root(),
+            longest_document=self._longest,
+            document_lengths=tuple(self._lengths.tolist()),
+            unknown_tokens=None if self._unknown is None else self._num_unknown,
         )
 
-
-def _encode(encoder: DocumentEncoder, texts: Iterable[bytes], meter: Meter) -> Iterator[_Documents]:
-    """Yields the texts encoded, a few MiB of text at a time."""
-    for batch in _batches(texts):
-        text_bytes = np.fromiter(map(len, batch), np.int64, len(batch))
-        yield _Documents(encoder.encode(batch), text_bytes)
-        meter.advance(len(batch))
-
-
-def _batches(texts: Iterable[bytes]) -> Iterator[list[bytes]]:
-    batch: list[bytes] = []
-    num_bytes = 0
-    for text in texts:
-        batch.append(text)
-        num_bytes += len(text)
-        if num_bytes >= _BATCH_BYTES or len(batch) == _BATCH_DOCUMENTS:
-            yield batch
-            batch, num_bytes = [], 0
-    if batch:
-        yield batch
-
-
-def _cut(batches: Iterable[_Documents], shard_tokens: int) -> Iterator[_Documents]:
-    """Regroups batches into shards, each closed by the document that fills it."""
-    pending: list[_Documents] = []
-    room = shard_tokens
-    for batch in batches:
-        rest = batch
-        while int(rest.lengths.sum()) >= room:
-            last = int(np.searchsorted(rest.lengths.cumsum(), room))
-            head, rest = rest.split_at(last + 1)
-            yield _joined([*pending, head])
-            pending, room = [], shard_tokens
-        if len(rest.lengths):
-            pending.append(rest)
-            room -= int(rest.lengths.sum())
-    if pending:
-        yield _joined(pending)
-
-
-def _joined(parts: list[_Documents]) -> _Documents:
-    return _Documents(
-        Encoded.join([part.encoded for part in parts]),
-        np.concatenate([part.text_bytes for part in parts]),
-    )
-
-
-def _shard_name(split: str, index: int) -> str:
-    return f"{split}-{index:05d}.arrow"
-
-
-def _commit(documents: _Documents, directory: Path, name: str) -> Shard:
-    """Writes a shard, and after it its receipt, so that both survive a crash or neither counts."""
-    attempt = directory / f".{name}"
-    encoded = documents.encoded
-    write_shard(attempt, encoded.tokens, encoded.lengths, encoded.loss_mask)
-    shard = Shard(
-        file=name,
-        documents=len(documents.lengths),
-        tokens=len(encoded.tokens),
-        text_bytes=int(documents.text_bytes.sum()),
-        sha256=file_sha256(attempt),
-    )
-    attempt.replace(directory / name)
-    write_durably(_receipt(directory, name), asdict(shard))
-    return shard
-
-
-def _receipt(directory: Path, name: str) -> Path:
-    return directory / f"{name}.json"
-
-
-def _committed_shards(directory: Path, split: str) -> Iterator[Shard]:
-    for index in count():
-        receipt = _receipt(directory, _shard_name(split, index))
-        if not receipt.exists():
-            return
-        shard = Shard(**json.loads(receipt.read_text(encoding="utf-8")))
-        if file_sha256(directory / shard.file) != shard.sha256:
+    def _fold(self, shard: Shard, path: Path) -> None:
+        with_loss_mask = self._mask_hasher is not None
+        tokens, offsets, mask = map_shard(path, self._dtype, with_loss_mask=with_loss_mask)
+        if (len(offsets) - 1, len(tokens)) != (shard.documents, shard.tokens):
             raise DamagedArtifactError(
-                f"{directory / shard.file}: has other bytes than its receipt says. Delete "
-                f"{receipt.name} and what follows it, and run again."
+                f"{path}: has {len(offsets) - 1} documents and {len(tokens)} tokens, its "
+                f"receipt says {shard.documents} and {shard.tokens}."
             )
-        yield shard
+        ends = offsets[1:].astype("<u8") + self._num_tokens
+        self._token_hasher.update(tokens.data.cast("B"))
+        self._offset_hasher.update(ends.data.cast("B"))
+        if self._mask_hasher is not None and mask is not None:
+            self._mask_hasher.update(mask.data)
+        self._num_tokens += len(tokens)
+        lengths = np.diff(offsets)
+        self._longest = max(self._longest, int(lengths.max()))
+        binned = np.bincount(np.frexp(np.maximum(lengths, 1))[1] - 1, minlength=len(self._lengths))
+        binned[: len(self._lengths)] += self._lengths
+        self._lengths = binned
+        if self._unknown is not None:
+            self._num_unknown += int((tokens == self._unknown).sum())
 
 
-def _link(source: Path, target: Path) -> None:
-    """Gives a finished shard a second name, since a crash before publication must not cost it."""
-    try:
-        target.hardlink_to(source)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(source, target)
+def unknown_id(tokenizer: Tokenizer | PassthroughTokenizer) -> int | None:
+    """Returns the id that a tokenizer gives to text it has no other for; None if it needs none."""
+    if isinstance(tokenizer, PassthroughTokenizer):
+        return None
+    model = json.loads(tokenizer.backend.to_str())["model"]
+    if (index := model.get("unk_id")) is not None:  # Unigram
+        return index
+    return tokenizer.backend.token_to_id(model.get("unk_token") or "")
 
 
-def _built(manifest: Manifest, encoder: str) -> Built:
+def _reuse(ledger: Ledger, manifest: Manifest) -> dict[str, Any]:
+    """Returns how much of a corpus was not encoded now."""
+    shards = {shard.key: shard for split in manifest.splits.values() for shard in split.shards}
+    reused = [shards[key] for key in ledger.from_progress | ledger.from_earlier]
+    tokens = sum(shard.tokens for shard in reused)
+    return {
+        "units": len(reused),
+        "of_units": len(shards),
+        "from_other_corpora": len(ledger.from_earlier),
+        "from_this_build": len(ledger.from_progress),
+        "documents": sum(shard.documents for shard in reused),
+        "tokens": tokens,
+        "percent": round(100 * tokens / max(sum(shard.tokens for shard in shards.values()), 1), 2),
+    }
+
+
+def _built(manifest: Manifest, encoder: str, reuse: dict[str, Any]) -> Built:
     leaves = {}
     facts: dict[str, Any] = {
         "dtype": manifest.dtype,
         "vocab_size": manifest.vocab_size,
         "encoder": encoder,
+        "reused": reuse,
     }
     for name, split in manifest.splits.items():
         leaves[f"{name}/tokens"] = split.tokens_root
@@ -328,11 +343,16 @@ def _built(manifest: Manifest, encoder: str) -> Built:
             "bytes": split.text_bytes,
             "bytes_per_token": round(split.text_bytes / max(split.tokens, 1), 4),
             "shards": len(split.shards),
+            "longest_document": split.longest_document,
+            "document_lengths": list(split.document_lengths),
         }
+        if split.unknown_tokens is not None:
+            share = split.unknown_tokens / max(split.tokens, 1)
+            facts[name]["unknown_percent"] = round(100 * share, 4)
     identity = {
         "dtype": manifest.dtype,
         "vocab_size": manifest.vocab_size,
         "eos_id": manifest.eos_id,
         "leaves": leaves,
     }
-    return Built(canonical.digest("tokenized_corpus/1", identity), facts=facts, leaves=leaves)
+    return Built(canonical.digest("tokenized_corpus/2", identity), facts=facts, leaves=leaves)

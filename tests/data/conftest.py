@@ -77,7 +77,7 @@ class Chain:
             self.corpus_dir,
             self.tokenizer_dir,
             workspaces["tokenized"],
-            shard_tokens=2000,
+            unit_bytes=4000,
         )
         self.cache = cache.build(
             16,

@@ -73,7 +73,7 @@ def test_the_content_id_is_that_of_copied_rows(block_bytes, chain, make_workspac
 def test_shards_leave_no_trace_and_any_equal_tokens_will_do(chain, make_workspace):
     tokens, workspace = make_workspace("tokens"), make_workspace("cache")
     tokenized.build(
-        TokenizationConfig(), chain.corpus_dir, chain.tokenizer_dir, tokens, shard_tokens=1
+        TokenizationConfig(), chain.corpus_dir, chain.tokenizer_dir, tokens, unit_bytes=1
     )
     assert cache.build(16, tokens.output, workspace, **IDS).content_id == chain.cache.content_id
     opened = TokenCache.open(chain.cache_dir, tokens.output)

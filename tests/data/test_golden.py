@@ -13,7 +13,7 @@ GOLDEN = {
     "raw_corpus": "f49a94bec8ef73a6136a3ee7686a8e36accafc525abae5239205f1dc1e395eb5",
     "documents": "b636eebc313582e9523c06e7968499afda4542e42f37644ea9619a086182c888",
     "tokenizer": "5bb7563a41e83c44ae4a0c1716f352ce17b0e9688c2d996fe0326e70aa3bf041",
-    "tokenized_corpus": "6eaea10eb2bcd1be74558c7faa1edf29e82303e1b5bb635776381e46293fe7ea",
+    "tokenized_corpus": "fd458142141a3bca2f526090940f5df68c7dfb3f31214cbc0869cb97a3835d31",
     "token_cache": "d5cd2ec0b75643f1f1be231d0689bd659673e51b06571149bbccb48bf91a744c",
 }
 

@@ -1,9 +1,12 @@
 """The tokenized corpus: the ids of each document, whatever the batches, shards and crashes."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
+import uuid
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,18 +15,29 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from modeling.artifacts import DamagedArtifactError, Workspace
-from modeling.data import corpus, tokenized
-from modeling.data.config import TokenizationConfig
+from modeling.artifacts import INVENTORY, ArtifactStore, Recipe, Workspace
+from modeling.data import compute, corpus, ledger, tokenized
+from modeling.data.config import FilesSource, TokenizationConfig
+from modeling.data.ledger import committed
 from modeling.data.shards import FlatTokens, map_shard, token_dtype, write_shard
 from modeling.data.tokenizer import Tokenizer, save
 from modeling.merkle import MerkleHasher
+from modeling.progress import Progress
 
 DEFAULT = TokenizationConfig()
 
 
-def build(chain, workspace, config=DEFAULT, **options):
-    return tokenized.build(config, chain.corpus_dir, chain.tokenizer_dir, workspace, **options)
+UNIT = 4000
+
+
+def build(chain, workspace, config=DEFAULT, unit_bytes=UNIT, **options):
+    inputs = config, chain.corpus_dir, chain.tokenizer_dir, workspace
+    return tokenized.build(*inputs, unit_bytes=unit_bytes, **options)
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    paths = (path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in paths}
 
 
 def stream(directory: Path, split: str) -> list[int]:
@@ -45,7 +59,6 @@ def test_shards_hold_one_document_a_row(chain):
     manifest = tokenized.Manifest.read(chain.tokenized_dir)
     shards = manifest.splits["train"].shards
     assert len(shards) > 3
-    assert all(shard.tokens >= 2000 for shard in shards[:-1])
     rows = []
     for shard in shards:
         with pa.memory_map(str(chain.tokenized_dir / shard.file)) as mapped:
@@ -83,34 +96,20 @@ def test_facts_count_each_split(chain):
         assert facts[split]["bytes_per_token"] == round(num_bytes / facts[split]["tokens"], 4)
 
 
-@pytest.mark.parametrize("shard_tokens", [1, 700, 10**6])
-@pytest.mark.parametrize("batch_documents", [1, 7])
-def test_batches_and_shards_leave_no_trace(
-    shard_tokens, batch_documents, chain, make_workspace, monkeypatch
-):
-    monkeypatch.setattr(tokenized, "_BATCH_DOCUMENTS", batch_documents)
+@pytest.mark.parametrize("unit_bytes", [1, 900, 10**6])
+def test_units_leave_no_trace_in_the_content(unit_bytes, chain, make_workspace):
     workspace = make_workspace("other")
-    built = build(chain, workspace, shard_tokens=shard_tokens)
+    built = build(chain, workspace, unit_bytes=unit_bytes)
     assert built.content_id == chain.tokenized.content_id
     assert built.leaves == chain.tokenized.leaves
     assert stream(workspace.output, "train") == chain.tokens("train")
 
 
-def test_a_shard_is_closed_by_the_document_that_fills_it_exactly(chain, make_workspace):
-    encoder = Tokenizer.load(chain.tokenizer_dir)
-    documents = list(corpus.documents(chain.corpus_dir, "train"))
-    lengths = [len(encoder.encode(document.text)) + 1 for document in documents]
-    workspace = make_workspace("exact")
-    build(chain, workspace, shard_tokens=lengths[0] + lengths[1])
-    first = tokenized.Manifest.read(workspace.output).splits["train"].shards[0]
-    assert (first.documents, first.tokens) == (2, lengths[0] + lengths[1])
-
-
-def test_shard_bounds_do_not_depend_on_batches(chain, make_workspace, monkeypatch):
-    monkeypatch.setattr(tokenized, "_BATCH_DOCUMENTS", 3)
+def test_batches_leave_no_trace_in_the_files(chain, make_workspace, monkeypatch):
+    monkeypatch.setattr(compute, "_BATCH_DOCUMENTS", 3)
     workspace = make_workspace("other")
-    build(chain, workspace, shard_tokens=2000)
-    assert tokenized.Manifest.read(workspace.output) == tokenized.Manifest.read(chain.tokenized_dir)
+    build(chain, workspace, unit_bytes=UNIT)
+    assert files_of(workspace.output) == files_of(chain.tokenized_dir)
 
 
 @pytest.mark.parametrize(
@@ -135,61 +134,349 @@ def test_bos_and_eos_go_where_the_policy_says(bos, eos, expected, chain, make_wo
 KILLED_BUILD = """
 import os, pathlib, signal, sys
 from modeling.artifacts import Workspace
-from modeling.data import tokenized
+from modeling.data import ledger, tokenized
 from modeling.data.config import TokenizationConfig
+
 corpus_dir, tokenizer_dir, root = map(pathlib.Path, sys.argv[1:4])
-writes, write_shard = [], tokenized.write_shard
-def killed_in_the_middle(path, *content):
-    write_shard(path, *content)
-    writes.append(path)
-    if len(writes) == 3:
-        path.write_bytes(path.read_bytes()[:100])
-        os.kill(os.getpid(), signal.SIGKILL)
-tokenized.write_shard = killed_in_the_middle
+point, calls = sys.argv[4], []
+
+
+def dies(name, when):
+    original = getattr(ledger, name)
+
+    def wrapped(path, *content):
+        calls.extend([path] if when(path) else [])
+        dies_now = len(calls) == 3
+        if not dies_now or point != f"before {name}":
+            original(path, *content)
+        if dies_now:
+            if point == "inside write_shard":
+                path.write_bytes(path.read_bytes()[:100])
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(ledger, name, wrapped)
+
+
+dies(point.split()[1], lambda path: "units" in path.parts)
 workspace = Workspace(root / "progress", root / "output")
-tokenized.build(TokenizationConfig(), corpus_dir, tokenizer_dir, workspace, shard_tokens=2000)
+tokenized.build(TokenizationConfig(), corpus_dir, tokenizer_dir, workspace, unit_bytes=4000)
 """
 
 
-def test_a_killed_build_goes_on_after_its_last_committed_shard(chain, tmp_path, make_workspace):
+@pytest.mark.parametrize(
+    "point",
+    ["inside write_shard", "after write_shard", "before write_durably", "after write_durably"],
+)
+def test_a_killed_build_goes_on_after_what_it_committed(point, chain, tmp_path, make_workspace):
     killed = make_workspace("killed")
-    arguments = [chain.corpus_dir, chain.tokenizer_dir, tmp_path / "killed"]
+    arguments = [chain.corpus_dir, chain.tokenizer_dir, tmp_path / "killed", point]
     done = subprocess.run([sys.executable, "-c", KILLED_BUILD, *map(str, arguments)], check=False)
     assert done.returncode == -signal.SIGKILL
-    before = {path.name: path.stat() for path in killed.progress.glob("train-*.arrow")}
-    assert sorted(before) == ["train-00000.arrow", "train-00001.arrow"]
+    before = {path.with_suffix(".arrow") for path in killed.progress.glob("units/*.json")}
+    assert len(before) == (3 if point == "after write_durably" else 2)
+    inodes = {path: path.stat().st_ino for path in before}
     (tmp_path / "again").mkdir()
     reports = []
     built = build(chain, Workspace(killed.progress, tmp_path / "again"), report=reports.append)
     assert built.content_id == chain.tokenized.content_id
-    assert stream(tmp_path / "again", "train") == chain.tokens("train")
-    for name, stat in before.items():
-        after = (killed.progress / name).stat()
-        assert (after.st_ino, after.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
-    assert reports[-1].done == reports[-1].total == 40
+    assert files_of(tmp_path / "again") == files_of(chain.tokenized_dir)
+    assert {path: path.stat().st_ino for path in before} == inodes
+    assert not list(killed.progress.glob("units/.*"))
+    assert built.facts["reused"]["from_this_build"] == len(before)
+    told = [report for report in reports if isinstance(report, Progress)]
+    assert told[-1].done == pytest.approx(told[-1].total)
 
 
-def test_a_build_killed_before_publication_encodes_nothing_again(chain, make_workspace, tmp_path):
+def test_a_build_killed_before_publication_encodes_nothing_again(chain, make_workspace):
     first = make_workspace("first")
-    build(chain, first, shard_tokens=2000)
-    inodes = {path.name: path.stat().st_ino for path in first.progress.glob("*.arrow")}
+    build(chain, first)
+    inodes = {path.name: path.stat().st_ino for path in first.output.glob("*.arrow")}
     for path in first.output.iterdir():
         path.unlink()
-    again = Workspace(first.progress, first.output)
-    assert build(chain, again, shard_tokens=2000).content_id == chain.tokenized.content_id
+    again = build(chain, Workspace(first.progress, first.output))
+    assert again.content_id == chain.tokenized.content_id
+    assert again.facts["reused"]["percent"] == 100
     assert {path.name: path.stat().st_ino for path in first.output.glob("*.arrow")} == inodes
 
 
-def test_a_damaged_committed_shard_is_named(chain, make_workspace):
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "receipt"])
+def test_a_damaged_committed_shard_is_named_and_made_again(damage, chain, make_workspace):
     workspace = make_workspace("damaged")
-    build(chain, workspace, shard_tokens=2000)
-    path = workspace.progress / "train-00001.arrow"
+    build(chain, workspace)
+    path = sorted(workspace.progress.glob("units/*.arrow"))[1]
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-    again = Workspace(workspace.progress, workspace.output)
-    with pytest.raises(DamagedArtifactError, match=r"train-00001\.arrow: has other bytes"):
-        build(chain, again, shard_tokens=2000)
+    match damage:
+        case "flip":
+            path.unlink()
+            path.write_bytes(data)
+        case "truncate":
+            path.unlink()
+            path.write_bytes(data[:50])
+        case "remove":
+            path.unlink()
+        case "receipt":
+            path.with_suffix(".json").write_text("{")
+    for file in workspace.output.iterdir():
+        file.unlink()
+    reports = []
+    built = build(chain, workspace, report=reports.append)
+    (told,) = [report for report in reports if "damaged" in str(report)]
+    assert f"{path}: damaged since it was committed" in told
+    assert built.facts["reused"]["of_units"] == built.facts["reused"]["units"] + 1
+    assert files_of(workspace.output) == files_of(chain.tokenized_dir)
+
+
+@pytest.mark.parametrize("rest", [b"", b'{"split": "tr', b"nonsense\n"])
+def test_a_damaged_stream_is_written_again(rest, chain, make_workspace):
+    workspace = make_workspace("stream")
+    build(chain, workspace)
+    path = workspace.progress / "stream.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(b"\n".join(whole.split(b"\n")[:3]) + b"\n" + rest)
+    for file in workspace.output.iterdir():
+        file.unlink()
+    build(chain, workspace)
+    assert path.read_bytes() == whole
+    assert files_of(workspace.output) == files_of(chain.tokenized_dir)
+
+
+FULL_DISK = """
+import pathlib, resource, sys
+from modeling.artifacts import Workspace
+from modeling.data import tokenized
+from modeling.data.config import TokenizationConfig
+
+corpus_dir, tokenizer_dir, root = map(pathlib.Path, sys.argv[1:4])
+workspace = Workspace(root / "progress", root / "output")
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))
+unit_bytes = int(sys.argv[5])
+tokenized.build(TokenizationConfig(), corpus_dir, tokenizer_dir, workspace, unit_bytes=unit_bytes)
+"""
+
+
+@pytest.mark.parametrize(
+    ("unit_bytes", "limit", "what"),
+    [(30_000, 7_000, r"a shard of [\d,]+ tokens"), (2_000, 5_000, "a line")],
+)
+def test_a_full_disk_is_said_so_and_costs_no_committed_shard(
+    unit_bytes, limit, what, chain, make_workspace, tmp_path
+):
+    workspace = make_workspace("full")
+    arguments = [chain.corpus_dir, chain.tokenizer_dir, tmp_path / "full", limit, unit_bytes]
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *map(str, arguments)],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert re.search(f"DiskFullError: .* no space for {what} .*: free space,", done.stderr)
+    assert str(workspace.progress) in done.stderr
+    assert not list(workspace.progress.glob("units/.*"))
+    kept = len(list(workspace.progress.glob("units/*.json")))
+    built = build(chain, workspace, unit_bytes=unit_bytes)
+    assert built.facts["reused"]["from_this_build"] == kept > 0
+    assert built.content_id == chain.tokenized.content_id
+    assert committed(workspace.progress, "train").complete
+
+
+class Corpora:
+    """Tokenized corpora of changing files, all in one store."""
+
+    def __init__(self, chain, root, store):
+        self._chain, self._root, self.store = chain, root, store
+        self.files = {
+            f"{n:02d}.txt": path.read_text(encoding="utf-8")
+            for n, path in enumerate(sorted((chain.corpus_dir.parents[1] / "source").iterdir()))
+        }
+
+    def build(self, config=DEFAULT):
+        """Returns the tokenized corpus of the files as they are now, and what was told of it."""
+        directory = self._root / f"{len(list(self._root.iterdir()))}"
+        (directory / "source").mkdir(parents=True)
+        for name, text in self.files.items():
+            (directory / "source" / name).write_text(text, encoding="utf-8", newline="")
+        source = FilesSource(type="files", paths=(str(directory / "source"),))
+        listing = corpus.scan(source, validation=self._chain.validation)
+        recipe = Recipe("raw_corpus", 1, listing.root)
+        raw, _ = self.store.materialize(recipe, lambda space: corpus.build(source, listing, space))
+        recipe = Recipe("tokenized_corpus", 1, config, {"corpus": raw.as_input()})
+        reports = []
+        made, _ = self.store.materialize(
+            recipe,
+            lambda space: tokenized.build(
+                config,
+                self.store.local("raw_corpus", raw.content_id),
+                self._chain.tokenizer_dir,
+                space,
+                fetch_earlier=tokenized.EarlierBuilds(self.store).fetch,
+                report=reports.append,
+                unit_bytes=UNIT,
+            ),
+        )
+        return made, self.store.local(made.kind, made.content_id), reports
+
+
+@pytest.fixture(params=["local", "remote"])
+def corpora(request, chain, tmp_path):
+    url = str(tmp_path / "store")
+    if request.param == "remote":
+        url = f"memory://{uuid.uuid4().hex}"
+    (tmp_path / "corpora").mkdir()
+    return Corpora(chain, tmp_path / "corpora", ArtifactStore(url, scratch=tmp_path / "scratch"))
+
+
+def test_a_changed_file_tokenizes_its_own_units_only(corpora):
+    first, before, _ = corpora.build()
+    assert first.facts["reused"]["units"] == 0
+    corpora.files["17.txt"] += " and more"
+    second, after, reports = corpora.build()
+    reused = second.facts["reused"]
+    assert reused["of_units"] - reused["units"] in (1, 2)
+    assert reused["from_other_corpora"] == reused["units"] > 5
+    assert 70 < reused["percent"] < 100
+    (told,) = [str(report) for report in reports if "reused" in str(report)]
+    assert f"{reused['units']} of {reused['of_units']} units reused" in told
+    assert f"{reused['tokens']:,} tokens ({reused['percent']}%)" in told
+    if corpora.store.is_local:
+        inodes = {path.stat().st_ino for path in before.glob("*.arrow")}
+        shared = [path for path in after.glob("*.arrow") if path.stat().st_ino in inodes]
+        assert len(shared) >= reused["units"]
+
+
+def test_reused_shards_are_those_that_a_fresh_build_makes(corpora, chain, make_workspace):
+    corpora.build()
+    corpora.files["03.txt"] = "new words"
+    del corpora.files["30.txt"]
+    made, reused, _ = corpora.build()
+    fresh = make_workspace("fresh")
+    raw_id = corpora.store.record(made.recipe_id)["recipe"]["inputs"]["corpus"]["content_id"]
+    raw = corpora.store.local("raw_corpus", raw_id)
+    built = tokenized.build(DEFAULT, raw, chain.tokenizer_dir, fresh, unit_bytes=UNIT)
+    assert built.content_id == made.content_id
+    assert files_of(fresh.output) == {
+        name: data for name, data in files_of(reused).items() if name != INVENTORY
+    }
+
+
+def test_another_policy_reuses_nothing(corpora):
+    corpora.build()
+    made, _, _ = corpora.build(TokenizationConfig(append_bos=True))
+    assert made.facts["reused"]["units"] == 0
+
+
+def test_a_damaged_shard_of_another_corpus_is_named_and_not_taken(chain, tmp_path):
+    store = ArtifactStore(str(tmp_path / "store"))
+    (tmp_path / "corpora").mkdir()
+    corpora = Corpora(chain, tmp_path / "corpora", store)
+    _, directory, _ = corpora.build()
+    shards = sorted(directory.glob("*.arrow"))
+    shards[0].write_bytes(shards[0].read_bytes()[:-1] + b"x")
+    shards[1].unlink()
+    corpora.files["17.txt"] += " and more"
+    made, _, reports = corpora.build()
+    told = [str(report) for report in reports]
+    assert any(f"{shards[0].name} of an earlier tokenized corpus: damaged" in t for t in told)
+    assert any(f"{shards[1]} of an earlier tokenized corpus is missing" in t for t in told)
+    assert made.facts["reused"]["of_units"] - made.facts["reused"]["units"] in (3, 4)
+
+
+def test_shards_can_be_read_in_order_while_more_are_made(chain, make_workspace, monkeypatch):
+    workspace = make_workspace("growing")
+    assert committed(workspace.progress, "train") is None
+    seen = []
+
+    def looking(self, *arguments):
+        shard = commit(self, *arguments)
+        seen.append(committed(workspace.progress, "train"))
+        return shard
+
+    commit = ledger.Ledger.commit
+    monkeypatch.setattr(ledger.Ledger, "commit", looking)
+    build(chain, workspace)
+    last = committed(workspace.progress, "train")
+    assert [growing.complete for growing in seen] == [False] * len(seen)
+    assert last.complete
+    for shorter, longer in pairwise([*seen, last]):
+        assert longer.shards[: len(shorter.shards)] == shorter.shards
+    assert len({len(growing.shards) for growing in seen}) > 5
+    parts = [
+        map_shard(workspace.progress / shard.file, np.dtype(last.dtype)).tokens
+        for shard in last.shards
+    ]
+    assert np.concatenate(parts).tolist() == chain.tokens("train")
+    assert (last.vocab_size, last.eos_id) == (300, 0)
+
+
+def test_units_committed_out_of_order_are_told_in_order(chain, make_workspace, monkeypatch):
+    workspace = make_workspace("shuffled")
+
+    def backwards(encoder, units):
+        yield from reversed(list(compute.encoded_here(encoder, units)))
+
+    monkeypatch.setattr(tokenized, "encoded_here", backwards)
+    built = build(chain, workspace)
+    assert built.content_id == chain.tokenized.content_id
+    assert files_of(workspace.output) == files_of(chain.tokenized_dir)
+    parts = [
+        map_shard(workspace.progress / shard.file, np.dtype(np.uint16)).tokens
+        for shard in committed(workspace.progress, "train").shards
+    ]
+    assert np.concatenate(parts).tolist() == chain.tokens("train")
+
+
+def test_equal_documents_in_several_units_are_encoded_once(chain, make_workspace, tmp_path):
+    (tmp_path / "source").mkdir()
+    for name in "abcdefgh":
+        (tmp_path / "source" / name).write_text("the same text " * 400)
+    source = FilesSource(type="files", paths=(str(tmp_path / "source"),))
+    listing = corpus.scan(source, validation=chain.validation)
+    raw = make_workspace("raw")
+    corpus.build(source, listing, raw)
+    workspace = make_workspace("equal")
+    built = tokenized.build(DEFAULT, raw.output, chain.tokenizer_dir, workspace, unit_bytes=UNIT)
+    assert len(list(workspace.progress.glob("units/*.arrow"))) == 1
+    assert sum(built.facts[split]["documents"] for split in corpus.SPLITS) == 8
+    assert len({path.stat().st_ino for path in workspace.output.glob("*.arrow")}) == 1
+
+
+def test_statistics_are_those_of_the_documents(chain):
+    encoder = Tokenizer.load(chain.tokenizer_dir)
+    for split in corpus.SPLITS:
+        documents = corpus.documents(chain.corpus_dir, split)
+        lengths = [len(encoder.encode(document.text)) + 1 for document in documents]
+        facts = chain.tokenized.facts[split]
+        assert facts["longest_document"] == max(lengths)
+        expected = [
+            sum(2**k <= length < 2 ** (k + 1) for length in lengths)
+            for k in range(max(lengths).bit_length())
+        ]
+        assert facts["document_lengths"] == expected
+        assert "unknown_percent" not in facts
+
+
+def test_unknown_tokens_are_counted(chain, make_workspace, tmp_path):
+    vocab = {"[UNK]": 0, "<|endoftext|>": 1, "return": 2, "the": 3}
+    backend = tokenizers.Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    (tmp_path / "tokenizer").mkdir()
+    save(
+        Tokenizer(backend, bos_token="<|endoftext|>", eos_token="<|endoftext|>"),
+        tmp_path / "tokenizer",
+    )
+    workspace = make_workspace("unknown")
+    built = tokenized.build(DEFAULT, chain.corpus_dir, tmp_path / "tokenizer", workspace)
+    tokens = stream(workspace.output, "train")
+    expected = 100 * tokens.count(0) / len(tokens)
+    assert 5 < expected < 95
+    assert built.facts["train"]["unknown_percent"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_shard_of_too_many_tokens_for_its_offsets_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.arrow: 2,147,483,648 tokens"):
+        write_shard(tmp_path / "x.arrow", np.empty(0, np.uint16), np.array([2**31]))
+    assert not list(tmp_path.iterdir())
 
 
 def test_ids_take_four_bytes_from_65536_on(chain, make_workspace, tmp_path):

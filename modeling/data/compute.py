@@ -1,0 +1,198 @@
+"""Who encodes the units: this process, or tasks on a Ray cluster. The results are the same.
+
+A task takes the texts of a unit and returns their ids, and whoever asked writes them. So workers
+share no file system with this process, and one that dies leaves nothing behind: Ray gives its task
+to another. At most two tasks a worker are under way, which bounds the memory.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from modeling import canonical
+from modeling.artifacts import INVENTORY
+from modeling.data.config import Format, RayCompute, TokenizationConfig
+from modeling.data.encoding import (
+    DocumentEncoder,
+    DocumentError,
+    Encoded,
+    document_encoder,
+)
+from modeling.data.tokenizer import load_tokenizer
+from modeling.data.units import Text, Unit
+
+_BATCH_BYTES = 4 * 1024 * 1024
+_BATCH_DOCUMENTS = 4096
+_LIVES = 5
+_TASKS_A_WORKER = 2
+
+
+class WorkersLostError(RuntimeError):
+    """A unit has cost the lives of all the workers that tried it."""
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """All that ids depend on beside the texts, in a form that travels."""
+
+    config: TokenizationConfig
+    document_format: Format
+    files: Mapping[str, bytes]
+    """Of the built tokenizer, by name."""
+
+    @classmethod
+    def read(
+        cls, config: TokenizationConfig, document_format: Format, tokenizer_dir: Path
+    ) -> "Encoding":
+        """Reads a built tokenizer."""
+        paths = sorted(path for path in tokenizer_dir.iterdir() if path.name != INVENTORY)
+        return cls(config, document_format, {path.name: path.read_bytes() for path in paths})
+
+    @property
+    def policy(self) -> str:
+        """Digest of this and of the library's version: part of the key of each unit."""
+        digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
+        rendering = dict(self.document_format.rendering())
+        library = tokenizers.__version__
+        return canonical.digest("encoding/1", [self.config, rendering, digests, library])
+
+    def open(self) -> DocumentEncoder:
+        """Returns what encodes, wherever this has travelled."""
+        with tempfile.TemporaryDirectory() as directory:
+            for name, data in self.files.items():
+                (Path(directory) / name).write_bytes(data)
+            return document_encoder(
+                load_tokenizer(Path(directory)), self.config, self.document_format
+            )
+
+
+def encode_unit(
+    encoder: DocumentEncoder, doc_ids: list[str], texts: list[Text]
+) -> tuple[Encoded, int]:
+    """Returns the ids of a unit's documents, and how many bytes of text they had.
+
+    Raises:
+        ValueError: a document has no ids; the message names it.
+    """
+    parts, start = [], 0
+    while start < len(texts):
+        stop = _end_of_batch(texts, start)
+        try:
+            parts.append(encoder.encode([bytes(text) for text in texts[start:stop]]))
+        except DocumentError as error:
+            raise ValueError(f"{doc_ids[start + error.index]}: {error}") from error
+        start = stop
+    return Encoded.join(parts), sum(map(len, texts))
+
+
+Encode = Callable[[DocumentEncoder, list[str], list[Text]], tuple[Encoded, int]]
+Keyed = tuple[str, Unit]
+Result = tuple[str, Encoded, int]
+
+
+def encoded_here(encoder: DocumentEncoder, units: Iterable[Keyed]) -> Iterator[Result]:
+    """Yields (key, ids, bytes of text) of each unit, in order."""
+    for key, unit in units:
+        yield key, *encode_unit(encoder, unit.doc_ids, unit.texts)
+
+
+def encoded_by_ray(
+    compute: RayCompute,
+    encoding: Encoding,
+    units: Iterable[Keyed],
+    *,
+    encode: Encode = encode_unit,
+) -> Iterator[Result]:
+    """Yields (key, ids, bytes of text) of each unit, in the order in which they are finished.
+
+    Args:
+        compute: where the cluster is, and how much of it to use.
+        encoding: tokenizer and policy.
+        units: taken only as fast as they are encoded.
+        encode: what a task does.
+
+    Raises:
+        WorkersLostError: a unit was tried several times, and each time its worker died.
+    """
+    with _cluster(compute) as ray:
+        task = ray.remote(_run_task).options(max_retries=_LIVES - 1)
+        given = ray.put((encoding, encode))
+        workers = compute.max_workers or max(int(ray.cluster_resources().get("CPU", 1)), 1)
+        keys: dict[Any, str] = {}
+        for key, unit in units:
+            while len(keys) >= workers * _TASKS_A_WORKER:
+                yield _first_finished(ray, keys)
+            texts = [bytes(text) for text in unit.texts]
+            keys[task.remote(given, encoding.policy, unit.doc_ids, texts)] = key
+        while keys:
+            yield _first_finished(ray, keys)
+
+
+@contextlib.contextmanager
+def _cluster(compute: RayCompute) -> Iterator[Any]:
+    """Yields `ray`, connected; whoever has started or joined a cluster before keeps it."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield ray
+        return
+    where: dict[str, Any] = {"address": compute.address}
+    if compute.address is None:
+        where = {
+            "address": "local",
+            "num_cpus": compute.max_workers,
+            "include_dashboard": False,
+            "_node_ip_address": "127.0.0.1",
+        }
+    ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _first_finished(ray: Any, keys: dict[Any, str]) -> Result:
+    (done,), _ = ray.wait(list(keys), num_returns=1)
+    key = keys.pop(done)
+    try:
+        encoded, num_bytes = ray.get(done)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
+        raise WorkersLostError(
+            f"unit {key[:12]}: {_LIVES} workers died while encoding it ({error}). Look for their "
+            f"reasons (memory?) in Ray's logs; what was committed is kept, so run again."
+        ) from error
+    return key, encoded, num_bytes
+
+
+_opened: dict[str, DocumentEncoder] = {}
+
+
+def _run_task(
+    given: tuple[Encoding, Encode], policy: str, doc_ids: list[str], texts: list[Text]
+) -> tuple[Encoded, int]:
+    """Runs in a worker, which keeps its encoder, and what this remembers, for the next task."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a task has one processor
+    encoding, encode = given
+    if policy not in _opened:
+        _opened.clear()
+        _opened[policy] = encoding.open()
+    return encode(_opened[policy], doc_ids, texts)
+
+
+def _end_of_batch(texts: list[Text], start: int) -> int:
+    stop, num_bytes = start, 0
+    while stop < len(texts) and stop - start < _BATCH_DOCUMENTS and num_bytes < _BATCH_BYTES:
+        num_bytes += len(texts[stop])
+        stop += 1
+    return stop

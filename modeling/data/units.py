@@ -1,0 +1,141 @@
+"""Work units: the documents of each split, cut into pieces that are encoded and stored alone.
+
+A unit becomes one token shard, a pure function of its documents, the tokenizer and the policy on
+special tokens; its *key* digests these three. So shards do not depend on who encodes them, or when,
+and a changed file costs the units that hold its documents: the others are found by their keys.
+
+For this a change must not move the cuts far away from it. They are therefore defined by content, as
+in Muthitacharoen et al. 2001 (LBFS), here between whole documents:
+
+1. A unit that has an eighth of the limit ends with a document whose hash is below its length over
+   half the limit: one cut in half a limit of text, wherever one starts to read.
+2. A unit that has no room for the next document ends: before the file of that document, if the unit
+   began with earlier files, or else before the document.
+3. After a file of half the limit and more a new unit begins.
+
+By 2 and 3 a large file shares its units with no other, up to a start that still had room.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pyarrow as pa
+
+UNIT_BYTES = 64 * 1024 * 1024
+_TAIL_BYTES = 256
+Text = bytes | memoryview
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive documents of one split."""
+
+    split: str
+    doc_ids: list[str]
+    texts: list[Text]
+    """UTF-8; a document longer than the limit is not copied out of the batch that holds it."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of text."""
+        return sum(map(len, self.texts))
+
+    def key(self, policy: str) -> str:
+        """Returns the digest of the documents and of how they are encoded."""
+        lengths = np.fromiter(map(len, self.texts), "<u8", len(self.texts))
+        hasher = hashlib.sha256(f"unit/1\0{policy}\0{len(self.texts)}\0".encode())
+        hasher.update(lengths.data.cast("B"))
+        for text in self.texts:
+            hasher.update(text)
+        return hasher.hexdigest()
+
+
+def cut_units(batches: Iterable[pa.RecordBatch], limit: int = UNIT_BYTES) -> Iterator[Unit]:
+    """Yields the units of every split as soon as they are whole, those of a split in order.
+
+    Args:
+        batches: (doc_id, split, text) of the corpus; the documents of a file follow each other.
+        limit: bytes of text in a unit, which only a document longer than that exceeds.
+    """
+    splits: dict[str, _Cutter] = {}
+    for batch in batches:
+        columns = (batch.column(name).to_pylist() for name in ("doc_id", "split"))
+        for doc_id, split, text in zip(*columns, _texts(batch, limit), strict=True):
+            if split not in splits:
+                splits[split] = _Cutter(split, limit)
+            yield from splits[split].add(doc_id, text)
+    for cutter in splits.values():
+        yield from cutter.rest()
+
+
+class _Cutter:
+    """The documents of one split that no unit has yet."""
+
+    def __init__(self, split: str, limit: int) -> None:
+        self._split = split
+        self._limit = limit
+        self._doc_ids: list[str] = []
+        self._texts: list[Text] = []
+        self._num_bytes = 0
+        self._file = ""
+        self._file_bytes = 0
+        self._first_of_file = 0
+        """Index of the current file's first document; 0 if the unit began with it or within it."""
+
+    def add(self, doc_id: str, text: Text) -> Iterator[Unit]:
+        """Takes the next document; yields the units that it completes."""
+        if (file := _file_of(doc_id)) != self._file:
+            if self._file_bytes >= self._limit // 2:
+                yield from self.rest()
+            self._file, self._file_bytes, self._first_of_file = file, 0, len(self._texts)
+        if self._lacks_room(text) and self._first_of_file:
+            yield self._take(self._first_of_file)
+        if self._lacks_room(text):
+            yield from self.rest()
+        self._doc_ids.append(doc_id)
+        self._texts.append(text)
+        self._num_bytes += len(text)
+        self._file_bytes += len(text)
+        if self._num_bytes >= self._limit // 8 and self._ends_unit(text):
+            yield from self.rest()
+
+    def rest(self) -> Iterator[Unit]:
+        """Yields what is left, if anything is, as a unit."""
+        if self._texts:
+            yield self._take(len(self._texts))
+
+    def _lacks_room(self, text: Text) -> bool:
+        return self._num_bytes + len(text) > self._limit
+
+    def _take(self, count: int) -> Unit:
+        unit = Unit(self._split, self._doc_ids[:count], self._texts[:count])
+        self._doc_ids, self._texts = self._doc_ids[count:], self._texts[count:]
+        self._num_bytes -= unit.num_bytes
+        self._first_of_file = 0
+        return unit
+
+    def _ends_unit(self, text: Text) -> bool:
+        """Whether the text's own hash makes it a last one; likelier, the longer it is."""
+        draw = zlib.crc32(text[-_TAIL_BYTES:], len(text) & 0xFFFFFFFF)
+        return draw * (self._limit // 2) < len(text) << 32
+
+
+def _texts(batch: pa.RecordBatch, limit: int) -> Iterator[Text]:
+    """Yields each text: one that fills a unit in place, the others copied, since they may wait."""
+    column = batch.column("text").cast(pa.large_binary())
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+    view = memoryview(data if data is not None else b"")
+    for start, stop in pairwise(bounds.tolist()):
+        text = view[start:stop]
+        yield text if stop - start >= limit else bytes(text)
+
+
+def _file_of(doc_id: str) -> str:
+    """Returns the file that a document is of: ids are `path` or `path#number`."""
+    path, _, number = doc_id.rpartition("#")
+    return path if number.isdecimal() else doc_id
