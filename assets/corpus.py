@@ -11,6 +11,7 @@ from assets.catalog import config_metadata
 from assets.checks import artifact_check
 from modeling import recipes
 from modeling.artifacts import Artifact
+from resources.digests import open_memo
 from resources.store import StoreResource
 
 if TYPE_CHECKING:
@@ -39,12 +40,14 @@ def corpus_assets(
         """
         from modeling.data import corpus
 
-        listing = corpus.scan(dataset.source, validation=dataset.validation)
+        listing = corpus.scan(
+            dataset.named_sources, validation=dataset.validation, memo=open_memo()
+        )
         recipe = recipes.corpus_recipe(dataset, listing.root)
         return store.materialize(
             recipe,
             lambda space: corpus.build(
-                dataset.source,
+                dataset.named_sources,
                 listing,
                 space,
                 document_format=dataset.format,

@@ -20,6 +20,7 @@ one object.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import hashlib
 import json
@@ -52,6 +53,10 @@ class ReproducibilityError(RuntimeError):
 
 class DamagedArtifactError(RuntimeError):
     """A file of a stored artifact is missing or is not what its inventory says."""
+
+
+class DiskFullError(OSError):
+    """There is no space for what a build writes; what it had committed is kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,6 +458,26 @@ def link_or_copy(source: Path, target: Path) -> None:
         raise
     except OSError:
         shutil.copyfile(source, target)
+
+
+@contextlib.contextmanager
+def needing_space(what: str, where: Path) -> Iterator[None]:
+    """Says of a write for which there is no space what was written, and where.
+
+    Raises:
+        DiskFullError: the disk, the quota or the largest size of a file is used up.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise DiskFullError(
+            error.errno,
+            f"no space for {what} ({os.strerror(error.errno)}). What was committed is kept: free "
+            f"space, and run again",
+            str(where),
+        ) from error
 
 
 def verify_files(directory: Path) -> None:

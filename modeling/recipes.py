@@ -32,9 +32,13 @@ def code_version(kind: str, params: Any) -> str:
 
 
 def corpus_params(dataset: DatasetConfig) -> Any:
-    """Where documents come from and which are held out."""
-    paths = list(getattr(dataset.source, "paths", ()))
-    return _corpus_params(dataset) | {"paths": paths}
+    """Where documents come from, which are kept, and which are held out."""
+    places = {
+        name: [*getattr(source, "paths", ()), *getattr(source.validation, "paths", ())]
+        or getattr(source, "path", None)
+        for name, source in dataset.named_sources.items()
+    }
+    return _corpus_params(dataset) | {"paths": places.get("", places)}
 
 
 def corpus_recipe(dataset: DatasetConfig, listing_root: str) -> Recipe:
@@ -43,8 +47,9 @@ def corpus_recipe(dataset: DatasetConfig, listing_root: str) -> Recipe:
 
 
 def _corpus_params(dataset: DatasetConfig) -> dict[str, Any]:
-    params: dict[str, Any] = {"source": dataset.source, "validation": dataset.validation}
+    sources = {"sources": dataset.sources} if dataset.sources else {"source": dataset.source}
     reading = dataset.format.reading()
+    params = {**sources, "validation": dataset.validation}
     return params | {"format": reading} if reading else params
 
 

@@ -11,6 +11,8 @@ from typing import Any
 
 from modeling.artifacts import ArtifactStore
 
+_ROLES = ("train", "validation")
+
 Record = Mapping[str, Any]
 
 
@@ -113,7 +115,7 @@ def _plain(node: Node) -> dict[str, Any]:
 
 
 def _total(facts: Mapping[str, Any], name: str) -> int:
-    return sum(facts[split][name] for split in ("train", "validation"))
+    return sum(facts[split][name] for split in facts if split.split("/")[0] in _ROLES)
 
 
 _FIGURES = {

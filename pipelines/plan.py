@@ -15,6 +15,7 @@ from modeling.experiment import Catalog
 from pipelines.jobs import MODEL_STAGES
 from pipelines.staleness import Staleness, stale_assets
 from resources import materializations
+from resources.digests import open_memo
 from resources.materializations import Materialization
 
 _MOST_FILES = 5
@@ -61,9 +62,15 @@ def _changed_outside(
         return Staleness("MISSING", (f"its bytes are gone from {store.url}",))
     if made.kind == "raw_corpus":
         from modeling.data import corpus
+        from modeling.data.sources import SourceError
 
         dataset = catalog.datasets[key.path[0]]
-        listing = corpus.scan(dataset.source, validation=dataset.validation)
+        try:
+            listing = corpus.scan(
+                dataset.named_sources, validation=dataset.validation, memo=open_memo()
+            )
+        except SourceError as error:
+            return Staleness("STALE", (f"its source cannot be listed: {error}",))
         if recipes.corpus_recipe(dataset, listing.root).id != made.recipe_id:
             leaves = {f"files/{file.logical_path}": file.sha256 for file in listing.files}
             return Staleness("STALE", _changed_files(store, made, leaves))

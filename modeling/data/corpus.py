@@ -1,21 +1,23 @@
 """The raw corpus: a listing of source files by digest, and a snapshot of their decoded documents.
 
     documents.arrow   Arrow IPC file, zstd: (doc_id: string, split: string, text: large_string), in
-                      the order of logical paths, record batches of about 32 MiB of text
-    files.json        documents and bytes per split, and the listing: logical path, size, SHA-256
-                      of each file, split where it has one
+                      the order of sources and logical paths, record batches of about 32 MiB of text
+    files.json        documents and bytes per split, and the listing: logical path, size, SHA-256 of
+                      each file, split where it has one
 
-A document is held out for validation when the hash of its id falls below the configured fraction,
-so adding a document moves no other. The root `documents` covers (doc_id, split, UTF-8 text), each
-framed by its length, whatever the files' layout; the content id covers it and each file's (logical
-path, size, SHA-256).
+Documents are of the splits `train` and `validation`; where there are several sources, of
+`train/<source>` and `validation/<source>`, and ids and logical paths begin with `<source>/`. By
+default a document is held out for validation when the hash of its id falls below the configured
+fraction, so adding a document moves no other.
+
+The root `documents` covers (doc_id, split, UTF-8 text), each framed by its length, whatever the
+files' layout; the content id covers it and each file's (logical path, size, SHA-256). Files of a
+split of their own, which validation by files gives them, have it as a fourth.
 """
 
-import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,58 +25,24 @@ import numpy as np
 import pyarrow as pa
 
 from modeling import canonical
-from modeling.artifacts import Built, Workspace, write_durably
-from modeling.data.config import (
-    FilesSource,
-    Format,
-    PyStdlibSource,
-    Source,
-    TextFormat,
-    ValidationConfig,
-)
-from modeling.data.formats import read_documents
-from modeling.data.sources import (
-    FoundFile,
-    SourceError,
-    StoredFile,
-    UndecodableError,
-    find_files,
-)
+from modeling.artifacts import Built, Workspace, needing_space, write_durably
+from modeling.data.config import Format, Source, TextFormat, Validation, ValidationConfig
+from modeling.data.filters import Duplicates
+from modeling.data.listing import Listing, Sources, file_rows, named
+from modeling.data.listing import scan as scan
+from modeling.data.reading import TRAIN, VALIDATION, Kept, SourceReader, Tally, split_name
+from modeling.data.sources import SourceError, SourceFile
 from modeling.merkle import MerkleHasher
 from modeling.progress import Meter, Report, ignore
 
-TRAIN, VALIDATION = SPLITS = ("train", "validation")
+SPLITS = (TRAIN, VALIDATION)
+"""Of a corpus of one source; see `splits` for others."""
 TEXT = TextFormat()
 DOCUMENTS_FILE = "documents.arrow"
 FILES_FILE = "files.json"
 SCHEMA = pa.schema([("doc_id", pa.string()), ("split", pa.string()), ("text", pa.large_string())])
 _BATCH_TEXT_BYTES = 32 * 1024 * 1024
 _BATCH_DOCUMENTS = 65536
-
-
-@dataclass(frozen=True)
-class SourceFile:
-    """One file as it was when the source was scanned."""
-
-    logical_path: str
-    size: int
-    sha256: str
-    split: str | None
-    """None where the file holds many documents, each in a split of its own."""
-    location: str = field(compare=False)
-
-
-@dataclass(frozen=True)
-class Listing:
-    """All files of a source, sorted by logical path, and how documents are split."""
-
-    files: tuple[SourceFile, ...]
-    validation: ValidationConfig
-
-    @property
-    def root(self) -> str:
-        """Digest over (path, size, SHA-256) of every file: what the recipe of a corpus takes in."""
-        return canonical.digest("listing/1", _file_rows(self.files))
 
 
 @dataclass(frozen=True)
@@ -86,35 +54,8 @@ class Document:
     text: str
 
 
-def scan(source: Source, *, validation: ValidationConfig) -> Listing:
-    """Lists and digests the files that `source` has now.
-
-    Raises:
-        SourceError: nothing matches, or a file is unreadable or empty.
-    """
-    files = []
-    for found in find_files(source):
-        with StoredFile(found) as stored:
-            stored.drain()
-        size, sha256 = stored.num_bytes, stored.sha256.hexdigest()
-        if size == 0 and isinstance(source, FilesSource):
-            raise SourceError(f"{found.shown}: empty; take it out of `source.paths`.")
-        one_document = isinstance(source, PyStdlibSource) or source.format == "text"
-        split = split_of(found.document_path, validation) if one_document else None
-        files.append(SourceFile(found.logical_path, size, sha256, split, found.location))
-    if not files:
-        raise SourceError(f"{source}: has no files.")
-    return Listing(tuple(files), validation)
-
-
-def split_of(doc_id: str, validation: ValidationConfig) -> str:
-    """Returns the split of a document, a function of its id and the fraction alone."""
-    draw = int.from_bytes(hashlib.sha256(b"split/1\0" + doc_id.encode()).digest()[:8], "big")
-    return VALIDATION if draw < int(validation.fraction * 2**64) else TRAIN
-
-
 def build(
-    source: Source,
+    sources: Sources,
     listing: Listing,
     workspace: Workspace,
     *,
@@ -124,50 +65,56 @@ def build(
     """Writes the documents of the listed files; empty ones are counted and left out.
 
     Args:
-        document_format: what a record of the source is.
+        sources: what was listed.
+        listing: its files.
+        workspace: where the corpus goes.
+        document_format: what a record of the sources is.
+        report: is told how far it is.
 
     Raises:
-        SourceError: a file is not what was scanned, or a split would hold no document.
+        SourceError: a file is bad or not what was scanned, or a split would hold no document.
+        DiskFullError: there is no space for it.
     """
-    tally = _Tally()
+    tally = Tally()
     meter = Meter(report, "raw corpus", len(listing.files), "files")
-    root = MerkleHasher()
-    with pa.OSFile(str(workspace.output / DOCUMENTS_FILE), "wb") as sink:
-        options = pa.ipc.IpcWriteOptions(compression="zstd")
-        with pa.ipc.new_file(sink, SCHEMA, options=options) as writer:
-            documents = _listed_documents(source, document_format, listing, tally, meter)
-            for batch in _batches(documents):
-                rows = [_encoded(document) for document in batch]
-                for row in rows:
-                    root.update(b"".join(len(part).to_bytes(8, "big") + part for part in row))
-                writer.write_batch(_record_batch(rows))
+    kept = _kept(named(sources), listing, document_format, tally, lambda: meter.advance(1))
+    with needing_space("the documents of a raw corpus", workspace.output):
+        documents = _write_documents(workspace.output / DOCUMENTS_FILE, kept)
     meter.finish()
-    _require_splits(tally, listing.validation)
-    write_durably(
-        workspace.output / FILES_FILE,
-        {
-            "documents": {split: tally.documents[split] for split in SPLITS},
-            "bytes": {split: tally.text_bytes[split] for split in SPLITS},
-            "files": [_plain(file) for file in listing.files],
-        },
-    )
-    documents = root.root()
-    content_id = canonical.digest("raw_corpus/1", [_file_rows(listing.files), documents])
+    _require_splits(named(sources), listing, tally)
+    counts = {
+        "documents": {split: tally.documents[split] for split in listing.splits},
+        "bytes": {split: tally.text_bytes[split] for split in listing.splits},
+    }
+    files = [_plain(file) for file in listing.files]
+    write_durably(workspace.output / FILES_FILE, counts | {"files": files})
+    content_id = canonical.digest("raw_corpus/1", [file_rows(listing.files), documents])
     leaves = {f"files/{file.logical_path}": file.sha256 for file in listing.files}
+    facts = {"files": len(files), "listing": listing.roots} | counts | tally.facts()
     return Built(
         content_id,
         roots={"documents": documents},
-        facts=tally.facts(len(listing.files)),
+        facts=facts,
         leaves=leaves | {"documents": documents},
     )
 
 
+def splits(directory: Path) -> tuple[str, ...]:
+    """Returns the splits of a built corpus, which may be empty; train before validation."""
+    return tuple(_counts(directory, "documents"))
+
+
 def documents(directory: Path, split: str | None = None) -> Iterator[Document]:
-    """Yields the documents of a built corpus in order, of one split or of all."""
+    """Yields the documents of a built corpus in order, of some splits or of all.
+
+    Args:
+        directory: the corpus.
+        split: one; `train` stands for `train/<source>` of all sources too.
+    """
     for batch in record_batches(directory):
         columns = (batch.column(name).to_pylist() for name in SCHEMA.names)
         for doc_id, document_split, text in zip(*columns, strict=True):
-            if split is None or document_split == split:
+            if _matches(document_split, split):
                 yield Document(doc_id, document_split, text)
 
 
@@ -176,18 +123,20 @@ def texts(directory: Path, split: str) -> Iterator[bytes]:
     for batch in record_batches(directory):
         contents = batch.column("text").cast(pa.large_binary()).to_pylist()
         for text_split, text in zip(batch.column("split").to_pylist(), contents, strict=True):
-            if text_split == split:
+            if _matches(text_split, split):
                 yield text
 
 
 def num_documents(directory: Path, split: str) -> int:
     """Returns how many documents one split of a built corpus has."""
-    return json.loads((directory / FILES_FILE).read_text(encoding="utf-8"))["documents"][split]
+    counts = _counts(directory, "documents")
+    return sum(count for name, count in counts.items() if _matches(name, split))
 
 
 def num_bytes(directory: Path, split: str) -> int:
-    """Returns how many bytes of UTF-8 one split of a built corpus has."""
-    return json.loads((directory / FILES_FILE).read_text(encoding="utf-8"))["bytes"][split]
+    """Returns how many bytes of UTF-8 one split of a built corpus has, or all that begin so."""
+    counts = _counts(directory, "bytes")
+    return sum(count for name, count in counts.items() if _matches(name, split))
 
 
 def record_batches(directory: Path) -> Iterator[pa.RecordBatch]:
@@ -200,72 +149,65 @@ def record_batches(directory: Path) -> Iterator[pa.RecordBatch]:
             yield reader.get_batch(index)
 
 
-@dataclass
-class _Tally:
-    documents: Counter[str] = field(default_factory=Counter)
-    text_bytes: Counter[str] = field(default_factory=Counter)
-    empty: int = 0
-    undecodable: list[str] = field(default_factory=list)
-
-    def facts(self, num_files: int) -> dict[str, Any]:
-        return {
-            "files": num_files,
-            "documents": {split: self.documents[split] for split in SPLITS},
-            "bytes": {split: self.text_bytes[split] for split in SPLITS},
-            "skipped": {"empty": self.empty, "undecodable": self.undecodable},
-        }
+def _counts(directory: Path, what: str) -> dict[str, int]:
+    counts = json.loads((directory / FILES_FILE).read_text(encoding="utf-8"))[what]
+    return {split: counts[split] for split in sorted(counts)}
 
 
-def _listed_documents(
-    source: Source, document_format: Format, listing: Listing, tally: _Tally, meter: Meter
-) -> Iterator[Document]:
-    for file in listing.files:
-        for doc_id, text in _unchanged_documents(source, document_format, file, tally):
-            if text:
-                split = split_of(doc_id, listing.validation)
-                tally.documents[split] += 1
-                tally.text_bytes[split] += len(text.encode())
-                yield Document(doc_id, split, text)
-            else:
-                tally.empty += 1
-        meter.advance(1)
+def _matches(split: str, wanted: str | None) -> bool:
+    return wanted is None or split == wanted or split.startswith(f"{wanted}/")
 
 
-def _unchanged_documents(
-    source: Source, document_format: Format, file: SourceFile, tally: _Tally
-) -> Iterator[tuple[str, str]]:
-    """Yields a file's documents; what fails to decode is left out of the standard library alone."""
-    found = FoundFile(file.logical_path, file.location)
-    with StoredFile(found) as stored:
-        try:
-            yield from read_documents(source, found, stored, document_format)
-        except UndecodableError:
-            if not isinstance(source, PyStdlibSource):
-                raise
-            tally.undecodable.append(file.logical_path)
-        stored.drain()
-    if stored.sha256.hexdigest() != file.sha256:
-        raise SourceError(
-            f"{found.shown}: changed while the corpus was being built (SHA-256 "
-            f"{stored.sha256.hexdigest()[:12]}, scanned as {file.sha256[:12]}). Run again."
+def _kept(
+    sources: Mapping[str, Source],
+    listing: Listing,
+    document_format: Format,
+    tally: Tally,
+    advance: Callable[[], None],
+) -> Iterator[Kept]:
+    """Yields the documents of all sources, one source after another."""
+    duplicates = Duplicates()
+    for name, source in sources.items():
+        reader = SourceReader(
+            name,
+            source,
+            validation=listing.validation,
+            document_format=document_format,
+            duplicates=duplicates,
+            tally=tally,
         )
+        yield from reader.documents(listing.of_source(name), advance)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
+def _write_documents(path: Path, kept: Iterable[Kept]) -> str:
+    """Writes the table of documents; returns their root."""
+    root = MerkleHasher()
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with (
+        pa.OSFile(str(path), "wb") as sink,
+        pa.ipc.new_file(sink, SCHEMA, options=options) as writer,
+    ):
+        for batch in _batches(kept):
+            rows = [(kept.doc_id.encode(), kept.split.encode(), kept.content) for kept in batch]
+            for row in rows:
+                for part in row:
+                    root.update(len(part).to_bytes(8, "big"))
+                    root.update(part)
+            writer.write_batch(_record_batch(rows))
+    return root.root()
+
+
+def _batches(documents: Iterable[Kept]) -> Iterator[list[Kept]]:
+    batch: list[Kept] = []
     num_bytes = 0
     for document in documents:
         batch.append(document)
-        num_bytes += len(document.text)
+        num_bytes += len(document.content)
         if num_bytes >= _BATCH_TEXT_BYTES or len(batch) >= _BATCH_DOCUMENTS:
             yield batch
             batch, num_bytes = [], 0
     if batch:
         yield batch
-
-
-def _encoded(document: Document) -> tuple[bytes, bytes, bytes]:
-    return document.doc_id.encode(), document.split.encode(), document.text.encode()
 
 
 def _record_batch(rows: list[tuple[bytes, bytes, bytes]]) -> pa.RecordBatch:
@@ -282,23 +224,30 @@ def _strings(values: list[bytes], kind: pa.DataType) -> pa.Array:
     return pa.Array.from_buffers(kind, len(values), buffers)
 
 
-def _require_splits(tally: _Tally, validation: ValidationConfig) -> None:
-    total = tally.documents.total()
-    if tally.documents[TRAIN] == 0:
-        raise SourceError(
-            f"the source gives {total} documents and none to train on; add some, or lower "
-            f"validation.fraction (now {validation.fraction})."
-        )
-    if validation.fraction > 0 and tally.documents[VALIDATION] == 0:
-        raise SourceError(
-            f"validation.fraction {validation.fraction} of {total} documents holds out none; "
-            f"raise it, or set 0.0 to do without validation."
-        )
+def _require_splits(sources: Mapping[str, Source], listing: Listing, tally: Tally) -> None:
+    """Refuses a source that gives nothing to train on, or that to be held out where some should."""
+    for name, source in sources.items():
+        where = f"sources.{name}" if name else "the source"
+        validation = source.validation or listing.validation
+        train, held_out = (tally.documents[split_name(held, name)] for held in (False, True))
+        if train == 0:
+            raise SourceError(
+                f"{where} gives {train + held_out} documents and none to train on; add some, or "
+                f"hold out fewer ({_told(validation)})."
+            )
+        is_wanted = not isinstance(validation, ValidationConfig) or validation.fraction > 0
+        if is_wanted and held_out == 0:
+            raise SourceError(
+                f"{where} holds out none of its {train} documents ({_told(validation)}); hold out "
+                f"more, or set `validation: {{fraction: 0.0}}` to do without validation."
+            )
 
 
-def _file_rows(files: Iterable[SourceFile]) -> list[list[Any]]:
-    return [[file.logical_path, file.size, file.sha256] for file in files]
+def _told(validation: Validation) -> str:
+    if isinstance(validation, ValidationConfig):
+        return f"validation.fraction is {validation.fraction}"
+    return f"validation is by {validation.type}"
 
 
 def _plain(file: SourceFile) -> dict[str, Any]:
-    return {key: value for key, value in asdict(file).items() if key != "location"}
+    return {name: getattr(file, name) for name in ("logical_path", "size", "sha256", "split")}

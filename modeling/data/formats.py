@@ -4,64 +4,221 @@
     paragraphs   runs of lines that are not blank              id: path#number of the first line
     jsonl        a JSON object a line, blank lines skipped     id: path#number of the line
     json         one array of JSON objects                     id: path#number of the object
-    parquet      rows, text in a column of strings             id: path#number of the row
+    parquet      rows of a table                               id: path#number of the row
     arrow        rows of an IPC file or stream, likewise       id: path#number of the row
-
     ids          a flat array of ids, cut at a separator       id: path#number of the document
 
-Numbers count from 1. What a record holds, and how it becomes a document, is said by a format of
-`modeling.data.records`. The standard library's files are decoded as the interpreter does (PEP 263).
-Nothing is repaired: what is not UTF-8, not JSON, or has no text is an error that says where.
+Numbers count from 1; with `id_field` a record says its id itself, and moves between files unmoved.
+What a record holds, and how it becomes a document, is said by a format of `modeling.data.records`.
+Python sources are decoded as the interpreter does (PEP 263). Nothing is repaired: what is not
+UTF-8, not JSON, or has no text is an error that says where. That of one record is yielded in its
+place, so that whoever reads may go on; that of a whole file is raised.
 """
 
 import io
-import itertools
 import json
 import lzma
 import tokenize
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from modeling.data.config import FilesSource, Format, IdsFormat, PyStdlibSource, Source
+from modeling.data.config import (
+    FilesSource,
+    Format,
+    IdsFormat,
+    PackageSource,
+    PyStdlibSource,
+    RegexFilter,
+    Source,
+)
 from modeling.data.flat_ids import flat_documents
 from modeling.data.records import RecordError, RecordReader, record_reader
-from modeling.data.sources import FoundFile, SourceError, StoredFile, UndecodableError
+from modeling.data.sources import (
+    FoundFile,
+    SourceError,
+    StoredFile,
+    UndecodableError,
+    require_moderate,
+)
 
-_MAX_DOCUMENT_BYTES = 1 << 30
-_ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 1024
+_PIECE_BYTES = 1024 * 1024
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+_NO_FIELDS: Mapping[str, Any] = {}
 
-Documents = Iterator[tuple[str, str]]
+
+class Found(NamedTuple):
+    """A document, or what is wrong with it."""
+
+    doc_id: str
+    content: bytes | SourceError
+    """UTF-8."""
+    record: Mapping[str, Any]
+    """The fields that it came with, as far as filters ask for them."""
+
+
+Documents = Iterator[Found]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What is read of the records of a source."""
+
+    records: RecordReader
+    id_field: str | None
+    prefix: str
+    """Of ids that records say: the source's name and a slash, if there are several."""
+    filter_fields: tuple[str, ...]
+    max_document_bytes: int
+
+    @classmethod
+    def of(cls, source: Source, name: str, document_format: Format) -> "Reading":
+        """Returns what is read of `source`; an only source has no name."""
+        fields = (filter.field for filter in source.filters if isinstance(filter, RegexFilter))
+        return cls(
+            record_reader(document_format, getattr(source, "text_field", "text")),
+            getattr(source, "id_field", None),
+            f"{name}/" if name else "",
+            tuple(dict.fromkeys(field for field in fields if field is not None)),
+            source.max_document_bytes,
+        )
+
+    @property
+    def text_alone(self) -> bool:
+        """Whether a record is no more than its text."""
+        return self.records.is_text and not self.other_fields
+
+    @property
+    def other_fields(self) -> tuple[str, ...]:
+        """What a record must have beside its document."""
+        return self.filter_fields if self.id_field is None else (*self.filter_fields, self.id_field)
+
+    def found(self, doc_id: str, record: Any, where: str) -> Found:
+        """Returns the document of a record, or what is wrong with it."""
+        try:
+            if not isinstance(record, dict):
+                raise SourceError(
+                    f"{where}: no field {self.records.fields[0]!r}: found a "
+                    f"{type(record).__name__}, expected an object.",
+                    reason="no object",
+                )
+            content = self.bounded(self._document(record, where), where)
+            if self.id_field is not None:
+                doc_id = f"{self.prefix}{_own_id(record, self.id_field, where)}"
+        except SourceError as error:
+            return Found(doc_id, error, _NO_FIELDS)
+        return Found(doc_id, content, record)
+
+    def bounded(self, data: bytes, where: str) -> bytes:
+        """Refuses a document that a small compressed file, or a lost line end, has blown up."""
+        if len(data) > self.max_document_bytes:
+            raise SourceError(
+                f"{where}: a document of over {self.max_document_bytes} bytes; is `source.format` "
+                f"right? If it is, raise `source.max_document_bytes`.",
+                reason="too long",
+            )
+        return data
+
+    def _document(self, record: Mapping[str, Any], where: str) -> bytes:
+        for field in self.other_fields:
+            if field not in record:
+                raise SourceError(
+                    f"{where}: no field {field!r} (found {sorted(record)}), which `source.filters` "
+                    f"or `source.id_field` names.",
+                    reason="field",
+                )
+        try:
+            return self.records.document(record)
+        except RecordError as error:
+            hint = "`source.text_field`" if self.records.is_text else "`format`"
+            raise SourceError(
+                f"{where}: {error}; repair it, or correct {hint}.", reason="field"
+            ) from error
 
 
 def read_documents(
-    source: Source, file: FoundFile, stored: StoredFile, document_format: Format
+    source: Source, file: FoundFile, stored: StoredFile, reading: Reading, document_format: Format
 ) -> Documents:
-    """Yields (document id, text) of one file.
+    """Yields the documents of one file.
 
     Raises:
         UndecodableError: the bytes are not text in the encoding they should have.
-        SourceError: the file is damaged or holds no documents of its format, naming the line.
+        SourceError: the file is damaged or holds no documents of its format.
     """
+    kind = source.format if isinstance(source, FilesSource) else "Python"
     try:
         match source:
-            case PyStdlibSource():
-                _require_texts(record_reader(document_format, "text"), file.shown)
-                yield file.document_path, _decode_python(stored.content().read(), file.shown)
+            case PyStdlibSource() | PackageSource():
+                _require_texts(reading.records, file.shown)
+                content = _decode_python(stored.content().read(), file.shown)
+                yield Found(file.document_path, content, _NO_FIELDS)
+            case FilesSource(format="ids"):
+                yield from _flat_ids(file, stored, reading, document_format)
             case FilesSource():
-                if source.format == "ids":
-                    yield from _flat_ids(file, stored, document_format)
-                else:
-                    records = record_reader(document_format, source.text_field)
-                    yield from _READERS[source.format](file, stored, records)
+                yield from _READERS[source.format](file, stored, reading)
     except _DAMAGE as error:
-        raise SourceError(f"{file.shown}: damaged, or not {_kind(source)}: {error}.") from error
+        raise SourceError(
+            f"{file.shown}: damaged, or not {kind}: {error}.", reason="damaged file"
+        ) from error
 
 
-def _flat_ids(file: FoundFile, stored: StoredFile, document_format: Format) -> Documents:
+def table_documents(
+    batches: Iterable[pa.RecordBatch], reading: Reading, path: str, shown: str
+) -> Documents:
+    """Yields the documents in rows of a table: `path#number`.
+
+    Args:
+        batches: the columns of `columns_of` at least.
+        reading: what is read of a row.
+        path: what ids begin with.
+        shown: what errors begin with.
+    """
+    number = 0
+    pieces = (
+        batch.slice(start, ROWS_AT_ONCE)
+        for batch in batches
+        for start in range(0, batch.num_rows, ROWS_AT_ONCE)
+    )
+    for batch in pieces:
+        for record in _rows(batch, reading):
+            number += 1
+            where = f"{shown}, row {number}"
+            doc_id = f"{path}#{number}"
+            if not isinstance(record, bytes):
+                yield reading.found(doc_id, record, where)
+                continue
+            try:
+                yield Found(doc_id, _utf8(reading.bounded(record, where), where), _NO_FIELDS)
+            except SourceError as error:
+                yield Found(doc_id, error, _NO_FIELDS)
+
+
+def columns_of(schema: pa.Schema, reading: Reading, where: str) -> list[str]:
+    """Returns the columns to read: all that a record must have, and those that it may.
+
+    Raises:
+        SourceError: one is not there, or a text is no string.
+    """
+    records = reading.records
+    for field in (*records.fields, *reading.other_fields):
+        if field not in schema.names:
+            hint = "source.text_field" if records.is_text else "the field names of `format`"
+            if field not in records.fields:
+                hint = "source.filters` or `source.id_field"
+            raise SourceError(f"{where}: no column {field!r} (found {schema.names}); set `{hint}`.")
+    if records.is_text:
+        _require_strings(schema, records.fields[0], where)
+    optional = (name for name in records.optional_fields if name in schema.names)
+    return list(dict.fromkeys([*records.fields, *reading.other_fields, *optional]))
+
+
+def _flat_ids(
+    file: FoundFile, stored: StoredFile, reading: Reading, document_format: Format
+) -> Documents:
     if not isinstance(document_format, IdsFormat):
         raise SourceError(
             f"{file.shown}: holds ids, but `format` is {document_format.type}; set `format: "
@@ -69,76 +226,109 @@ def _flat_ids(file: FoundFile, stored: StoredFile, document_format: Format) -> D
         )
     try:
         for number, text in enumerate(flat_documents(stored.content(), document_format), start=1):
-            yield f"{file.document_path}#{number}", text
+            doc_id = f"{file.document_path}#{number}"
+            yield Found(doc_id, text.encode(), _NO_FIELDS)
     except RecordError as error:
         raise SourceError(f"{file.shown}: {error}.") from error
 
 
-def _text(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
-    _require_texts(records, file.shown)
-    data = _bounded(stored.content().read(_MAX_DOCUMENT_BYTES + 1), file.shown)
-    yield file.document_path, _decode_utf8(data, file.shown)
+def _text(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
+    _require_texts(reading.records, file.shown)
+    data = stored.content().read(reading.max_document_bytes + 1)
+    content = _utf8(reading.bounded(data, file.shown), file.shown)
+    yield Found(file.document_path, content, _NO_FIELDS)
 
 
-def _paragraphs(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
-    _require_texts(records, file.shown)
-    numbered = enumerate(_lines(stored.content(), file.shown), start=1)
-    for is_blank, run in itertools.groupby(numbered, key=lambda item: not item[1].strip()):
-        if not is_blank:
-            (first, line), *rest = run
-            paragraph = line + b"".join(line for _, line in rest)
-            text = _decode_utf8(paragraph, f"{file.shown}:{first}")
-            yield f"{file.document_path}#{first}", text
-
-
-def _json_lines(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
-    for number, line in enumerate(_lines(stored.content(), file.shown), start=1):
+def _paragraphs(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
+    _require_texts(reading.records, file.shown)
+    lines: list[bytes] = []
+    first = num_bytes = 0
+    for number, line in _lines(stored, file, reading):
+        if isinstance(line, SourceError):
+            raise line
         if line.strip():
-            where = f"{file.shown}:{number}"
-            text = _document_of(_parsed(line, where), records, where)
-            yield f"{file.document_path}#{number}", text
+            first = first if lines else number
+            lines.append(line)
+            num_bytes += len(line)
+            if num_bytes > reading.max_document_bytes:
+                reading.bounded(b"".join(lines), f"{file.shown}:{first}")
+        elif lines:
+            yield _paragraph(file, reading, first, lines)
+            lines, num_bytes = [], 0
+    if lines:
+        yield _paragraph(file, reading, first, lines)
 
 
-def _json_array(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
-    data = _bounded(stored.content().read(_MAX_DOCUMENT_BYTES + 1), file.shown)
-    values = _parsed(data, file.shown)
+def _paragraph(file: FoundFile, reading: Reading, first: int, lines: list[bytes]) -> Found:
+    doc_id = f"{file.document_path}#{first}"
+    try:
+        return Found(doc_id, _utf8(b"".join(lines), f"{file.shown}:{first}"), _NO_FIELDS)
+    except SourceError as error:
+        return Found(doc_id, error, _NO_FIELDS)
+
+
+def _json_lines(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
+    for number, line in _lines(stored, file, reading):
+        doc_id = f"{file.document_path}#{number}"
+        if isinstance(line, SourceError):
+            yield Found(doc_id, line, _NO_FIELDS)
+            continue
+        if not line.strip():
+            continue
+        where = f"{file.shown}:{number}"
+        try:
+            record = _parsed(line, where)
+        except SourceError as error:
+            yield Found(doc_id, error, _NO_FIELDS)
+        else:
+            yield reading.found(doc_id, record, where)
+
+
+def _json_array(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
+    data = stored.content().read(reading.max_document_bytes + 1)
+    values = _parsed(reading.bounded(data, file.shown), file.shown)
     if not isinstance(values, list):
         raise SourceError(
             f"{file.shown}: holds a {type(values).__name__}, expected an array of objects; for an "
             f"object a line set `source.format: jsonl`."
         )
     for number, value in enumerate(values, start=1):
-        where = f"{file.shown}, object {number}"
-        yield f"{file.document_path}#{number}", _document_of(value, records, where)
+        doc_id = f"{file.document_path}#{number}"
+        yield reading.found(doc_id, value, f"{file.shown}, object {number}")
 
 
-def _parquet(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
-    # Imported here: it is slow, and few sources need it. Reading jumps about in the file, so the
-    # corpus digests it in a pass of its own.
+def _parquet(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
+    # Imported here: it is slow, and few sources need it. Reading jumps about in the file, so it is
+    # digested in a pass of its own.
     from pyarrow.parquet import ParquetFile
 
     with file.open() as handle, ParquetFile(handle) as opened:
-        columns = _columns(opened.schema_arrow, records, file.shown)
-        batches = opened.iter_batches(_ROWS_AT_ONCE, columns=columns)
-        yield from _rows(file, records, columns, batches)
+        columns = columns_of(opened.schema_arrow, reading, file.shown)
+        size = handle.seek(0, io.SEEK_END)
+        inflated = sum(
+            opened.metadata.row_group(index).total_byte_size
+            for index in range(opened.metadata.num_row_groups)
+        )
+        require_moderate(file, size, inflated, stored.max_expansion)
+        batches = opened.iter_batches(ROWS_AT_ONCE, columns=columns)
+        yield from table_documents(batches, reading, file.document_path, file.shown)
 
 
-def _arrow(file: FoundFile, stored: StoredFile, records: RecordReader) -> Documents:
+def _arrow(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
     with file.open() as handle:
         is_file = handle.read(6) == b"ARROW1"
         handle.seek(0)
-        if is_file:
-            with pa.ipc.open_file(handle) as opened:
-                columns = _columns(opened.schema, records, file.shown)
-                batches = (opened.get_batch(i) for i in range(opened.num_record_batches))
-                yield from _rows(file, records, columns, batches)
-        else:
-            with pa.ipc.open_stream(handle) as opened:
-                columns = _columns(opened.schema, records, file.shown)
-                yield from _rows(file, records, columns, opened)
+        with pa.ipc.open_file(handle) if is_file else pa.ipc.open_stream(handle) as opened:
+            columns_of(opened.schema, reading, file.shown)
+            batches: Iterable[pa.RecordBatch] = (
+                (opened.get_batch(index) for index in range(opened.num_record_batches))
+                if isinstance(opened, pa.ipc.RecordBatchFileReader)
+                else opened
+            )
+            yield from table_documents(batches, reading, file.document_path, file.shown)
 
 
-_READERS: dict[str, Callable[[FoundFile, StoredFile, RecordReader], Documents]] = {
+_READERS: dict[str, Callable[[FoundFile, StoredFile, Reading], Documents]] = {
     "text": _text,
     "paragraphs": _paragraphs,
     "jsonl": _json_lines,
@@ -156,43 +346,17 @@ def _require_texts(records: RecordReader, where: str) -> None:
         )
 
 
-def _columns(schema: pa.Schema, records: RecordReader, where: str) -> list[str]:
-    """Returns the columns to read: all that a record must have, and those that it may."""
-    for field in records.fields:
-        if field not in schema.names:
-            hint = "source.text_field" if records.is_text else "the field names of `format`"
-            raise SourceError(f"{where}: no column {field!r} (found {schema.names}); set `{hint}`.")
-    if records.is_text:
-        _require_strings(schema, records.fields[0], where)
-    return [*records.fields, *(name for name in records.optional_fields if name in schema.names)]
-
-
-def _rows(
-    file: FoundFile, records: RecordReader, columns: list[str], batches: Iterable[pa.RecordBatch]
-) -> Documents:
-    number = 0
-    for batch in batches:
-        for value in _values(batch, records, columns):
-            number += 1
-            where = f"{file.shown}, row {number}"
-            if value is None:
-                raise SourceError(f"{where}: column {columns[0]!r} is null, expected a string.")
-            text = (
-                _decode_utf8(_bounded(value, where), where)
-                if records.is_text
-                else _document_of(value, records, where)
-            )
-            yield f"{file.document_path}#{number}", text
-
-
-def _values(batch: pa.RecordBatch, records: RecordReader, columns: list[str]) -> list[Any]:
-    """Returns the UTF-8 of each text, or each record as plain values."""
-    if not records.is_text:
-        return batch.select(columns).to_pylist()
-    column = batch.column(columns[0])
+def _rows(batch: pa.RecordBatch, reading: Reading) -> list[Any]:
+    """Returns the bytes of each text that is all that is read of its row; else rows as records."""
+    if not reading.text_alone:
+        return batch.to_pylist()
+    column = batch.column(reading.records.fields[0])
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    return column.cast(pa.large_binary()).to_pylist()
+    return [
+        {reading.records.fields[0]: None} if text is None else text
+        for text in column.cast(pa.large_binary()).to_pylist()
+    ]
 
 
 def _require_strings(schema: pa.Schema, text_field: str, where: str) -> None:
@@ -203,33 +367,50 @@ def _require_strings(schema: pa.Schema, text_field: str, where: str) -> None:
         raise SourceError(f"{where}: column {text_field!r} holds {kind}, expected strings.")
 
 
-def _lines(stream: io.BufferedIOBase, where: str) -> Iterator[bytes]:
+def _lines(
+    stored: StoredFile, file: FoundFile, reading: Reading
+) -> Iterator[tuple[int, bytes | SourceError]]:
+    """Yields the lines with their numbers, or what is wrong with one, which is then passed over."""
+    stream, limit = stored.content(), reading.max_document_bytes
     number = 0
-    while line := stream.readline(_MAX_DOCUMENT_BYTES + 1):
+    while line := stream.readline(limit + 1):
         number += 1
-        yield _bounded(line, f"{where}:{number}")
+        if len(line) <= limit:
+            yield number, line
+            continue
+        try:
+            reading.bounded(line, f"{file.shown}:{number}")
+        except SourceError as error:
+            yield number, error
+        while not line.endswith(b"\n") and (line := stream.readline(_PIECE_BYTES)):
+            pass
 
 
-def _bounded(data: bytes, where: str) -> bytes:
-    """Refuses a document that a small compressed file, or a lost line end, has blown up."""
-    if len(data) > _MAX_DOCUMENT_BYTES:
+def _own_id(record: Mapping[str, Any], field: str, where: str) -> str:
+    own = record[field]
+    if not isinstance(own, str | int) or isinstance(own, bool) or own == "":
         raise SourceError(
-            f"{where}: a document of over {_MAX_DOCUMENT_BYTES} bytes; is `source.format` right?"
+            f"{where}: field {field!r} is {own!r}, expected a text or a number that is the "
+            f"document's id.",
+            reason="field",
         )
+    return str(own)
+
+
+def _decode_python(data: bytes, where: str) -> bytes:
+    try:
+        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
+        return data.decode(encoding).encode()
+    except (SyntaxError, UnicodeError, LookupError) as error:
+        raise UndecodableError(f"{where}: {error}") from error
+
+
+def _utf8(data: bytes, where: str) -> bytes:
+    _decoded(data, where)
     return data
 
 
-def _decode_python(data: bytes, where: str) -> str:
-    try:
-        encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
-        text = data.decode(encoding)
-        text.encode()
-    except (SyntaxError, UnicodeError, LookupError) as error:
-        raise UndecodableError(f"{where}: {error}") from error
-    return text
-
-
-def _decode_utf8(data: bytes, where: str) -> str:
+def _decoded(data: bytes, where: str) -> str:
     try:
         return data.decode()
     except UnicodeDecodeError as error:
@@ -240,25 +421,8 @@ def _decode_utf8(data: bytes, where: str) -> str:
 
 
 def _parsed(data: bytes, where: str) -> Any:
-    text = _decode_utf8(data, where)
+    text = _decoded(data, where)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where}: not JSON: {error}.") from error
-
-
-def _document_of(value: Any, records: RecordReader, where: str) -> str:
-    if not isinstance(value, dict):
-        raise SourceError(
-            f"{where}: no field {records.fields[0]!r}: found a {type(value).__name__}, expected an "
-            f"object."
-        )
-    try:
-        return records.document(value)
-    except RecordError as error:
-        hint = "`source.text_field`" if records.is_text else "`format`"
-        raise SourceError(f"{where}: {error}; repair it, or correct {hint}.") from error
-
-
-def _kind(source: Source) -> str:
-    return source.format if isinstance(source, FilesSource) else "Python"
+        raise SourceError(f"{where}: not JSON: {error}.", reason="not JSON") from error

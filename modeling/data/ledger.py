@@ -13,24 +13,18 @@ they are made calls `committed`, again and again: what it has returned once neve
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from modeling.artifacts import DamagedArtifactError, file_sha256, write_durably
+from modeling.artifacts import DamagedArtifactError, file_sha256, needing_space, write_durably
 from modeling.data.encoding import Encoded
 from modeling.data.shards import write_shard
 
 STREAM_FILE = "stream.jsonl"
 _UNITS = "units"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-class DiskFullError(OSError):
-    """A shard could not be written for want of space; those before it are kept."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +136,7 @@ class Ledger:
             DiskFullError: there is no space for it.
         """
         attempt = self._attempt(key)
-        with self._needing_space(f"a shard of {len(encoded.tokens):,} tokens"):
+        with needing_space(f"a shard of {len(encoded.tokens):,} tokens", self._progress):
             try:
                 write_shard(attempt, encoded.tokens, encoded.lengths, encoded.loss_mask)
                 shard = Shard(
@@ -205,26 +199,12 @@ class Ledger:
 
     def _append(self, value: Mapping[str, Any]) -> None:
         with (
-            self._needing_space("a line"),
+            needing_space("a line", self._progress),
             (self._progress / STREAM_FILE).open("ab") as stream,
         ):
             stream.write(_line(value))
             stream.flush()
             os.fsync(stream.fileno())
-
-    @contextlib.contextmanager
-    def _needing_space(self, what: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise DiskFullError(
-                error.errno,
-                f"no space for {what} ({os.strerror(error.errno)}). What was committed is kept: "
-                f"free space, and run again",
-                str(self._progress),
-            ) from error
 
     def _left_by_an_attempt(self, key: str) -> Shard | None:
         path, receipt = self.path(key), self._receipt(key)

@@ -34,8 +34,8 @@ class RecordReader:
     fields: tuple[str, ...]
     """What a record must have."""
     optional_fields: tuple[str, ...]
-    document: Callable[[Mapping[str, Any]], str]
-    """Returns the canonical text of a record, or raises a `RecordError`."""
+    document: Callable[[Mapping[str, Any]], bytes]
+    """Returns the canonical text of a record as UTF-8, or raises a `RecordError`."""
     is_text: bool
     """Whether the document is just the text of its one field."""
 
@@ -52,11 +52,11 @@ def record_reader(record_format: Format, text_field: str) -> RecordReader:
         document: Callable[[Mapping[str, Any]], str],
         optional: Sequence[str] = (),
     ) -> RecordReader:
-        def checked(record: Mapping[str, Any]) -> str:
+        def checked(record: Mapping[str, Any]) -> bytes:
             for field in fields:
                 if field not in record:
                     raise RecordError(f"no field {field!r} (found {sorted(record)})")
-            return _storable(document(record))
+            return _utf8(document(record))
 
         is_text = isinstance(record_format, TextFormat)
         return RecordReader(tuple(fields), tuple(optional), checked, is_text)
@@ -138,15 +138,14 @@ def _json(value: Mapping[str, Any]) -> str:
         raise RecordError(f"holds what JSON has no word for: {error}") from error
 
 
-def _storable(text: str) -> str:
+def _utf8(text: str) -> bytes:
     try:
-        text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         raise RecordError(
             f"holds half a surrogate pair ({text[error.start]!a}), which UTF-8 cannot store; "
             f"repair the record"
         ) from error
-    return text
 
 
 def _shown(value: Any) -> str:

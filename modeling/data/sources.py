@@ -12,14 +12,15 @@ part of its documents' ids, so that compressing a source changes no document.
 import bz2
 import gzip
 import hashlib
+import importlib.util
 import io
 import itertools
 import lzma
 import os
 import re
 import sysconfig
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -28,9 +29,16 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from modeling.data.config import FilesSource, PyStdlibSource, Source
+from modeling.data.config import (
+    FilesSource,
+    HuggingFaceSource,
+    PackageSource,
+    PyStdlibSource,
+    SavedDatasetSource,
+    Source,
+)
 
-_NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__"}
+_NOT_SOURCES = {"site-packages", "dist-packages", "__pycache__"}
 _MAGIC = set("*?[")
 _COMPRESSION_SUFFIX = re.compile(r"(?<=[^/])\.(gz|zst|zstd|bz2|xz)$")
 _GZIP = b"\x1f\x8b\x08"
@@ -41,14 +49,24 @@ _BRACES = re.compile(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MOST_ALTERNATIVES = 1_000_000
 _PIECE_BYTES = 1024 * 1024
+_SMALL_CONTENT_BYTES = 1024 * 1024
 
 
 class SourceError(ValueError):
     """A source cannot be listed or read; the message names the file, and the line if it has one."""
 
+    def __init__(self, message: str, *, reason: str = "unreadable") -> None:
+        """Takes the message for people, and in two or three words what is counted of it."""
+        super().__init__(message)
+        self.reason = reason
+
 
 class UndecodableError(SourceError):
-    """A file whose declared or default encoding does not fit its bytes."""
+    """A text whose declared or default encoding does not fit its bytes."""
+
+    def __init__(self, message: str) -> None:
+        """Takes the message for people."""
+        super().__init__(message, reason="undecodable")
 
 
 @dataclass(frozen=True)
@@ -69,6 +87,22 @@ class FoundFile:
         """The location without the secrets that a URL may carry."""
         return without_secrets(self.location)
 
+    def stamp(self) -> str | None:
+        """Returns what changes whenever the file does, or None where nothing is known to.
+
+        Of a local file size, times and inode; of an object in Cloud Storage its generation.
+        """
+        fs, path = fsspec.url_to_fs(self.location)
+        if isinstance(fs, LocalFileSystem):
+            try:
+                found = Path(path).stat()
+            except OSError:
+                return None  # opening it will say why
+            times = f"{found.st_mtime_ns}-{found.st_ctime_ns}"
+            return f"{found.st_size}-{times}-{found.st_dev}-{found.st_ino}"
+        generation = fs.info(path).get("generation") if "gs" in fs.protocol else None
+        return generation and f"generation-{generation}"
+
     def open(self) -> Any:
         """Opens the stored bytes for reading at any place.
 
@@ -83,15 +117,38 @@ class FoundFile:
             raise SourceError(f"{self.shown}: cannot be read: {reason}.") from error
 
 
+@dataclass(frozen=True)
+class SourceFile:
+    """One file as it was when the source was scanned."""
+
+    logical_path: str
+    """With the source's name in front, if there are several."""
+    size: int
+    sha256: str
+    split: str | None
+    """None where the file holds many documents, each in a split of its own."""
+    held_out: bool | None
+    """What validation by files says of it; None: the ids of its documents decide."""
+    location: str = field(compare=False)
+    """Empty for what lies on the hub."""
+
+
 class StoredFile(io.RawIOBase):
     """A file's stored bytes, local or remote, digested as they pass: reading is checking.
 
     Raises:
-        SourceError: the file cannot be opened.
+        SourceError: the file cannot be opened, or holds far more than its size lets expect.
     """
 
-    def __init__(self, file: FoundFile) -> None:
-        """Opens `file`; close it, best in a `with` statement."""
+    def __init__(self, file: FoundFile, *, max_expansion: int) -> None:
+        """Opens `file`; close it, best in a `with` statement.
+
+        Args:
+            file: where it is.
+            max_expansion: how many times its stored bytes the content may have.
+        """
+        self._file = file
+        self.max_expansion = max_expansion
         self._stored = file.open()
         self._wrappers: list[Any] = []
         self.sha256 = hashlib.sha256()
@@ -103,22 +160,30 @@ class StoredFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """Fills `buffer`, as far as the file goes."""
-        piece = self._stored.read(len(buffer))
-        self.sha256.update(piece)
-        self.num_bytes += len(piece)
-        buffer[: len(piece)] = piece
-        return len(piece)
+        count = self._stored.readinto(buffer)
+        self.sha256.update(memoryview(buffer)[:count])
+        self.num_bytes += count
+        return count
 
     def content(self) -> io.BufferedIOBase:
         """Returns the file's bytes, decompressed if their beginning says that they need it."""
-        buffered = io.BufferedReader(self)
+        buffered = io.BufferedReader(self, _PIECE_BYTES)
         content = _decompressed(buffered, buffered.peek(16)[:16])
         self._wrappers += [buffered, content]  # a wrapper that goes away closes what it wraps
-        return content
+        if content is buffered:
+            return buffered
+        bounded = io.BufferedReader(_Bounded(content, self.require_moderate), _PIECE_BYTES)
+        self._wrappers.append(bounded)
+        return bounded
+
+    def require_moderate(self, num_bytes: int) -> None:
+        """Raises a `SourceError` if `num_bytes` are too many for what has been read so far."""
+        require_moderate(self._file, self.num_bytes, num_bytes, self.max_expansion)
 
     def drain(self) -> None:
         """Reads to the end, so that the digest covers the whole file."""
-        while self.read(_PIECE_BYTES):
+        buffer = bytearray(_PIECE_BYTES)
+        while self.readinto(buffer):
             pass
 
     def close(self) -> None:
@@ -128,17 +193,64 @@ class StoredFile(io.RawIOBase):
         super().close()
 
 
+class _Bounded(io.RawIOBase):
+    """A decompressed stream that stops a bomb: what takes over all memory or disk when opened."""
+
+    def __init__(self, content: io.BufferedIOBase, require: Callable[[int], None]) -> None:
+        self._content = content
+        self._require = require
+        self._num_bytes = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._content.readinto(buffer)
+        self._num_bytes += count
+        self._require(self._num_bytes)
+        return count
+
+
+def require_moderate(file: FoundFile, stored: int, content: int, max_expansion: int) -> None:
+    """Checks that a file's content has not more than `max_expansion` times its stored bytes.
+
+    Raises:
+        SourceError: it has, and is over a MiB.
+    """
+    if content > max(max_expansion * stored, _SMALL_CONTENT_BYTES):
+        raise SourceError(
+            f"{file.shown}: {stored} stored bytes hold {content} bytes and more, over "
+            f"{max_expansion} times as many. If that is right, raise `source.max_expansion`.",
+            reason="expands too much",
+        )
+
+
 def find_files(source: Source) -> list[FoundFile]:
-    """Returns the files of `source`, sorted by logical path.
+    """Returns the files of `source`, sorted by logical path; of a dataset on the hub, none.
 
     Raises:
         SourceError: a path or pattern matches nothing, or two files would give equal document ids.
     """
     match source:
         case PyStdlibSource():
-            found = list(_stdlib_files(Path(sysconfig.get_path("stdlib"))))
+            root = Path(sysconfig.get_path("stdlib"))
+            return unique_files(_python_files(root, root))
+        case PackageSource():
+            return unique_files(_package_files(source.package))
         case FilesSource():
-            found = [file for pattern in source.paths for file in _matching_files(pattern)]
+            return unique_files(matching_files(source.paths))
+        case HuggingFaceSource():
+            return unique_files(matching_files([source.path] if source.path is not None else []))
+        case SavedDatasetSource():
+            return unique_files(matching_files([source.path]))
+
+
+def unique_files(found: Iterable[FoundFile]) -> list[FoundFile]:
+    """Returns files sorted by logical path, one that was found twice once.
+
+    Raises:
+        SourceError: two files would give equal document ids.
+    """
     by_path: dict[str, FoundFile] = {}
     for file in found:
         other = by_path.setdefault(file.document_path, file)
@@ -159,13 +271,35 @@ def without_secrets(location: str) -> str:
     return urlunsplit(hidden)
 
 
-def _stdlib_files(root: Path) -> Iterator[FoundFile]:
-    for directory, subdirectories, names in os.walk(root):
-        subdirectories[:] = [name for name in subdirectories if name not in _NOT_STDLIB]
+def matching_files(patterns: Iterable[str]) -> Iterator[FoundFile]:
+    """Yields the files that paths and patterns stand for.
+
+    Raises:
+        SourceError: one of them matches nothing.
+    """
+    for pattern in patterns:
+        yield from _matching_files(pattern)
+
+
+def _python_files(directory: Path, root: Path) -> Iterator[FoundFile]:
+    for place, subdirectories, names in os.walk(directory):
+        subdirectories[:] = [name for name in subdirectories if name not in _NOT_SOURCES]
         for name in names:
             if name.endswith(".py"):
-                path = Path(directory) / name
+                path = Path(place) / name
                 yield FoundFile(path.relative_to(root).as_posix(), str(path))
+
+
+def _package_files(package: str) -> Iterator[FoundFile]:
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        raise SourceError(
+            f"package {package!r} is not installed; install it, or correct `source.package`."
+        )
+    if spec.submodule_search_locations is None:
+        raise SourceError(f"{package!r} is a module of one file or built in, not a package.")
+    for directory in map(Path, spec.submodule_search_locations):
+        yield from _python_files(directory, directory.parent)
 
 
 def _matching_files(pattern: str) -> Iterator[FoundFile]:

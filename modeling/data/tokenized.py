@@ -151,9 +151,9 @@ def build(
     ledger = Ledger(workspace.progress, header, fetch_earlier, report)
     streams = {
         split: _Stream(split, ledger, dtype, encoder.has_loss_mask, unknown_id(tokenizer))
-        for split in corpus.SPLITS
+        for split in corpus.splits(corpus_dir)
     }
-    total = sum(corpus.num_bytes(corpus_dir, split) for split in corpus.SPLITS)
+    total = sum(corpus.num_bytes(corpus_dir, split) for split in corpus.splits(corpus_dir))
     meter = Meter(report, "tokenized corpus", total / _MEGABYTE, "MB")
 
     def unknown_units() -> Iterator[Keyed]:
@@ -256,7 +256,10 @@ class _Stream:
                 return
             shard = self._ledger.tell(self._split, len(self._shards), key)
             self._fold(shard, self._ledger.path(key))
-            self._shards.append(replace(shard, file=f"{self._split}-{len(self._shards):05d}.arrow"))
+            self._shards.append(replace(shard, file=self._file(len(self._shards))))
+
+    def _file(self, index: int) -> str:
+        return f"{self._split.replace('/', '-')}-{index:05d}.arrow"
 
     def manifest(self) -> SplitManifest:
         """Returns what is known when all units are committed."""

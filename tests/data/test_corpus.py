@@ -11,6 +11,7 @@ import pytest
 
 from modeling.data import corpus
 from modeling.data.config import FilesSource, PyStdlibSource, ValidationConfig
+from modeling.data.reading import is_held_out
 from modeling.data.sources import SourceError
 
 HALF = ValidationConfig(fraction=0.5)
@@ -77,8 +78,11 @@ def test_stdlib_files_decode_by_their_coding_line_and_undecodable_ones_are_count
     assert built.facts["files"] == 6
     assert built.facts["skipped"] == {
         "empty": 1,
-        "undecodable": ["bad_bytes.py", "bad_cookie.py"],
+        "undecodable": 2,
     }
+    bad_bytes, bad_cookie = built.facts["first_skipped"]
+    assert "bad_bytes.py: " in bad_bytes
+    assert "bad_cookie.py: unknown encoding: no-such-codec" in bad_cookie
     assert built.facts["documents"] == {"train": 3, "validation": 0}
     assert built.facts["bytes"]["train"] == 27 + 10 + 6
 
@@ -122,13 +126,13 @@ def test_documents_of_one_file_read_through_another_field_are_other_content(
 def test_a_new_document_moves_no_other_between_splits():
     names = [f"dir/file-{i}.py" for i in range(4000)]
     tenth = ValidationConfig(fraction=0.1)
-    held_out = [name for name in names if corpus.split_of(name, tenth) == "validation"]
+    held_out = [name for name in names if is_held_out(name, tenth)]
     assert 320 <= len(held_out) <= 480  # 400 expected, 4 standard deviations of 19
-    more = {n for n in names if corpus.split_of(n, ValidationConfig(fraction=0.2)) == "validation"}
+    more = {name for name in names if is_held_out(name, ValidationConfig(fraction=0.2))}
     assert set(held_out) < more
-    assert corpus.split_of("os.py", tenth) == "train"
-    assert corpus.split_of("re.py", tenth) == "validation"
-    assert {corpus.split_of(name, ALL_TRAIN) for name in names} == {"train"}
+    assert not is_held_out("os.py", tenth)
+    assert is_held_out("re.py", tenth)
+    assert not any(is_held_out(name, ALL_TRAIN) for name in names)
 
 
 def test_each_json_line_is_a_document_split_on_its_own(tmp_path, make_workspace):

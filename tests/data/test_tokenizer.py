@@ -17,6 +17,7 @@ from tokenizers import models, pre_tokenizers
 
 from modeling.data import corpus
 from modeling.data.config import BpeTokenizerConfig, FilesSource, ValidationConfig
+from modeling.data.reading import is_held_out
 from modeling.data.tokenizer import PROBE_TEXTS, Tokenizer, build, save
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -77,7 +78,7 @@ def test_training_finds_the_textbooks_merges(tmp_path, make_workspace):
 def test_validation_documents_train_nothing(tmp_path, make_workspace):
     halves = ValidationConfig(fraction=0.5)
     names = [f"corpus.jsonl#{i + 1}" for i in range(40)]
-    held_out = [corpus.split_of(name, halves) == "validation" for name in names]
+    held_out = [is_held_out(name, halves) for name in names]
     texts = ["zq zq zq zq" if held else "ab abc abcd abcde" for held in held_out]
     directory = corpus_of(texts, tmp_path, make_workspace("corpus"), fraction=0.5)
     workspace = make_workspace("tokenizer")

@@ -1,0 +1,243 @@
+"""From the files of a source to the documents that a corpus keeps, and the count of all others.
+
+    empty         documents without text are left out
+    undecodable   of Python sources, which include files that only tests of decoders can love
+    by reason     bad records and damaged files, if `on_error: skip`; else they are errors
+    by filter     whatever a filter of the source turns away
+
+A damaged file is left out as a whole, since how much of it can be read depends on the library that
+reads: with `on_error: skip` each file is read through once before its documents are taken.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from modeling.data.config import (
+    Format,
+    HuggingFaceSource,
+    PackageSource,
+    PyStdlibSource,
+    SavedDatasetSource,
+    Source,
+    Validation,
+    ValidationConfig,
+)
+from modeling.data.filters import Duplicates, Filters
+from modeling.data.formats import Documents, Reading, read_documents
+from modeling.data.hub import dataset_documents, dataset_path, dataset_splits
+from modeling.data.sources import (
+    FoundFile,
+    SourceError,
+    SourceFile,
+    StoredFile,
+    UndecodableError,
+    require_moderate,
+)
+
+TRAIN, VALIDATION = "train", "validation"
+_SHOWN_SKIPPED = 10
+
+
+class Kept(NamedTuple):
+    """A document of the corpus."""
+
+    doc_id: str
+    split: str
+    content: bytes
+    """UTF-8; never empty."""
+
+
+@dataclass
+class Tally:
+    """What became of the documents of all sources."""
+
+    documents: Counter[str] = field(default_factory=Counter)
+    text_bytes: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=lambda: Counter(empty=0))
+    first_skipped: list[str] = field(default_factory=list)
+    filtered: dict[str, int] = field(default_factory=dict)
+
+    def keep(self, document: Kept) -> None:
+        """Counts a document of the corpus."""
+        self.documents[document.split] += 1
+        self.text_bytes[document.split] += len(document.content)
+
+    def skip(self, error: SourceError) -> None:
+        """Counts what was left out for what is wrong with it."""
+        self.skipped[error.reason] += 1
+        if len(self.first_skipped) < _SHOWN_SKIPPED:
+            self.first_skipped.append(str(error))
+
+    def facts(self) -> dict[str, Any]:
+        """Returns what an artifact shows of what is not in it."""
+        return {
+            "skipped": dict(self.skipped),
+            "first_skipped": self.first_skipped,
+            "filtered": self.filtered,
+        }
+
+
+def split_name(held_out: bool, source_name: str) -> str:
+    """Returns the split of documents of a source; an only source has no name."""
+    role = VALIDATION if held_out else TRAIN
+    return f"{role}/{source_name}" if source_name else role
+
+
+def is_held_out(doc_id: str, validation: ValidationConfig) -> bool:
+    """Whether a document is held out, a function of its id and the fraction alone."""
+    draw = int.from_bytes(hashlib.sha256(b"split/1\0" + doc_id.encode()).digest()[:8], "big")
+    return draw < int(validation.fraction * 2**64)
+
+
+class SourceReader:
+    """Reads one source."""
+
+    def __init__(
+        self,
+        name: str,
+        source: Source,
+        *,
+        validation: Validation,
+        document_format: Format,
+        duplicates: Duplicates,
+        tally: Tally,
+    ) -> None:
+        """Reads `source`, counting in `tally`.
+
+        Args:
+            name: of the source, or empty.
+            source: it.
+            validation: how documents are held out, unless the source says it.
+            document_format: what a record is.
+            duplicates: the texts of all sources.
+            tally: of all sources.
+        """
+        self._name = name
+        self._source = source
+        self._validation = source.validation or validation
+        self._format = document_format
+        self._reading = Reading.of(source, name, document_format)
+        self._filters = Filters(source.filters, duplicates)
+        self._tally = tally
+        self._num_skipped = 0
+
+    def documents(self, files: Sequence[SourceFile], advance: Callable[[], None]) -> Iterator[Kept]:
+        """Yields the documents that are kept of files that are as they were scanned.
+
+        Raises:
+            SourceError: a file has changed, or is bad, or too many are.
+        """
+        if isinstance(self._source, HuggingFaceSource | SavedDatasetSource):
+            yield from self._of_dataset(self._source, files, advance)
+        else:
+            for file in files:
+                yield from self._of_file(file)
+                advance()
+        for name, count in self._filters.dropped.items():
+            self._tally.filtered[f"{self._name} {name}".strip()] = count
+
+    def _of_file(self, file: SourceFile) -> Iterator[Kept]:
+        found = FoundFile(file.logical_path, file.location)
+        if file.size == 0 and not isinstance(self._source, PyStdlibSource | PackageSource):
+            self._skip(SourceError(f"{found.shown}: empty.", reason="empty file"))
+            return
+        if self._is_faulty(lambda: self._read(found, self._opened(found))):
+            return
+        num_bytes = 0
+        with self._opened(found) as stored:
+            try:
+                for document in self._kept(self._read(found, stored), file.held_out):
+                    num_bytes += len(document.content)
+                    require_moderate(found, file.size, num_bytes, self._source.max_expansion)
+                    yield document
+            except UndecodableError as error:
+                if not isinstance(self._source, PyStdlibSource | PackageSource):
+                    raise
+                self._tally.skip(error)
+            stored.drain()
+        _require_unchanged(found, file, stored)
+
+    def _of_dataset(
+        self,
+        source: HuggingFaceSource | SavedDatasetSource,
+        files: Sequence[SourceFile],
+        advance: Callable[[], None],
+    ) -> Iterator[Kept]:
+        prefix = f"{self._name}/" if self._name else ""
+        for split, held_out in dataset_splits(source, self._validation).items():
+            path = prefix + dataset_path(source, split)
+
+            def read(split: str | None = split, path: str = path) -> Documents:
+                return dataset_documents(source, split, self._reading, path)
+
+            if not self._is_faulty(read):
+                yield from self._kept(read(), held_out)
+        for file in files:
+            if file.location:
+                found = FoundFile(file.logical_path, file.location)
+                with self._opened(found) as stored:
+                    stored.drain()
+                _require_unchanged(found, file, stored)
+            advance()
+
+    def _kept(self, found: Documents, held_out: bool | None) -> Iterator[Kept]:
+        validation = self._validation
+        splits = split_name(False, self._name), split_name(True, self._name)
+        for document in found:
+            content = document.content
+            if isinstance(content, SourceError):
+                self._skip(content)
+            elif not content:
+                self._tally.skipped["empty"] += 1
+            elif self._filters.keep(document, content):
+                if held_out is None:
+                    assert isinstance(validation, ValidationConfig)
+                    kept = Kept(
+                        document.doc_id, splits[is_held_out(document.doc_id, validation)], content
+                    )
+                else:
+                    kept = Kept(document.doc_id, splits[held_out], content)
+                self._tally.keep(kept)
+                yield kept
+
+    def _is_faulty(self, read: Callable[[], Documents]) -> bool:
+        """Whether a file is damaged, if damaged files are left out; they are read for that."""
+        if self._source.on_error == "fail":
+            return False
+        try:
+            for _ in read():
+                pass
+        except SourceError as error:
+            self._skip(error)
+            return True
+        return False
+
+    def _skip(self, error: SourceError) -> None:
+        if self._source.on_error == "fail":
+            raise error
+        self._num_skipped += 1
+        if self._num_skipped > self._source.max_skipped:
+            raise SourceError(
+                f"{error} With this, more is bad than `source.max_skipped` "
+                f"({self._source.max_skipped}) lets be left out.",
+                reason=error.reason,
+            ) from error
+        self._tally.skip(error)
+
+    def _opened(self, found: FoundFile) -> StoredFile:
+        return StoredFile(found, max_expansion=self._source.max_expansion)
+
+    def _read(self, found: FoundFile, stored: StoredFile) -> Documents:
+        return read_documents(self._source, found, stored, self._reading, self._format)
+
+
+def _require_unchanged(found: FoundFile, file: SourceFile, stored: StoredFile) -> None:
+    sha256 = stored.sha256.hexdigest()
+    if sha256 != file.sha256:
+        raise SourceError(
+            f"{found.shown}: changed while the corpus was being built (SHA-256 {sha256[:12]}, "
+            f"scanned as {file.sha256[:12]}). Run again."
+        )
