@@ -77,6 +77,13 @@ def catalog_from_environment(environ: Mapping[str, str] = os.environ) -> Catalog
     return load_catalog([CATALOG, Path(home) / "catalog"] if home else CATALOG, overrides)
 
 
+def with_overrides(environ: Mapping[str, str], experiment: str, changes: Sequence[str]) -> str:
+    """Returns the value of `LEVANTER_OVERRIDES` that adds `changes` to what `environ` has."""
+    known = dict(_overrides(environ.get("LEVANTER_OVERRIDES")))
+    known[experiment] = [*known.get(experiment, ()), *changes]
+    return json.dumps(known)
+
+
 def _overrides(text: str | None) -> Mapping[str, Sequence[str]]:
     if not text:
         return {}

@@ -18,6 +18,7 @@ Make language models, every step an asset you can see.
                                            change one thing: only what depends on it is made again
   levanter train --model gpt2-nano --dataset notes/
                                            an experiment on your own text, without writing a file
+  levanter launch nano                     the same from CI, with an honest exit code
   levanter status                          what is fresh, stale or missing, and why
   levanter why nano/checkpoint             which field made it stale
   levanter lineage nano/hf_model           which bytes a model was made of
@@ -43,6 +44,15 @@ Writes an experiment into $DAGSTER_HOME/catalog and runs it.
 
 DATASET is a name of the catalog, or a file, folder, glob or URL of text or JSON lines. Any field of
 the experiment can be given as `--section.field value`.
+"""
+_LAUNCH = """\
+Launches JOB through `dagster job launch`, streams its progress, prints a table of what was made
+with a link to the run, and exits with the run's status: 0 it succeeded, 1 it failed or was
+canceled, 2 it never started, 3 it was still going when the time was up. SIGINT or SIGTERM, as a
+cancelled CI job sends, cancels the run: training saves a checkpoint first, and the next launch goes
+on from there. Needs no daemon and no webserver.
+
+  levanter launch nano --set optimizer.learning_rate=1e-3 --tag commit=$(git rev-parse HEAD)
 """
 _WHY = """\
 Tells why an asset is not up to date, as differences of fields, files and content ids, through all
@@ -145,6 +155,21 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--config_path", type=Path, metavar="FILE.yaml", help="an experiment file")
     train.set_defaults(call=_train)
 
+    launch = add("launch", "Launch a job, wait for it, exit with its status: for CI.", _LAUNCH)
+    launch.add_argument("job", metavar="JOB")
+    launch.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE",
+        help="change a field of the experiment for this run; may be given several times",
+    )  # fmt: skip
+    launch.add_argument(
+        "--tag", dest="tags", action="append", default=[], metavar="NAME=VALUE",
+        help="tag the run; may be given several times",
+    )  # fmt: skip
+    launch.add_argument("--timeout", type=float, default=86400, metavar="SECONDS")
+    launch.add_argument("--queue-timeout", type=float, default=300, metavar="SECONDS")
+    launch.add_argument("--cancel-timeout", type=float, default=300, metavar="SECONDS")
+    launch.set_defaults(call=_launch)
+
     status = add("status", "Show which assets are fresh, stale or missing, and why.")
     status.add_argument("experiment", nargs="?", metavar="EXPERIMENT")
     status.set_defaults(call=_status)
@@ -204,6 +229,25 @@ def _train(arguments: argparse.Namespace) -> int:
         overrides=arguments.overrides,
     )
     return run(name, [])
+
+
+def _launch(arguments: argparse.Namespace) -> int:
+    from pipelines.launch import launch
+
+    tags = {}
+    for text in arguments.tags:
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ValueError(f"--tag {text}: expected NAME=VALUE, e.g. commit=c0ffee.")
+        tags[name] = value
+    return launch(
+        arguments.job,
+        arguments.overrides,
+        tags,
+        timeout_s=arguments.timeout,
+        queue_timeout_s=arguments.queue_timeout,
+        cancel_timeout_s=arguments.cancel_timeout,
+    )
 
 
 def _status(arguments: argparse.Namespace) -> int:

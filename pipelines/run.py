@@ -7,7 +7,6 @@ rebuilding.
 
 import contextlib
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -20,7 +19,7 @@ import dagster as dg
 from modeling.artifacts import ArtifactStore
 from modeling.experiment import Catalog, ConfigError
 from pipelines.abandoned import end_abandoned_runs, this_process
-from pipelines.build import build_defs, catalog_from_environment
+from pipelines.build import build_defs, catalog_from_environment, with_overrides
 from pipelines.plan import out_of_date, wanted_assets
 from pipelines.staleness import Staleness
 from pipelines.terminal import Terminal, terminal_logger
@@ -46,9 +45,8 @@ def run(experiment: str, overrides: Sequence[str]) -> int:
     """Makes what is missing or stale of `experiment`; returns the exit code."""
     if overrides:
         # In the environment, where run workers and the stages' own processes find them too.
-        known = json.loads(os.environ.get("LEVANTER_OVERRIDES") or "{}")
-        known[experiment] = [*known.get(experiment, ()), *overrides]
-        os.environ["LEVANTER_OVERRIDES"] = json.dumps(known)
+        changed = with_overrides(os.environ, experiment, overrides)
+        os.environ["LEVANTER_OVERRIDES"] = changed
     catalog = catalog_from_environment()
     _require(experiment, catalog)
     defs = dg.Definitions.merge(

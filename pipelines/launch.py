@@ -1,0 +1,157 @@
+"""`levanter launch`: a job through `dagster job launch`, waited for, with an honest exit code.
+
+What CI needs of a run and Dagster's own command does not give: that command prints no run id, never
+waits, and exits 0 whatever becomes of the run. Here the run id is chosen first, progress is
+streamed, a table sums up, and a cancelled CI job (SIGINT or SIGTERM) cancels the run, which saves a
+checkpoint before it ends.
+
+    GITHUB_STEP_SUMMARY   a file that the table is added to as Markdown, as GitHub Actions shows it
+    LEVANTER_UI_URL       where the Dagster UI is, for the link to the run
+
+Exit codes are those of `pipelines.wait`; 130 and 143 after SIGINT and SIGTERM.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import FrameType
+
+import dagster as dg
+
+from pipelines.build import with_overrides
+from pipelines.instance import CHECKOUT
+from pipelines.wait import NOT_STARTED, wait
+
+_POLL_S = 0.5
+
+
+class _Cancelled(BaseException):
+    """A signal asked this command to end; no `except Exception` may take it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def launch(
+    job: str,
+    overrides: Sequence[str],
+    tags: Mapping[str, str],
+    *,
+    timeout_s: float,
+    queue_timeout_s: float,
+    cancel_timeout_s: float,
+) -> int:
+    """Launches `job`, waits for it, and returns the exit code.
+
+    Args:
+        job: an experiment, or another job of the code location.
+        overrides: assignments to fields of the experiment of that name.
+        tags: of the run.
+        timeout_s: how long to wait in all; the run goes on after that.
+        queue_timeout_s: how long to wait for a start.
+        cancel_timeout_s: how long a cancelled run may take to save and end.
+
+    Raises:
+        ValueError: overrides for a run that a daemon will start, which they would not reach.
+    """
+    environment = dict(os.environ)
+    if overrides:
+        environment["LEVANTER_OVERRIDES"] = with_overrides(os.environ, job, overrides)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _cancel)
+    run_id = str(uuid.uuid4())
+    with dg.DagsterInstance.get() as instance:
+        if overrides and _starts_through_daemon(instance):
+            raise ValueError(
+                "--set: this instance queues runs for its daemon, whose own environment and "
+                "checkout they see. Write the change into the experiment's file, or use the "
+                "`dagster.yaml` of this repository, which starts runs at once."
+            )
+        try:
+            if not _submit(job, run_id, tags, environment):
+                return NOT_STARTED
+            code = wait(instance, run_id, timeout_s, queue_timeout_s)
+        except _Cancelled as cancelled:
+            code = 128 + cancelled.number
+            _terminate(instance, run_id, cancel_timeout_s)
+        _summarize(instance, job, run_id)
+    return code
+
+
+def _cancel(number: int, frame: FrameType | None) -> None:
+    raise _Cancelled(number)
+
+
+def _starts_through_daemon(instance: dg.DagsterInstance) -> bool:
+    return type(instance.run_coordinator).__name__ == "QueuedRunCoordinator"
+
+
+def _submit(job: str, run_id: str, tags: Mapping[str, str], environment: dict[str, str]) -> bool:
+    """Hands the run to Dagster in a process of its own; what that prints, it prints here."""
+    _say(f"Launching {job} as run {run_id}.")
+    command = [
+        sys.executable, "-m", "dagster", "job", "launch",
+        "--workspace", str(CHECKOUT / "workspace.yaml"), "--job", job, "--run-id", run_id,
+        "--tags", json.dumps({"levanter/command": "launch", **tags}),
+    ]  # fmt: skip
+    # Signals of the terminal are for this process, which then cancels the run in good order.
+    return subprocess.run(command, env=environment, check=False, process_group=0).returncode == 0
+
+
+def _terminate(instance: dg.DagsterInstance, run_id: str, timeout_s: float) -> None:
+    """Cancels the run, and waits until it has ended."""
+    _say(f"Cancelling run {run_id}: it saves a checkpoint and ends.")
+    run = instance.get_run_by_id(run_id)
+    if run is None or run.is_finished:
+        return
+    instance.run_coordinator.cancel_run(run_id)
+    deadline = time.monotonic() + timeout_s
+    while not (run := instance.get_run_by_id(run_id)) or not run.is_finished:
+        if time.monotonic() > deadline:
+            _say(f"Run {run_id} has not ended after {timeout_s:.0f} s; it goes on ending.")
+            return
+        time.sleep(_POLL_S)
+    _say(f"Run {run_id}: {run.status.value}.")
+
+
+def _summarize(instance: dg.DagsterInstance, job: str, run_id: str) -> None:
+    """Prints what was made, as Markdown, and adds it to the page of the CI job."""
+    run = instance.get_run_by_id(run_id)
+    status = run.status.value if run else "never started"
+    rows = [["asset", "was", "content id", "seconds"], ["---", "---", "---", "---:"]]
+    for key, shown in _materialized(instance, run_id):
+        rows.append([key, shown["was"], f"`{shown['id']}`", shown["seconds"]])
+    lines = [f"### {job}: {status}", ""] + [f"| {' | '.join(row)} |" for row in rows]
+    url = os.environ.get("LEVANTER_UI_URL", "http://127.0.0.1:3000").rstrip("/")
+    lines += ["", f"Run: {url}/runs/{run_id}"]
+    text = "\n".join(lines)
+    _say(f"\n{text}")
+    if page := os.environ.get("GITHUB_STEP_SUMMARY"):
+        with Path(page).open("a", encoding="utf-8") as out:
+            out.write(f"{text}\n")
+
+
+def _materialized(instance: dg.DagsterInstance, run_id: str) -> list[tuple[str, dict[str, str]]]:
+    """Returns each asset that the run has materialized, in order, with what its metadata says."""
+    records = instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
+    events = [record.dagster_event for record in records]
+    made = [event.step_materialization_data.materialization for event in events if event]
+    return [
+        (
+            one.asset_key.to_user_string(),
+            {name: str(value.value) for name, value in one.metadata.items()},
+        )
+        for one in made
+    ]
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
