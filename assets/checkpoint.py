@@ -47,6 +47,7 @@ def checkpoint_assets(
         files = {
             "token_cache": store.files(token_cache),
             "tokenized_corpus": store.files(store.input_of(token_cache, "tokenized_corpus")),
+            "tokenizer": store.files(store.inputs_above(token_cache)["tokenizer"]),
         }
         numerics = launcher.numerics(experiment)
         return store.materialize(
@@ -55,7 +56,7 @@ def checkpoint_assets(
                 context, launcher.job("train", name, experiment, space, numerics=numerics, **files)
             ),
             numerics=numerics,
-            show=_loss_plot,
+            show=_shown,
         )
 
     key = dg.AssetKey([name, "checkpoint"])
@@ -101,9 +102,15 @@ def _loss_faults(artifact: Artifact, files: Path, store: StoreResource) -> Itera
         yield f"the last loss, {losses[-1]:.4f}, is not below the first, {losses[0]:.4f}."
 
 
-def _loss_plot(artifact: Artifact, files: Path) -> Mapping[str, Any]:
-    """Returns the loss curve as a picture that the metadata panel shows in place."""
-    return {"loss": dg.MetadataValue.md(f"![loss](data:image/png;base64,{_png(files)})")}
+def _shown(artifact: Artifact, files: Path) -> Mapping[str, Any]:
+    """Returns the loss curve, which the metadata panel shows in place, and what else to look at."""
+    shown: dict[str, Any] = {
+        "loss": dg.MetadataValue.md(f"![loss](data:image/png;base64,{_png(files)})")
+    }
+    for name, pattern in (("profile", "profiles/*/trace.json.gz"), ("picture", "pictures/*.html")):
+        if found := sorted(files.glob(pattern)):
+            shown[name] = dg.MetadataValue.path(found[-1])
+    return shown
 
 
 def _png(files: Path) -> str:

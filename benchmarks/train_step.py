@@ -136,6 +136,11 @@ class RandomCache(TokenCache):
         self.vocab_size = sizes["vocab"]
         self._rows = np.random.default_rng(0).integers(0, sizes["vocab"], shape, dtype=np.int32)
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """One to train on and one held out."""
+        return ("train", "validation")
+
     def num_rows(self, split: str) -> int:
         """All rows are for training."""
         return len(self._rows)

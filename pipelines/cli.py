@@ -147,6 +147,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--set", dest="overrides", action="append", default=[], metavar="SECTION.FIELD=VALUE",
         help="change a field for this run; may be given several times",
     )  # fmt: skip
+    run.add_argument(
+        "--profile-steps", metavar="FIRST..LAST",
+        help="write a trace of these updates of training, for https://ui.perfetto.dev",
+    )  # fmt: skip
     run.set_defaults(call=_run)
 
     train = add("train", "Train a named model on a dataset, or from a file.", _TRAIN)
@@ -212,7 +216,10 @@ def make_parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     from pipelines.run import run
 
-    return run(arguments.experiment, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.profile_steps is not None:
+        overrides.append(f"trainer.profile_steps={arguments.profile_steps}")
+    return run(arguments.experiment, overrides)
 
 
 def _train(arguments: argparse.Namespace) -> int:

@@ -20,8 +20,10 @@ from resources.worker import Channel
 if TYPE_CHECKING:
     from modeling.data.cache import TokenCache
     from modeling.training.compile_cache import CompileCache
+    from modeling.training.hooks import Decode
     from modeling.training.observer import RunStart, StepReport
     from modeling.training.peak import Peak
+    from modeling.training.program import Memory
 
 Arguments = Mapping[str, Any]
 PARITY_ROWS = 4
@@ -49,6 +51,7 @@ def train(arguments: Arguments, workspace: Workspace | None, channel: Channel) -
             observer=TrainingObserver(channel, tracker),
             peak=_peak(experiment),
             compile_cache=compile_cache,
+            decode=_decode(experiment, arguments),
         )
     return dataclasses.asdict(built)
 
@@ -65,6 +68,15 @@ def programs(experiment: ExperimentConfig) -> "Iterator[CompileCache | None]":
         return
     with open_compile_cache(directory / class_here(experiment)) as cache:
         yield cache
+
+
+def _decode(experiment: ExperimentConfig, arguments: Arguments) -> "Decode | None":
+    """Returns what gives the text of ids, if pictures are drawn."""
+    if experiment.trainer.pictures_every_steps is None:
+        return None
+    from modeling.data.tokenizer import Tokenizer
+
+    return Tokenizer.load(Path(arguments["tokenizer"])).decode
 
 
 def _peak(experiment: ExperimentConfig) -> "Peak | None":
@@ -100,8 +112,8 @@ class TrainingObserver:
         """Says what begins."""
         self._channel.say(
             f"{start.num_parameters:,} parameters on {start.num_devices} {start.device_kind} "
-            f"devices; compiled in {start.compile_s:.1f} s; steps {start.first_step:,} to "
-            f"{start.num_steps:,}."
+            f"devices{_memory(start.memory)}; compiled in {start.compile_s:.1f} s; steps "
+            f"{start.first_step:,} to {start.num_steps:,}."
         )
         groups = start.parameter_groups
         self._channel.say(f"Weight decay acts on {_listed(groups.decayed)}.")
@@ -128,11 +140,27 @@ class TrainingObserver:
         """Says that nothing before this step can be lost any more."""
         self._channel.say(f"step {step:,} is saved.")
 
+    def wrote(self, what: str, step: int, path: str) -> None:
+        """Says where a profile or picture is; the tracker shows pictures."""
+        self._channel.say(f"step {step:,}: {what} at {path}")
+        if what == "picture":
+            self._tracker.show(step, "pictures/foreseen", Path(path))
+
+    def evaluated(self, step: int, losses: Mapping[str, float]) -> None:
+        """Shows the losses on validation rows and keeps them."""
+        told = ", ".join(f"{split} {loss:.4f}" for split, loss in losses.items())
+        self._channel.say(f"step {step:,}: loss on {told}")
+        self._tracker.log(step, {f"eval/{split}/loss": loss for split, loss in losses.items()})
+
     def finished(self, facts: Mapping[str, Any]) -> None:
         """Keeps the plain facts as the run's summary."""
         self._tracker.summarize(
             {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
         )
+
+
+def _memory(memory: "Memory | None") -> str:
+    return "" if memory is None else f" ({memory.total / 2**20:,.0f} MiB of memory each)"
 
 
 def throughput(report: "StepReport") -> dict[str, float]:

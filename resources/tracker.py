@@ -8,6 +8,7 @@ what it is by the configuration given here, without secrets. `WANDB_MODE=disable
 import contextlib
 import os
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 MODES = ("online", "offline", "disabled")
@@ -25,6 +26,14 @@ class Tracker:
         """Adds the numbers of one step."""
         if self._run is not None:
             self._run.log(dict(numbers), step=step)
+
+    def show(self, step: int, name: str, page: Path) -> None:
+        """Adds an HTML page of one step."""
+        if self._run is not None:
+            import wandb
+
+            # Shown in a frame of its own; W&B's own style would be put into the page.
+            self._run.log({name: wandb.Html(page.read_text("utf-8"), inject=False)}, step=step)
 
     def summarize(self, facts: Mapping[str, Any]) -> None:
         """Sets what the run has come to."""

@@ -74,9 +74,21 @@ def views(
     tokens = hax.named(jnp.asarray(rows.tokens), axes)
     segments = rows.segment_ids
     named_segments = None if segments is None else hax.named(jnp.asarray(segments), axes)
-    taken, likeliest, ids = (
-        np.asarray(x.array) for x in _foreseen(model, tokens, named_segments, num_alternatives)
-    )
+    seen = eqx.filter_jit(foreseen)(model, tokens, named_segments, num_alternatives)
+    taken, likeliest, ids = (np.asarray(x.array) for x in seen)
+    return views_of(rows, taken, likeliest, ids, decode)
+
+
+def views_of(
+    rows: Rows,
+    taken: np.ndarray,
+    likeliest: np.ndarray,
+    ids: np.ndarray,
+    decode: Callable[[Sequence[int]], str],
+) -> list[tuple[TokenView, ...]]:
+    """Returns every token of `rows` as a model saw it, given what `foreseen` has returned."""
+    num_rows, length = rows.tokens.shape
+    segments = rows.segment_ids
 
     def view(row: int, position: int) -> TokenView:
         text = decode([int(rows.tokens[row, position])])
@@ -95,12 +107,11 @@ def views(
     return [tuple(view(row, position) for position in range(length)) for row in range(num_rows)]
 
 
-@eqx.filter_jit
-def _foreseen(
+def foreseen(
     model: LanguageModel,
     tokens: NamedArray,
     segment_ids: NamedArray | None,
-    num_alternatives: int,
+    num_alternatives: int = 3,
 ) -> tuple[NamedArray, NamedArray, NamedArray]:
     """Returns each next token's probability, and the likeliest ones with their ids."""
     row, position = tokens.axes

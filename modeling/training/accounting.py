@@ -45,6 +45,7 @@ CAUSES: Sequence[str] = (
     "loader",  # the device had nothing to do but wait for a batch
     "evaluation",
     "pictures",
+    "profile",  # writing the trace
     "checkpoint",  # until the state was copied; writing goes on beside the steps
     "down",  # from the last sign of life of one process to the next one's start
     "other",

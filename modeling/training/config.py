@@ -247,6 +247,16 @@ class TrainerConfig:
         default=2, metadata=NOT_IDENTITY
     )
     log_every_steps: Positive = dataclasses.field(default=10, metadata=NOT_IDENTITY)
+    eval_every_steps: Positive | None = dataclasses.field(default=None, metadata=NOT_IDENTITY)
+    """How often the loss on validation rows is taken during training, split by split."""
+    eval_max_rows: Positive = dataclasses.field(default=64, metadata=NOT_IDENTITY)
+    """Of each validation split, evenly spaced."""
+    pictures_every_steps: Positive | None = dataclasses.field(default=None, metadata=NOT_IDENTITY)
+    """How often a page is drawn of how well the model foresees each token of a few rows."""
+    profile_steps: Annotated[str, Field(pattern=r"^\d{1,9}\.\.\d{1,9}$")] | None = (
+        dataclasses.field(default=None, metadata=NOT_IDENTITY)
+    )
+    """The first and the last update to profile: `5..10`. `levanter run --profile-steps 5..10`."""
 
     identity_tag: ClassVar[str] = "trainer/1"
     __pydantic_config__ = STRICT

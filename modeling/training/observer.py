@@ -81,6 +81,14 @@ class Observer(Protocol):
         """A checkpoint is on disk and was read back."""
         ...
 
+    def wrote(self, what: str, step: int, path: str) -> None:
+        """A file for people was written; `what` is `profile` or `picture`."""
+        ...
+
+    def evaluated(self, step: int, losses: Mapping[str, float]) -> None:
+        """The loss in nats per token of each validation split, after `step` updates."""
+        ...
+
     def finished(self, facts: Mapping[str, Any]) -> None:
         """The last checkpoint is in the workspace's output."""
         ...
@@ -99,6 +107,12 @@ class Silent:
         """Does nothing."""
 
     def saved(self, step: int, directory: str) -> None:
+        """Does nothing."""
+
+    def wrote(self, what: str, step: int, path: str) -> None:
+        """Does nothing."""
+
+    def evaluated(self, step: int, losses: Mapping[str, float]) -> None:
         """Does nothing."""
 
     def finished(self, facts: Mapping[str, Any]) -> None:

@@ -93,7 +93,7 @@ def _compile(
 
     def update(arrays: Sequence[Any], rows: Rows) -> tuple[list[Any], Metrics]:
         state = blueprint.unflatten(arrays)
-        example = _example(_named(rows, Batch, Pos), Pos)
+        example = example_of(rows, Batch, Pos)
         key = jax.random.fold_in(state.key, state.step)
         with axis_mapping(layout.compute):
             total, weight, sums = summed(
@@ -119,7 +119,7 @@ def _compile(
             out_shardings=(shardings, replicated),
             donate_argnums=0,
         )
-        .lower(blueprint.arrays, _row_shapes(Batch, Pos, columns))
+        .lower(blueprint.arrays, row_shapes(Batch, Pos, columns))
         .compile()
     )
     return Step(compiled, compiled, batch_sharding, blueprint.parameter_names)
@@ -312,7 +312,13 @@ def _example(rows: Any, Pos: Axis) -> LmExample:
     return LmExample.causal(rows.tokens, Pos, rows.segment_ids, rows.loss_mask)
 
 
-def _row_shapes(Batch: Axis, Pos: Axis, columns: Columns) -> Any:
+def example_of(rows: Rows, Batch: Axis, Pos: Axis) -> LmExample:
+    """Returns the example that raw rows are."""
+    return _example(_named(rows, Batch, Pos), Pos)
+
+
+def row_shapes(Batch: Axis, Pos: Axis, columns: Columns) -> Any:
+    """Returns the shapes of a batch with these columns, to compile for."""
     ids: Any = jax.ShapeDtypeStruct((Batch.size, Pos.size), jnp.int32)
     mask: Any = jax.ShapeDtypeStruct((Batch.size, Pos.size), jnp.bool_)
     return Rows(ids, ids if columns.segment_ids else None, mask if columns.loss_mask else None)

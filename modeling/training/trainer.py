@@ -8,11 +8,14 @@ its `losses.json`) and
 
     experiment.json    the resolved experiment
     model.json         `model`, its configuration, `vocab_size` and `sequence_length`
+    pictures/          pages drawn during training, see `hooks`, if any were asked for
+    profiles/          traces of single updates, see `profiling`, if any were asked for
 
 The loop never waits for the device within a step: losses are read one step late, while the next
 step computes, and checkpoints are written by another thread from a copy.
 """
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -40,11 +43,13 @@ from modeling.training import checkpoint, faults, history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
 from modeling.training.config import BatchSchedule
+from modeling.training.hooks import Decode, Hooks, Setting
 from modeling.training.manifest import CheckpointError
 from modeling.training.mesh import Layout, build_layout, require_known_axes
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
 from modeling.training.peak import Peak
 from modeling.training.preemption import Preempted, PreemptionNotice
+from modeling.training.profiling import Profiler, profiled_steps
 from modeling.training.program import memory_of, peak_bytes_in_use, product_flops
 from modeling.training.retention import Checkpoints, open_checkpoints
 from modeling.training.rule import Metrics
@@ -52,6 +57,8 @@ from modeling.training.state import Blueprint, initial_state, trainable
 from modeling.training.step import Step, compile_step
 
 _log = logging.getLogger(__name__)
+PICTURES, PROFILES = "pictures", "profiles"
+"""Directories of the progress, and of the result, for people to look into."""
 
 
 class NonFiniteError(RuntimeError):
@@ -66,6 +73,7 @@ def train(
     observer: Observer | None = None,
     peak: Peak | None = None,
     compile_cache: CompileCache | None = None,
+    decode: Decode | None = None,
 ) -> Built:
     """Trains `experiment` on the training rows of `cache` to its last step.
 
@@ -76,6 +84,7 @@ def train(
         observer: hears of each step.
         peak: what the devices could do at most, to tell utilization by.
         compile_cache: keeps what is compiled, to start faster the next time.
+        decode: gives the text of ids, for pictures.
 
     Raises:
         Preempted: the process was asked to end; everything up to `.step` is saved.
@@ -95,9 +104,10 @@ def train(
         Ledger(directory / "time.jsonl") as ledger,
     ):
         told = observer or Silent()
-        run = _Run(plan, loader, checkpoints, told, notice, ledger, peak, compile_cache)
+        means = _Means(workspace.progress, cache, told, peak, compile_cache, decode)
+        run = _Run(plan, loader, checkpoints, notice, ledger, means)
         last = run.to_the_end()
-        built = _publish(plan, last, workspace.output, run)
+        built = _publish(plan, last, workspace, run)
     if observer is not None:
         observer.finished(built.facts)
     return built
@@ -162,6 +172,18 @@ def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Means:
+    """What a caller gives besides the experiment."""
+
+    progress: Path
+    cache: TokenCache
+    observer: Observer
+    peak: Peak | None
+    compile_cache: CompileCache | None
+    decode: Decode | None
+
+
 class _Run:
     """This process's share of a run."""
 
@@ -170,32 +192,30 @@ class _Run:
         plan: Plan,
         loader: TrainLoader,
         checkpoints: Checkpoints,
-        observer: Observer,
         notice: PreemptionNotice,
         ledger: Ledger,
-        peak: Peak | None,
-        compile_cache: CompileCache | None,
+        means: _Means,
     ) -> None:
         self._plan = plan
         self._loader = loader
         self._checkpoints = checkpoints
-        self._observer = observer
+        self._observer = means.observer
         self._notice = notice
         self._written: deque[tuple[int, Path]] = deque()
         self._newest: Path | None = None
         self._ledger = ledger
-        self._peak = peak
-        self._compile_cache = compile_cache
+        self._means = means
         self._meter = Meter(
             ledger,
             flops_per_token=model_shape(plan).flops_per_token(),
-            peak_flops=peak and peak.flops,
+            peak_flops=means.peak and means.peak.flops,
         )
         self._reported = 0
         self._looping_since = 0.0
         self._steps: dict[Axis, Step] = {}
         self._saved = 0
         self.losses: list[float] = []
+        self.evaluations: list[dict[str, Any]] = []
         self.resumed_from = 0
         self.host_s = 0.0
         """CPU seconds of the loop's own thread: what a step costs besides the device's work."""
@@ -211,8 +231,8 @@ class _Run:
         if self.resumed_from < self._plan.num_steps:
             with self._ledger.spending("restore"):
                 arrays = self._arrays()
-            self._start()
-            self._loop(arrays)
+            with self._start() as hooks:
+                self._loop(hooks, arrays)
         assert self._newest is not None
         faults.reach("before-finish", self._plan.num_steps)
         return self._newest
@@ -233,9 +253,10 @@ class _Run:
         optional = {
             "mfu": speed.mfu,
             "program_flops_per_step": self.program_flops,
-            "peak_flops": self._peak and self._peak.flops,
-            "peak_flops_source": self._peak and self._peak.source,
+            "peak_flops": self._means.peak and self._means.peak.flops,
+            "peak_flops_source": self._means.peak and self._means.peak.source,
             "peak_bytes_in_use": peak_bytes_in_use(self._devices),
+            "validation_loss": self.evaluations[-1]["losses"] if self.evaluations else None,
         }
         return figures | {name: value for name, value in optional.items() if value is not None}
 
@@ -252,6 +273,7 @@ class _Run:
             )
         self.resumed_from = manifest.step
         self.losses = history.read_losses(directory)
+        self.evaluations = history.read_evaluations(directory)
         self._observer.resumed(manifest.step, str(directory))
 
     def _arrays(self) -> list[Any]:
@@ -293,8 +315,11 @@ class _Run:
                 self.program_flops = product_flops(text) * plan.layout.mesh.size if text else None
         return step
 
-    def _start(self) -> None:
+    def _start(self) -> Hooks:
         plan, step = self._plan, self._step(self.resumed_from)
+        with self._ledger.spending("compile"):
+            hooks = self._hooks()
+            self._keep_programs()
         devices = plan.layout.mesh.devices
         params = trainable(plan.blueprint.template.model)[0]
         self._observer.started(
@@ -309,17 +334,39 @@ class _Run:
                 parameter_groups=parameter_groups(plan.experiment.optimizer, params),
             )
         )
+        return hooks
+
+    def _hooks(self) -> Hooks:
+        plan, Batch = self._plan, self._plan.batch_axis(0)
+        trainer = plan.experiment.trainer
+        setting = Setting(
+            trainer=trainer,
+            blueprint=plan.blueprint,
+            layout=plan.layout,
+            Batch=Batch.resize(Batch.size // trainer.num_microbatches),
+            Pos=plan.Pos,
+            cache=self._means.cache,
+            decode=self._means.decode,
+            directory=self._means.progress / PICTURES,
+        )
+        return Hooks(setting, self._observer, self._ledger, self.evaluations)
 
     def _keep_programs(self) -> None:
-        if self._compile_cache is not None:
-            self._compile_cache.publish()
+        if self._means.compile_cache is not None:
+            self._means.compile_cache.publish()
 
-    def _loop(self, arrays: list[Any]) -> None:
+    def _loop(self, hooks: Hooks, arrays: list[Any]) -> None:
         trainer, first = self._plan.experiment.trainer, self.resumed_from
         unread: Metrics | None = None
         self._reported = first
         self._looping_since, host_began = self._ledger.elapsed_s, time.thread_time()
-        with self._loader.stream(first) as batches, self._ledger.stepping():
+        steps = profiled_steps(trainer.profile_steps, self._plan.num_steps)
+        profiler = Profiler(steps, self._means.progress / PROFILES, resumed_from=first)
+        with (
+            contextlib.closing(profiler),
+            self._loader.stream(first) as batches,
+            self._ledger.stepping(),
+        ):
             for update in range(first + 1, self._plan.num_steps + 1):
                 step = self._step(update - 1)
                 rows = self._awaited(batches, unread)
@@ -331,17 +378,22 @@ class _Run:
                     self._settle()
                     raise Preempted(update - 1)
                 on_device = jax.device_put(rows, step.batch_sharding)
-                arrays, metrics = step.run(arrays, on_device)
+                with profiler.step(update, arrays):
+                    arrays, metrics = step.run(arrays, on_device)
+                hooks.after(update, arrays)
+                self._end_profile(update, arrays, profiler)
                 faults.reach("after-step", update)
                 # The device is busy with this update while the host looks at the one before.
                 if unread is not None:
                     self._read(step, unread)
+                hooks.collect(until=update - 1)
                 unread = metrics
                 is_last = update == self._plan.num_steps
                 # Asked once: a notice that comes later is acted on after the next update.
                 is_stopping = self._notice.given and not is_last
                 if is_last or is_stopping or update % trainer.save_every_steps == 0:
                     self._read(step, unread)
+                    hooks.collect(until=update, finish=is_last or is_stopping)
                     unread = None
                     self._save(update, arrays)
                 self._tell_saved()
@@ -350,6 +402,13 @@ class _Run:
                     raise Preempted(update)
             self._settle()
         self.host_s = time.thread_time() - host_began
+
+    def _end_profile(self, update: int, arrays: list[Any], profiler: Profiler) -> None:
+        began = time.monotonic()
+        path = profiler.finish(update, arrays)
+        if path is not None:
+            self._ledger.stalled("profile", time.monotonic() - began)
+            self._observer.wrote("profile", update, str(path))
 
     def _awaited(self, batches: BatchStream, running: Metrics | None) -> Any:
         """Returns the next batch; waiting for it costs nothing while the device is busy.
@@ -420,9 +479,15 @@ class _Run:
             step=update,
             cursor={"rows": self._loader.cursor(update)},
             config={"experiment": experiment, "science": self._plan.science},
-            files={history.LOSSES: history.to_json(self.losses)},
+            files=self._files(),
             done=lambda path: self._written.append((update, path)),
         )
+
+    def _files(self) -> dict[str, dict[str, Any]]:
+        files = {history.LOSSES: history.to_json(self.losses)}
+        if self.evaluations:
+            files[history.EVALUATIONS] = {"evaluations": list(self.evaluations)}
+        return files
 
     def _settle(self) -> None:
         with self._ledger.spending("checkpoint"):
@@ -472,9 +537,13 @@ def require_finite(update: int, metrics: Metrics, names: tuple[str, ...]) -> Non
     )
 
 
-def _publish(plan: Plan, last: Path, output: Path, run: _Run) -> Built:
-    """Copies the last checkpoint to `output` and says what it is."""
+def _publish(plan: Plan, last: Path, workspace: Workspace, run: _Run) -> Built:
+    """Copies the last checkpoint, and files for people, to the output and says what it is."""
+    output = workspace.output
     shutil.copytree(last, output, dirs_exist_ok=True)
+    for name in (PICTURES, PROFILES):
+        if (workspace.progress / name).exists():
+            shutil.copytree(workspace.progress / name, output / name)
     experiment = dataclasses.asdict(plan.experiment)
     write_durably(output / "experiment.json", experiment)
     write_durably(

@@ -66,7 +66,8 @@ class CountingCache(TokenCache):
 
     @property
     def splits(self) -> tuple[str, ...]:
-        return ("train",)
+        """One to train on and one held out."""
+        return ("train", "validation")
 
     def num_rows(self, split: str) -> int:
         return len(self.tokens)

@@ -48,6 +48,13 @@ class Recorder:
         assert (Path(directory) / "COMMIT").exists()
         self._hear("saved", step)
 
+    def wrote(self, what, step, path):
+        assert Path(path).exists()
+        self._hear("wrote", what, step, Path(path))
+
+    def evaluated(self, step, losses):
+        self._hear("evaluated", step, losses)
+
     def finished(self, facts):
         self._hear("finished", facts)
 
