@@ -179,11 +179,6 @@ class TokenCache:
             },
         )
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Names of all splits."""
-        return tuple(self._splits)
-
     def num_rows(self, split: str) -> int:
         """Returns how many rows a split has; none if nothing was held out for it."""
         return self._splits[split].rows

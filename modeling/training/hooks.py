@@ -109,7 +109,7 @@ class Hooks:
             self._waiting.append(_Picture(update, self._foresee(list(arrays))))
 
     def collect(self, *, until: int, finish: bool = False) -> None:
-        """Reads what was queued after updates up to `until`; to `finish` is to wait for pictures."""
+        """Reads what was queued after updates up to `until`; `finish` waits for pictures too."""
         while self._waiting and self._waiting[0].update <= until:
             match self._waiting.popleft():
                 case _Evaluation() as evaluation:

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from modeling.experiment import ConfigError
-from pipelines.cli import dotted_overrides, main
+from pipelines.cli import dotted_overrides, main, make_parser
 
 MODEL_STAGES = ["tiny/checkpoint", "tiny/eval_report", "tiny/hf_model"]
 DATA_STAGES = [
@@ -52,6 +52,16 @@ class TestCommandLine:
             main([command, "--help"])
         assert end.value.code == 0
         assert len(capsys.readouterr().out.splitlines()) > 4
+
+    def test_steps_to_profile_are_a_field_of_the_trainer(self, monkeypatch):
+        from pipelines import run
+
+        called = []
+        monkeypatch.setattr(run, "run", lambda *what: called.append(what) or 0)
+        words = ["run", "nano", "--set", "trainer.seed=3", "--profile-steps", "5..10"]
+        arguments = make_parser().parse_args(words)
+        assert arguments.call(arguments) == 0
+        assert called == [("nano", ["trainer.seed=3", "trainer.profile_steps=5..10"])]
 
     def test_dotted_options_become_overrides(self):
         words = ["--trainer.seed", "3", "--optimizer.learning_rate=1e-3", "--sequence_length", "64"]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -9,10 +10,14 @@ from resources.tracker import open_tracker
 
 CANARY = "c4n4ryc4n4ry"
 SCRIPT = """
+from pathlib import Path
+
 from resources.tracker import open_tracker
+Path("page.html").write_text("<p>naïve</p>", encoding="utf-8")
 with open_tracker("nano", {"experiment": {"trainer": {"seed": 3}}}) as tracker:
     tracker.log(1, {"train/loss": 5.5})
     tracker.log(2, {"train/loss": 4.5})
+    tracker.show(2, "pictures/foreseen", Path("page.html"))
     tracker.summarize({"loss_last": 4.5})
 """
 
@@ -34,6 +39,8 @@ def test_an_offline_run_is_written_quietly_and_without_secrets(tmp_path, monkeyp
     kept = log.read_bytes()
     for words in (b"train/loss", b"loss_last", b"seed", b"nano"):
         assert words in kept
+    (page,) = (tmp_path / "wandb").rglob("pictures/foreseen_2_*.html")
+    assert page.read_text("utf-8") == "<p>naïve</p>"
     for path in tmp_path.rglob("*"):
         if path.is_file() and not path.is_symlink():
             assert CANARY.encode() not in path.read_bytes(), path
@@ -44,6 +51,7 @@ def test_disabled_imports_nothing(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with open_tracker("nano", {}) as tracker:
         tracker.log(1, {"train/loss": 5.5})
+        tracker.show(1, "pictures/foreseen", Path("no-such-page.html"))
         tracker.summarize({})
 
 
