@@ -24,6 +24,8 @@ class ScanCheckpointPolicy:
         save_inputs: keep or offload each step's slice of what is scanned.
         save_block_internals: keep all intermediates, or those named by `tree_checkpoint_name`.
         offload_block_internals: names of intermediates to move to host memory.
+        save_products: keep the results of matrix products that have no batch axes, which are what
+            is dear to compute again.
         prevent_cse: keep XLA from undoing the recomputation; a scan does not need it.
         disable: no checkpointing at all.
         simple: plain `jax.checkpoint` of a step, with no names.
@@ -38,6 +40,7 @@ class ScanCheckpointPolicy:
     disable: bool = False
     simple: bool = False
     nested: bool | int = False
+    save_products: bool = False
 
     def __post_init__(self) -> None:
         # A policy is part of the structure of a module, so it must be hashable.
@@ -48,7 +51,7 @@ class ScanCheckpointPolicy:
 
     @staticmethod
     def from_bool_or_str(remat: "bool | str | ScanCheckpointPolicy") -> "ScanCheckpointPolicy":
-        """The policy of a name: a bool, `offload`, `recompute`/`full`, `save_all`, `nested`."""
+        """The policy of a name: a bool, or one of `full` (`recompute`), `save_all`, ..."""
         if isinstance(remat, ScanCheckpointPolicy):
             return remat
         if isinstance(remat, bool):
@@ -81,6 +84,8 @@ class ScanCheckpointPolicy:
         return next(n for n in range(isqrt(length), 0, -1) if length % n == 0)
 
     def _jax_policy(self, carry_name: str, input_name: str) -> Any:
+        if self.save_products:
+            return jax.checkpoint_policies.dots_with_no_batch_dims_saveable
         chosen = {carry_name: self.save_carries, input_name: self.save_inputs}
         saved = [name for name, choice in chosen.items() if choice is True]
         offloaded = [name for name, choice in chosen.items() if choice == "offload"]
@@ -113,4 +118,5 @@ _POLICIES = {
         save_carries=True, save_inputs=True, save_block_internals=True
     ),
     "nested": ScanCheckpointPolicy(nested=True),
+    "products": ScanCheckpointPolicy(save_products=True),
 }

@@ -55,7 +55,11 @@ _ACCELERATORS = {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
 
 
 def numerics_class(
-    trainer: TrainerConfig, *, platform: str = "cpu", device_kind: str | None = None
+    trainer: TrainerConfig,
+    *,
+    platform: str = "cpu",
+    device_kind: str | None = None,
+    execution: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Returns everything besides the recipe that the bits of a run of `trainer` depend on.
 
@@ -64,6 +68,7 @@ def numerics_class(
         platform: `cpu`, `gpu` or `tpu`.
         device_kind: what JAX calls the accelerator (`jax.devices()[0].device_kind`). Left out on
             CPU, where the processor is read from the operating system.
+        execution: how the model computes the same sums (`model.execution`).
     """
     variables = environment(trainer, platform)
     if platform == "cpu":
@@ -79,6 +84,7 @@ def numerics_class(
         "platform": platform,
         "device": device,
         "libraries": _libraries(platform),
+        "execution": dict(execution or {}),
     }
     if trainer.reproducibility == "elastic":
         return common | {"elastic": True, "environment": _without_layout(variables)}

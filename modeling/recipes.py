@@ -124,7 +124,7 @@ def checkpoint_params(experiment: ExperimentConfig) -> Any:
 
 
 def checkpoint_code_params(experiment: ExperimentConfig) -> Any:
-    """The science and, unless bits are the same on all of them, the layout over devices."""
+    """The science, how it is executed and, unless bits are the same on all, the layout."""
     trainer = experiment.trainer
     layout = {
         "mesh": dict(trainer.mesh),
@@ -133,7 +133,7 @@ def checkpoint_code_params(experiment: ExperimentConfig) -> Any:
         "parameter_axis_resources": dict(trainer.parameter_axis_resources),
         "cpu_threads": trainer.cpu_threads,
     }
-    science = checkpoint_params(experiment)
+    science = checkpoint_params(experiment) | {"execution": experiment.model.execution}
     return science if trainer.reproducibility == "elastic" else science | {"layout": layout}
 
 

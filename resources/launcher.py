@@ -85,7 +85,12 @@ class LauncherResource(dg.ConfigurableResource):
         name = self.platform_name()
         # The CPU is read from the operating system; only JAX knows how it calls an accelerator.
         device_kind = None if name == "cpu" else _device_kind(name)
-        return numerics.numerics_class(experiment.trainer, platform=name, device_kind=device_kind)
+        return numerics.numerics_class(
+            experiment.trainer,
+            platform=name,
+            device_kind=device_kind,
+            execution=experiment.model.execution,
+        )
 
     def job(
         self,

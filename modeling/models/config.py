@@ -1,9 +1,11 @@
 """Hyperparameters of the model architectures. Imports no JAX: `gpt2.py` builds from these."""
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
+
+from modeling.canonical import NOT_IDENTITY
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(ge=1)]
@@ -29,8 +31,20 @@ class Gpt2Config:
     """Divides attention scores by (layer + 1), for stability in low precision (Mistral)."""
     upcast_attn: bool = False
     """Scores and softmax in float32; Hugging Face calls it `reorder_and_upcast_attn`."""
-    gradient_checkpointing: bool = True
-    """Recomputes each block in the backward pass: less memory, about a fifth more work."""
+    gradient_checkpointing: bool | Literal["products", "nested", "offload"] = dataclasses.field(
+        default=True, metadata=NOT_IDENTITY
+    )
+    """What of a block is computed again in the backward pass instead of kept. True: all of it, for
+    about a third more work; False: nothing; `products`: what is cheap, matrix products are kept;
+    `nested`: of most layers their input too; `offload`: layer inputs wait in host memory."""
+    unroll_layers: Positive = dataclasses.field(default=1, metadata=NOT_IDENTITY)
+    """Layers in one turn of the loop over layers: more take longer to compile, and may run faster
+    where turns are short."""
+    attention: Literal["auto", "xla", "cudnn"] = dataclasses.field(
+        default="auto", metadata=NOT_IDENTITY
+    )
+    """Which program attends: cuDNN's fused one, which keeps no scores, or XLA's products. `auto` is
+    cuDNN's on a GPU in 16 bits where it can do what is asked."""
 
     identity_tag: ClassVar[str] = "model.gpt2/1"
     __pydantic_config__ = STRICT
@@ -41,6 +55,12 @@ class Gpt2Config:
                 f"hidden_dim {self.hidden_dim} is not a multiple of num_heads {self.num_heads}; "
                 f"each head takes hidden_dim / num_heads features."
             )
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        """How the same sums are computed: what may change bits, and no science."""
+        names = ("gradient_checkpointing", "unroll_layers", "attention")
+        return {name: getattr(self, name) for name in names}
 
 
 ModelConfig = Gpt2Config

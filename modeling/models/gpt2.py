@@ -17,12 +17,12 @@ of axes.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PRNGKeyArray
+from jaxtyping import Array, PRNGKeyArray
 
 import haliax as hax
 from haliax import Axis, AxisSpec, NamedArray
@@ -84,10 +84,8 @@ class Gpt2Attention(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> NamedArray:
         """Returns what attention adds to the residual stream; `layer` counts from 0."""
-        _, _, Qkv, _, HeadSize, _ = axes_of(self.config)
-        KPos = Pos.alias("key_position")
+        _, _, Qkv, Heads, HeadSize, _ = axes_of(self.config)
         q, k, v = self.c_attn(x).unbind(Qkv)
-        k, v = k.rename({Pos: KPos}), v.rename({Pos: KPos})
 
         # Scaling the query, not the scores, keeps the products small in low precision.
         q = q / math.sqrt(HeadSize.size)
@@ -96,6 +94,15 @@ class Gpt2Attention(eqx.Module):
         if self.config.upcast_attn:
             q, k = q.astype(jnp.float32), k.astype(jnp.float32)
 
+        dropout = 0.0 if key is None else self.config.attn_pdrop
+        if uses_cudnn(self.config, jax.default_backend(), q.dtype, dropout=dropout):
+            mixed = library_attention(
+                q, k, v, Pos, Heads, HeadSize, segment_ids, implementation="cudnn"
+            )
+            return self.c_proj(mixed)
+
+        KPos = Pos.alias("key_position")
+        k, v = k.rename({Pos: KPos}), v.rename({Pos: KPos})
         mask = attendable(Pos, KPos, segment_ids)
         scores = hax.where(mask, hax.dot(q, k, axis=HeadSize), -jnp.inf)
         weights = hax.nn.softmax(scores, axis=KPos).astype(v.dtype)
@@ -167,6 +174,7 @@ class Gpt2Transformer(eqx.Module):
 
     blocks: Stacked
     ln_f: LayerNorm
+    unroll_layers: int = eqx.field(static=True)
 
     @classmethod
     def init(cls, config: Gpt2Config, *, key: PRNGKeyArray) -> "Gpt2Transformer":
@@ -176,7 +184,7 @@ class Gpt2Transformer(eqx.Module):
             Layers, Gpt2Block, gradient_checkpointing=config.gradient_checkpointing
         )
         blocks = stack(config, key=jax.random.split(key, Layers.size))
-        return cls(blocks, _layer_norm(config))
+        return cls(blocks, _layer_norm(config), config.unroll_layers)
 
     def __call__(
         self,
@@ -190,7 +198,11 @@ class Gpt2Transformer(eqx.Module):
         Layers = self.blocks.Block
         keys = None if key is None else jax.random.split(key, Layers.size)
         # The index of a layer is scanned along with its weights, so one program serves them all.
-        return self.ln_f(self.blocks.fold(x, Pos, hax.arange(Layers), segment_ids, key=keys))
+        return self.ln_f(
+            self.blocks.fold(
+                x, Pos, hax.arange(Layers), segment_ids, key=keys, unroll=self.unroll_layers
+            )
+        )
 
 
 class Gpt2Embeddings(eqx.Module):
@@ -294,6 +306,63 @@ class Gpt2LmHeadModel(eqx.Module):
 def logits(activations: NamedArray, head: NamedArray) -> NamedArray:
     """Returns the product of both over `Embed`, accumulated and left in float32."""
     return hax.dot(activations, head, axis="embed", preferred_element_type=jnp.float32)
+
+
+def uses_cudnn(config: Gpt2Config, platform: str, dtype: Any, *, dropout: float) -> bool:
+    """Returns whether attention is computed by cuDNN.
+
+    Raises:
+        ValueError: it is asked for by name where it cannot do what is asked.
+    """
+    head_size = config.hidden_dim // config.num_heads
+    lacking = {
+        f"platform {platform}, not gpu": platform == "gpu",
+        f"{jnp.dtype(dtype).name} scores, not 16-bit": jnp.dtype(dtype).itemsize == 2,
+        f"dropout of weights (model.attn_pdrop {dropout})": dropout == 0.0,
+        f"a head size of {head_size}, not a multiple of 8 up to 128": (
+            head_size % 8 == 0 and head_size <= 128
+        ),
+    }
+    reasons = [reason for reason, holds in lacking.items() if not holds]
+    if config.attention == "cudnn" and reasons:
+        raise ValueError(
+            f"model.attention: cudnn cannot do with {'; '.join(reasons)}. Take `auto`, which "
+            f"chooses by what is possible, or `xla`."
+        )
+    return config.attention != "xla" and not reasons
+
+
+def library_attention(
+    q: NamedArray,
+    k: NamedArray,
+    v: NamedArray,
+    Pos: Axis,
+    Heads: Axis,
+    HeadSize: Axis,
+    segment_ids: NamedArray | None,
+    *,
+    implementation: Literal["cudnn", "xla"],
+) -> NamedArray:
+    """Returns the values mixed by causal attention of scaled queries, in one call of the library.
+
+    The library takes arrays `[batch, position, head, feature]`: other axes become one batch.
+    """
+    others = tuple(axis for axis in q.axes if axis not in (Pos, Heads, HeadSize))
+    order = (*others, Pos, Heads, HeadSize)
+
+    def raw(x: NamedArray) -> Array:
+        return x.rearrange(order).array.reshape(-1, Pos.size, Heads.size, HeadSize.size)
+
+    mask = None
+    if segment_ids is not None:
+        rows = segment_ids.broadcast_to((*others, Pos)).rearrange((*others, Pos))
+        ids = rows.array.reshape(-1, Pos.size)
+        mask = (ids[:, :, None] == ids[:, None, :])[:, None]
+    mixed = jax.nn.dot_product_attention(
+        raw(q), raw(k), raw(v),
+        mask=mask, scale=1.0, is_causal=True, implementation=implementation,
+    )  # fmt: skip
+    return hax.named(mixed.reshape([axis.size for axis in order]), order)
 
 
 def _linear(In: AxisSpec, Out: AxisSpec, std: float, *, key: PRNGKeyArray) -> Linear:

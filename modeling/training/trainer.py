@@ -573,7 +573,12 @@ def class_here(experiment: ExperimentConfig) -> str:
     """Returns a short name of the numerics class of `experiment` on the devices of this process."""
     device = jax.devices()[0]
     kind = None if device.platform == "cpu" else device.device_kind
-    numerics = numerics_class(experiment.trainer, platform=device.platform, device_kind=kind)
+    numerics = numerics_class(
+        experiment.trainer,
+        platform=device.platform,
+        device_kind=kind,
+        execution=experiment.model.execution,
+    )
     return numerics_digest(numerics)[:16]
 
 

@@ -13,9 +13,14 @@ from jax.sharding import AxisType
 
 import haliax as hax
 from haliax import Axis
+from modeling import canonical
 from modeling.models.config import MODEL_PRESETS, Gpt2Config
-from modeling.models.gpt2 import Gpt2LmHeadModel
+from modeling.models.gpt2 import Gpt2LmHeadModel, library_attention, uses_cudnn
 from modeling.models.lm import LmExample, next_token_loss
+from modeling.models.segments import attendable
+from modeling.numerics import numerics_class
+from modeling.training.config import TrainerConfig
+from modeling.training.program import product_flops
 
 Vocab, Pos, Batch = Axis("vocab", 29), Axis("position", 12), Axis("batch", 3)
 TINY = Gpt2Config(hidden_dim=24, num_layers=2, num_heads=4)
@@ -132,6 +137,9 @@ VARIANTS = {
         TINY, scale_attn_by_inverse_layer_idx=True, mlp_scale=5, layer_norm_epsilon=1e-2
     ),
     "one_head_kept": dataclasses.replace(TINY, num_heads=1, gradient_checkpointing=False),
+    "products_unrolled": dataclasses.replace(
+        TINY, gradient_checkpointing="products", unroll_layers=2
+    ),
 }
 
 
@@ -368,3 +376,76 @@ def test_logits_are_float32_whatever_the_compute_dtype():
     model = jax.tree.map(lambda x: x.astype(jnp.bfloat16), random_model())
     assert model.activations(random_ids()).dtype == jnp.bfloat16
     assert model(random_ids()).dtype == jnp.float32
+
+
+def test_what_is_kept_for_the_backward_pass_decides_its_products():
+    """Recomputing everything makes more products than keeping those without batch axes."""
+
+    @functools.cache
+    def products(remat):
+        config = dataclasses.replace(TINY, num_layers=4, gradient_checkpointing=remat)
+        model, ids = abstract_model(config), random_ids()
+        gradient = eqx.filter_grad(lambda model: our_loss(model, ids)[0])
+        return product_flops(
+            jax.jit(lambda model: gradient(model)).lower(model).compile().as_text()
+        )
+
+    scores = 2 * Batch.size * Pos.size * Pos.size * TINY.hidden_dim
+    width = Batch.size * Pos.size * TINY.hidden_dim
+    matrices = 4 * 2 * width * TINY.hidden_dim * 8  # qkv, the projection, up; down is not needed
+    assert products(True) - products(False) == 4 * 2 * scores + matrices
+    assert products("products") - products(False) == 4 * 2 * scores
+
+
+@pytest.mark.parametrize("batch_axes", [(Batch,), (Axis("outer", 2), Batch), ()])
+@pytest.mark.parametrize("segmented", [False, True])
+def test_the_librarys_attention_is_ours(batch_axes, segmented):
+    """By its XLA implementation, which takes what cuDNN's takes."""
+    Heads, HeadSize = Axis("heads", 4), Axis("head_size", 8)
+    axes = (Heads, *batch_axes, HeadSize, Pos)
+    draw = np.random.default_rng(3)
+    q, k, v = (hax.named(jnp.asarray(draw.normal(size=[a.size for a in axes]), jnp.float32), axes)
+               for _ in range(3))  # fmt: skip
+    segments = None
+    if segmented:
+        segments = hax.named(jnp.asarray([1] * 5 + [2] * 4 + [3] * 3), Pos)
+    mixed = library_attention(q, k, v, Pos, Heads, HeadSize, segments, implementation="xla")
+    KPos = Pos.alias("key_position")
+    scores = hax.where(
+        attendable(Pos, KPos, segments), hax.dot(q, k.rename({Pos: KPos}), axis=HeadSize), -jnp.inf
+    )
+    wanted = hax.dot(hax.nn.softmax(scores, KPos), v.rename({Pos: KPos}), axis=KPos)
+    np.testing.assert_allclose(mixed.rearrange(wanted.axes).array, wanted.array, atol=1e-6)
+
+
+def test_cudnn_attends_where_it_can_and_is_refused_where_not():
+    def chosen(attention, platform="gpu", dtype=jnp.bfloat16, dropout=0.0, heads=12):
+        config = Gpt2Config(attention=attention, num_heads=heads)
+        return uses_cudnn(config, platform, dtype, dropout=dropout)
+
+    assert chosen("auto")
+    assert chosen("cudnn", dtype=jnp.float16)
+    assert not chosen("xla")
+    cannot = {
+        "platform cpu": {"platform": "cpu"},
+        "float32 scores": {"dtype": jnp.float32},
+        "attn_pdrop 0.1": {"dropout": 0.1},
+        "head size of 192": {"heads": 4},
+    }
+    for reason, options in cannot.items():
+        assert not chosen("auto", **options), reason
+        with pytest.raises(ValueError, match=f"model.attention: cudnn cannot .*{reason}"):
+            chosen("cudnn", **options)
+
+
+def test_how_sums_are_computed_is_no_science_but_may_change_bits():
+    changed = {"gradient_checkpointing": False, "unroll_layers": 2, "attention": "xla"}
+    assert TINY.execution.keys() == changed.keys()
+    for name, value in changed.items():
+        other = dataclasses.replace(TINY, **{name: value})
+        assert canonical.encode(other) == canonical.encode(TINY)
+        assert other.execution != TINY.execution
+        trainer = TrainerConfig(num_train_steps=1, train_batch_size=1)
+        assert numerics_class(trainer, execution=other.execution) != numerics_class(
+            trainer, execution=TINY.execution
+        )
