@@ -171,7 +171,7 @@ class ArtifactStore:
         path = self.record_path(recipe.id, numerics)
         if not self.filesystem.exists(path):
             return None
-        artifact = self._from_record(json.loads(self.filesystem.cat_file(path)))
+        artifact = self.from_record(json.loads(self.filesystem.cat_file(path)))
         return artifact if self.contains(artifact.kind, artifact.content_id) else None
 
     def contains(self, kind: str, content_id: str) -> bool:
@@ -241,7 +241,7 @@ class ArtifactStore:
             record_path,
             record | {"inventory": self.inventory_sha256(recipe.kind, built.content_id)},
         )
-        return self._from_record(record)
+        return self.from_record(record)
 
     def local(self, kind: str, content_id: str) -> Path:
         """Returns a local directory with the object's files, copying and checking them if need be.
@@ -384,7 +384,8 @@ class ArtifactStore:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield work
 
-    def _from_record(self, record: Mapping[str, Any]) -> Artifact:
+    def from_record(self, record: Mapping[str, Any]) -> Artifact:
+        """Returns the artifact that a record of this store is about."""
         kind, content_id = record["kind"], record["content_id"]
         uri = self.filesystem.unstrip_protocol(self.object_path(kind, content_id))
         return Artifact(

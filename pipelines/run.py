@@ -23,6 +23,7 @@ from pipelines.build import build_defs, catalog_from_environment, with_overrides
 from pipelines.plan import out_of_date, wanted_assets
 from pipelines.staleness import Staleness
 from pipelines.terminal import Terminal, terminal_logger
+from pipelines.verify import verify
 from pipelines.why import why
 from resources import materializations
 from resources.store import open_store
@@ -91,6 +92,20 @@ def explain(asset: str) -> int:
         for line in why(key, defs, instance, open_store(), catalog):
             sys.stdout.write(f"{line}\n")
     return 0
+
+
+def verify_asset(asset: str) -> int:
+    """Makes an asset again, compares, and prints the verdict; returns 1 if it is not the same."""
+    catalog = catalog_from_environment()
+    log = Path(os.environ["DAGSTER_HOME"]) / "logs" / f"verify-{os.getpid()}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with dg.DagsterInstance.get() as instance, _terminal() as terminal:
+        terminal.say(f"Making {asset} again; what that prints is in {log}.")
+        with _output_to(log):
+            verdict = verify(dg.AssetKey(asset.split("/")), instance, open_store(), catalog)
+        for line in verdict.lines():
+            terminal.say(line)
+    return 0 if verdict.is_equal else 1
 
 
 def content_id_of(store: ArtifactStore, reference: str) -> str:

@@ -71,6 +71,10 @@ class Terminal:
                 f"[dim]{escape(causes)}[/]"
             )
 
+    def say(self, line: str) -> None:
+        """Prints one line as it is."""
+        self._print(escape(line), soft_wrap=True)
+
     def show_events(self) -> None:
         """Begins to show what `terminal_logger` hears."""
         _Listener.terminal = self

@@ -37,7 +37,11 @@ class ReferenceIOManager(dg.IOManager):
                 f"`modeling.artifacts.Artifact`, found {type(obj).__name__}."
             )
         self._write(self._run_path(context.run_id, context.asset_key), obj)
-        self._write(self._latest_path(context.asset_key), obj)
+        self.remember(context.asset_key, obj)
+
+    def remember(self, key: dg.AssetKey, artifact: Artifact) -> None:
+        """Makes `artifact` what later runs take as the asset."""
+        self._write(self._latest_path(key), artifact)
 
     def load_input(self, context: dg.InputContext) -> Artifact:
         """Reads the reference that this run has written, or else the latest one."""

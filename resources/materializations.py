@@ -39,7 +39,7 @@ class Materialization:
     @property
     def kind(self) -> str:
         """The artifact's kind."""
-        return "token_cache" if "token_cache" in self.key.path else self.key.path[-1]
+        return kind_of(self.key)
 
     @property
     def content_id(self) -> str:
@@ -55,6 +55,11 @@ class Materialization:
     def numerics(self) -> str:
         """The id of the numerics class."""
         return str(self.metadata["numerics"])
+
+
+def kind_of(key: dg.AssetKey) -> str:
+    """Returns the kind of artifact that an asset is."""
+    return "token_cache" if "token_cache" in key.path else key.path[-1]
 
 
 def latest(instance: dg.DagsterInstance, key: dg.AssetKey) -> Materialization | None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import fsspec
 from pydantic import Field
 
 from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe
@@ -154,7 +153,7 @@ class StoreResource(dg.ConfigurableResource):
                     )
                 # The nearest counts: a tokenizer may be of an older corpus that gave the same one.
                 if wanted["kind"] not in above:
-                    above[wanted["kind"]] = _artifact(store, record)
+                    above[wanted["kind"]] = store.from_record(record)
                     waiting.append(above[wanted["kind"]])
         return above
 
@@ -177,20 +176,6 @@ def _why(
 
 def _inputs(store: ArtifactStore, artifact: Artifact) -> Mapping[str, Mapping[str, str]]:
     return store.record(artifact.recipe_id, artifact.numerics)["recipe"]["inputs"]
-
-
-def _artifact(store: ArtifactStore, record: Mapping[str, Any]) -> Artifact:
-    kind, content_id = record["kind"], record["content_id"]
-    filesystem, root = fsspec.url_to_fs(store.url)
-    return Artifact(
-        kind,
-        content_id,
-        record["recipe_id"],
-        record["numerics"]["id"],
-        filesystem.unstrip_protocol(f"{root.rstrip('/')}/objects/{kind}/{content_id}"),
-        record["roots"],
-        record["facts"],
-    )
 
 
 def _shown(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
