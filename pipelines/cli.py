@@ -163,6 +163,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--profile-steps", metavar="FIRST..LAST",
         help="write a trace of these updates of training, for https://ui.perfetto.dev",
     )  # fmt: skip
+    run.add_argument(
+        "--check-reproducible", action="store_true",
+        help="make all that was computed a second time, and fail where bytes differ",
+    )  # fmt: skip
     run.set_defaults(call=_run)
 
     train = add("train", "Train a named model on a dataset, or from a file.", _TRAIN)
@@ -236,7 +240,7 @@ def _run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.profile_steps is not None:
         overrides.append(f"trainer.profile_steps={arguments.profile_steps}")
-    return run(arguments.experiment, overrides)
+    return run(arguments.experiment, overrides, check_reproducible=arguments.check_reproducible)
 
 
 def _train(arguments: argparse.Namespace) -> int:

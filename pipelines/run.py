@@ -42,8 +42,14 @@ class Row:
     parity: float | None = None
 
 
-def run(experiment: str, overrides: Sequence[str]) -> int:
-    """Makes what is missing or stale of `experiment`; returns the exit code."""
+def run(experiment: str, overrides: Sequence[str], *, check_reproducible: bool = False) -> int:
+    """Makes what is missing or stale of `experiment`; returns the exit code.
+
+    Args:
+        experiment: a name of the catalog.
+        overrides: assignments to its fields for this run.
+        check_reproducible: makes all that was computed a second time, and fails where bytes differ.
+    """
     if overrides:
         # In the environment, where run workers and the stages' own processes find them too.
         changed = with_overrides(os.environ, experiment, overrides)
@@ -62,6 +68,9 @@ def run(experiment: str, overrides: Sequence[str]) -> int:
         succeeded = not stale or _execute(defs, instance, experiment, list(stale), terminal)
         rows = [_row(instance, store, key, stale, terminal.seconds) for key in wanted]
         terminal.table(experiment, rows, store, time.monotonic() - started)
+    if succeeded and check_reproducible:
+        built = [row.key.to_user_string() for row in rows if row.state == "built"]
+        return max([verify_asset(asset) for asset in built], default=0)
     return 0 if succeeded else 1
 
 

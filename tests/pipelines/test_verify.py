@@ -81,3 +81,13 @@ def test_the_command_tells_the_verdict(chain, first_run, capfd):
     with chain.instance():
         assert main(["verify", "tales/tokenizer"]) == 0
     assert "Verified: made again" in capfd.readouterr().out
+
+
+def test_a_run_can_check_itself(chain, first_run, capfd):
+    with chain.instance():
+        command = ["run", "tiny", "--set", "evaluation.sample_tokens=3", "--check-reproducible"]
+        assert main(command) == 0
+    said = capfd.readouterr().out
+    assert "Making tiny/eval_report again" in said
+    assert said.count("Making") == 1, "what was not computed now needs no check now"
+    assert "Verified: made again" in said
