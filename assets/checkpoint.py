@@ -22,7 +22,7 @@ def checkpoint_assets(
     name: str, experiment: ExperimentConfig
 ) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
     """Returns `[name, checkpoint]` and its checks."""
-    cache_key = [experiment.dataset, "token_cache", f"L{experiment.sequence_length}"]
+    cache_key = [experiment.dataset, "token_cache", experiment.cache_name]
 
     @dg.asset(
         key=[name, "checkpoint"],

@@ -1,5 +1,6 @@
 """Tokens: the tokenized corpus, and a cache of rows for each sequence length."""
 
+import base64
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,10 @@ from modeling.artifacts import Artifact
 from resources.store import StoreResource
 
 if TYPE_CHECKING:
-    from modeling.data.config import DatasetConfig
+    import numpy as np
+
+    from modeling.data.cache import TokenCache
+    from modeling.data.config import DatasetConfig, TokenCacheConfig
 
 
 def tokenized_assets(
@@ -73,20 +77,24 @@ def tokenized_assets(
 
 
 def cache_assets(
-    name: str, sequence_length: int
+    name: str, config: "TokenCacheConfig"
 ) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
-    """Returns `[name, token_cache, L<sequence_length>]` and its check."""
-    key = dg.AssetKey([name, "token_cache", f"L{sequence_length}"])
+    """Returns `[name, token_cache, L<n>]` and its check, and those of its copy if it has one."""
+    key = dg.AssetKey([name, "token_cache", config.name])
+    made_by = {
+        "concat": f"The tokens cut into rows of {config.length}",
+        "documents": f"Whole documents packed into rows of {config.length} tokens",
+    }
 
     @dg.asset(
         key=key,
         ins={"tokenized_corpus": dg.AssetIn([name, "tokenized_corpus"])},
         group_name=name,
         kinds={"arrow"},
-        description=f"The tokens cut into rows of {sequence_length}: an index into the shards of "
-        "the tokenized corpus, so that another length copies and retokenizes nothing.",
-        code_version=recipes.code_version("token_cache", recipes.cache_params(sequence_length)),
-        metadata=config_metadata(recipes.cache_params(sequence_length)),
+        description=f"{made_by[config.packing]}: an index into the shards of the tokenized corpus, "
+        "so that another length copies and retokenizes nothing.",
+        code_version=recipes.code_version("token_cache", recipes.cache_params(config)),
+        metadata=config_metadata(recipes.cache_params(config)),
     )
     def token_cache(
         tokenized_corpus: Artifact, store: StoreResource
@@ -96,27 +104,98 @@ def cache_assets(
         tokens = store.files(tokenized_corpus)
         tokenizer = store.input_of(tokenized_corpus, "tokenizer")
         return store.materialize(
-            recipes.cache_recipe(sequence_length, tokenized_corpus),
+            recipes.cache_recipe(config, tokenized_corpus),
             lambda space: cache.build(
-                sequence_length,
+                config,
                 tokens,
                 space,
                 tokenized_id=tokenized_corpus.content_id,
                 tokenizer_id=tokenizer.content_id,
             ),
-            show=lambda made, _: {"dagster/row_count": _sum_of_splits(made, "rows")},
+            show=lambda made, files: {
+                "dagster/row_count": _sum_of_splits(made, "rows"),
+                "document_lengths": _length_picture(made),
+                "first_example": _first_example(files, tokens, store.files(tokenizer)),
+            },
         )
 
     rows_are_the_stream = artifact_check(
         key,
         "rows_are_the_stream",
-        f"Rows of {sequence_length} tokens, as many as the stream fills; rows sampled across each "
-        "split equal the stream at their place, and hold no id beyond the vocabulary.",
+        f"Rows of {config.length} tokens, none beyond the vocabulary, hold what the stream of "
+        "tokens has at their place; sampled across each split.",
         lambda artifact, files, store: _row_faults(
-            files, store.files(store.input_of(artifact, "tokenized_corpus")), sequence_length
+            files, store.files(store.input_of(artifact, "tokenized_corpus")), config
         ),
     )
-    return [token_cache, rows_are_the_stream]
+    copies = [] if config.layout == "view" else _copy_assets(name, config)
+    return [token_cache, rows_are_the_stream, *copies]
+
+
+def _copy_assets(
+    name: str, config: "TokenCacheConfig"
+) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
+    key = dg.AssetKey([name, "token_cache_copy", config.name])
+
+    @dg.asset(
+        key=key,
+        ins={"token_cache": dg.AssetIn([name, "token_cache", config.name])},
+        group_name=name,
+        kinds={"arrow", "huggingface"},
+        code_version=recipes.code_version("token_cache_copy", recipes.cache_copy_params()),
+        metadata=config_metadata(recipes.cache_copy_params()),
+    )
+    def token_cache_copy(
+        token_cache: Artifact, store: StoreResource
+    ) -> dg.MaterializeResult[Artifact]:
+        """The rows of the token cache in files that stand alone, as `datasets` opens them.
+
+        Its content id is the cache's: the rows are the same.
+        """
+        from modeling.data import cache
+
+        inputs = (
+            store.files(token_cache),
+            store.files(store.input_of(token_cache, "tokenized_corpus")),
+        )
+        return store.materialize(
+            recipes.cache_copy_recipe(token_cache),
+            lambda space: cache.copy(*inputs, space),
+            show=lambda made, _: {"dagster/row_count": _sum_of_splits(made, "rows")},
+        )
+
+    rows_are_those_of_the_view = artifact_check(
+        key,
+        "rows_are_those_of_the_view",
+        "Rows sampled across each split equal those of the token cache in every column.",
+        _copy_faults,
+    )
+    return [token_cache_copy, rows_are_those_of_the_view]
+
+
+def _length_picture(cache: Artifact) -> dg.MarkdownMetadataValue:
+    """Returns how many documents have how many tokens, all splits together, as a picture."""
+    from modeling.data.pictures import histogram
+
+    counts: dict[int, int] = {}
+    for split in cache.facts.values():
+        if isinstance(split, Mapping):
+            for power, count in split["document_lengths"]:
+                counts[power] = counts.get(power, 0) + count
+    picture = histogram(sorted(counts.items()), "tokens in a document", "documents")
+    encoded = base64.b64encode(picture.encode()).decode()
+    return dg.MetadataValue.md(f"![document lengths](data:image/svg+xml;base64,{encoded})")
+
+
+def _first_example(files: Path, tokens_dir: Path, tokenizer_dir: Path) -> dg.MarkdownMetadataValue:
+    """Returns the first row of the cache, token by token."""
+    from modeling.data.cache import TokenCache
+    from modeling.data.examples import read_example, to_markdown
+    from modeling.data.tokenizer import load_tokenizer
+
+    cache = TokenCache.open(files, tokens_dir)
+    example = read_example(cache, load_tokenizer(tokenizer_dir), cache.splits[0])
+    return dg.MetadataValue.md(to_markdown(example))
 
 
 def _splits(artifact: Artifact) -> dict[str, Mapping[str, Any]]:
@@ -161,23 +240,61 @@ def _token_faults(files: Path, ends_with_eos: bool) -> Iterator[str]:
                 yield f"{split}: {count} {what} read back, {getattr(expected, what)} in manifest."
 
 
-def _row_faults(files: Path, tokens_dir: Path, sequence_length: int) -> Iterator[str]:
+def _row_faults(files: Path, tokens_dir: Path, config: "TokenCacheConfig") -> Iterator[str]:
     import numpy as np
 
     from modeling.data.cache import TokenCache
     from modeling.data.tokenized import Manifest, flat_tokens
 
-    cache = TokenCache.open(files, tokens_dir)
+    cache, length = TokenCache.open(files, tokens_dir), config.length
     manifest = Manifest.read(tokens_dir)
     for split, expected in manifest.splits.items():
         stream = flat_tokens(tokens_dir, expected, np.dtype(manifest.dtype))
-        num_rows = cache.num_rows(split)
-        if num_rows != len(stream) // sequence_length:
-            yield f"{split}: {num_rows} rows of {sequence_length} from {len(stream)} tokens."
-        sampled = np.unique(np.linspace(0, max(num_rows - 1, 0), min(num_rows, 256)).astype(int))
-        for index, row in zip(sampled, cache.rows(split, sampled).tokens, strict=True):
-            start = int(index) * sequence_length
-            if not np.array_equal(row, stream.span(start, start + sequence_length)):
-                yield f"{split}: row {index} is not the stream from token {start} on."
+        num_rows, sampled = cache.num_rows(split), _sample(cache, split)
+        if config.packing == "concat":
+            spans = [[(index * length, length)] for index in sampled.tolist()]
+            if num_rows != len(stream) // length:
+                yield f"{split}: {num_rows} rows of {length} from {len(stream)} tokens."
+        else:
+            pieces = cache.pieces(split)
+            spans = [pieces.row(index) for index in sampled.tolist()]
+            yield from (f"{split}: {fault}" for fault in pieces.faults(len(stream), length))
+        rows = cache.rows(split, sampled)
+        for place, (index, row_spans) in enumerate(zip(sampled.tolist(), spans, strict=True)):
+            row = rows.tokens[place]
+            wanted = [stream.span(start, start + size) for start, size in row_spans]
+            used = sum(map(len, wanted))
+            padding = np.full(length - used, manifest.eos_id)
+            if not np.array_equal(row, np.concatenate([*wanted, padding])):
+                yield f"{split}: row {index} is not the stream at {row_spans}."
+            if rows.segment_ids is not None and used != (rows.segment_ids[place] > 0).sum():
+                yield f"{split}: row {index} has {used} tokens, but its segments others."
             if int(row.max()) >= cache.vocab_size:
                 yield f"{split}: row {index} has id {row.max()} of {cache.vocab_size}."
+
+
+def _copy_faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:
+    import numpy as np
+
+    from modeling.data.cache import TokenCache
+
+    view = store.input_of(artifact, "token_cache")
+    tokens_dir = store.files(store.input_of(view, "tokenized_corpus"))
+    copy, expected = TokenCache.open(files), TokenCache.open(store.files(view), tokens_dir)
+    for split in expected.splits:
+        if copy.num_rows(split) != expected.num_rows(split):
+            yield f"{split}: {copy.num_rows(split)} rows of {expected.num_rows(split)}."
+            continue
+        found, wanted = (each.rows(split, _sample(expected, split)) for each in (copy, expected))
+        for name, ours, theirs in zip(wanted._fields, found, wanted, strict=True):
+            if ours is not None and theirs is not None and np.array_equal(ours, theirs):
+                continue
+            if ours is not None or theirs is not None:
+                yield f"{split}: {name} of the copy are not those of the view."
+
+
+def _sample(cache: "TokenCache", split: str) -> "np.ndarray":
+    import numpy as np
+
+    num_rows = cache.num_rows(split)
+    return np.unique(np.linspace(0, max(num_rows - 1, 0), min(num_rows, 256)).astype(int))

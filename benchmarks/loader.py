@@ -24,6 +24,7 @@ import numpy as np
 
 from modeling.artifacts import Workspace, file_sha256, write_durably
 from modeling.data import cache, tokenized
+from modeling.data.config import TokenCacheConfig
 from modeling.data.loader import TrainLoader
 from modeling.data.order import RowOrder
 from modeling.data.shards import write_shard
@@ -54,7 +55,7 @@ def main() -> None:
         tokens = write_tokens(root)
         ids = {"tokenized_id": "0" * 64, "tokenizer_id": "0" * 64}
         (root / "cache").mkdir()
-        cache.build(LENGTH, root, Workspace(root, root / "cache"), **ids)
+        cache.build(TokenCacheConfig(length=LENGTH), root, Workspace(root, root / "cache"), **ids)
         measure(root, tokens, arguments.rounds, arguments.batches)
 
 

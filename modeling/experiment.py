@@ -21,7 +21,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from modeling.canonical import NOT_IDENTITY
-from modeling.data.config import DatasetConfig
+from modeling.data.config import DatasetConfig, Packing, TokenCacheConfig
 from modeling.evaluation.config import EvaluationConfig
 from modeling.hf.config import ExportConfig
 from modeling.models.config import MODEL_PRESETS, ModelConfig
@@ -41,6 +41,8 @@ class ExperimentConfig:
 
     dataset: str = dataclasses.field(metadata=NOT_IDENTITY)
     sequence_length: Annotated[int, Field(ge=8, le=2**20)]
+    packing: Packing = dataclasses.field(default="concat", metadata=NOT_IDENTITY)
+    """Which of the dataset's token caches of this length; its content id tells rows apart."""
     trainer: TrainerConfig
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=AdamWConfig)
@@ -50,6 +52,11 @@ class ExperimentConfig:
 
     identity_tag: ClassVar[str] = "experiment/1"
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    @property
+    def cache_name(self) -> str:
+        """The last part of the key of the token cache that it reads."""
+        return TokenCacheConfig(length=self.sequence_length, packing=self.packing).name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,11 +238,13 @@ def _check_reference(
         raise ConfigError(
             f"{path}: dataset: {experiment.dataset!r} is not one of {sorted(datasets)}."
         )
-    if experiment.sequence_length not in dataset.sequence_lengths:
+    wanted = experiment.sequence_length, experiment.packing
+    if wanted not in [(cache.length, cache.packing) for cache in dataset.sequence_lengths]:
+        built = [cache.name for cache in dataset.sequence_lengths]
         raise ConfigError(
-            f"{path}: sequence_length: {experiment.sequence_length} is not built by dataset "
-            f"{experiment.dataset!r} ({list(dataset.sequence_lengths)}); add it to that file's "
-            f"`sequence_lengths`."
+            f"{path}: sequence_length: {experiment.sequence_length} with packing: "
+            f"{experiment.packing} is not built by dataset {experiment.dataset!r} ({built}); add "
+            f"it to that file's `sequence_lengths`."
         )
 
 

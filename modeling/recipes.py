@@ -11,14 +11,20 @@ from typing import Any
 
 from modeling import canonical
 from modeling.artifacts import Artifact, Input, Recipe
-from modeling.data.config import DatasetConfig, TokenizerConfig, TrainedTokenizerConfig
+from modeling.data.config import (
+    DatasetConfig,
+    TokenCacheConfig,
+    TokenizerConfig,
+    TrainedTokenizerConfig,
+)
 from modeling.experiment import ExperimentConfig
 
 VERSIONS = {
     "raw_corpus": 1,
     "tokenizer": 1,
     "tokenized_corpus": 2,
-    "token_cache": 1,
+    "token_cache": 2,
+    "token_cache_copy": 1,
     "checkpoint": 2,
     "eval_report": 1,
     "hf_model": 1,
@@ -102,16 +108,27 @@ def tokenized_recipe(dataset: DatasetConfig, corpus: Artifact, tokenizer: Artifa
     return _recipe("tokenized_corpus", tokenized_params(dataset), **inputs)
 
 
-def cache_params(sequence_length: int) -> Any:
+def cache_params(config: TokenCacheConfig) -> Any:
     """The row length and how documents are laid into rows."""
-    return {"sequence_length": sequence_length, "packing": "concat"}
+    params: dict[str, Any] = {"sequence_length": config.length, "packing": config.packing}
+    if config.packing == "documents":
+        params["long_documents"] = config.long_documents
+    return params
 
 
-def cache_recipe(sequence_length: int, tokenized: Artifact) -> Recipe:
+def cache_recipe(config: TokenCacheConfig, tokenized: Artifact) -> Recipe:
     """Depends on the tokens; no retokenizing for another length."""
-    return _recipe(
-        "token_cache", cache_params(sequence_length), tokenized_corpus=tokenized.as_input()
-    )
+    return _recipe("token_cache", cache_params(config), tokenized_corpus=tokenized.as_input())
+
+
+def cache_copy_params() -> Any:
+    """Nothing but its cache decides what a copy is."""
+    return {}
+
+
+def cache_copy_recipe(token_cache: Artifact) -> Recipe:
+    """Depends on the rows of the cache, whose content id it has."""
+    return _recipe("token_cache_copy", cache_copy_params(), token_cache=token_cache.as_input())
 
 
 def checkpoint_params(experiment: ExperimentConfig) -> Any:

@@ -1,6 +1,7 @@
 """The factory: a catalog of datasets and experiments in, Dagster definitions out.
 
     [data, raw_corpus] -> [data, tokenizer] -> [data, tokenized_corpus] -> [data, token_cache, L<n>]
+    [data, token_cache, L<n>] -> [data, token_cache_copy, L<n>]   where the file asks for a copy
     [data, token_cache, L<n>] -> [run, checkpoint] -> [run, eval_report] and [run, hf_model]
 
 Experiments on one dataset share its assets. There are no partitions: Dagster shows partitioned
@@ -109,8 +110,8 @@ def _assets(catalog: Catalog) -> list[dg.AssetsDefinition | dg.AssetChecksDefini
         made += corpus_assets(name, dataset)
         made += tokenizer_assets(name, dataset)
         made += tokenized_assets(name, dataset)
-        for sequence_length in dataset.sequence_lengths:
-            made += cache_assets(name, sequence_length)
+        for cache in dataset.sequence_lengths:
+            made += cache_assets(name, cache)
     for name, experiment in catalog.experiments.items():
         made += checkpoint_assets(name, experiment)
         made += evaluation_assets(name, experiment)

@@ -23,6 +23,7 @@ Make language models, every step an asset you can see.
   levanter why nano/checkpoint             which field made it stale
   levanter lineage nano/hf_model           which bytes a model was made of
   levanter verify nano/checkpoint          make it again and compare the bytes
+  levanter show pystdlib                   what a model reads, token by token
   levanter fsck                            whether every byte is still what was published
   levanter ui                              the same in the browser, on 127.0.0.1
 """
@@ -81,6 +82,13 @@ _GC = """\
 Lists what no record, alias or Dagster instance reaches: objects without a record, progress of
 builds that are done, attempts of processes that are gone. Deletes it only with --delete. Records,
 and so the artifacts on record, last for ever unless --expire-records gives them an age.
+"""
+_SHOW = """\
+Shows rows of a dataset's token cache, decoded token by token: where tokens end, which documents a
+row holds, what the loss mask leaves out.
+
+  levanter show pystdlib --seq-len 128 --example 7
+  levanter show chats --packing documents --html examples.html
 """
 _LINEAGE = """\
 Prints what an artifact was made of, down to the corpus.
@@ -228,6 +236,19 @@ def make_parser() -> argparse.ArgumentParser:
     alias.add_argument("artifact", metavar="ARTIFACT")
     alias.set_defaults(call=_alias)
 
+    show = add("show", "Show examples of a dataset, token by token.", _SHOW)
+    show.add_argument("dataset", metavar="DATASET")
+    show.add_argument("--seq-len", type=int, metavar="L", help="tokens in a row")
+    show.add_argument("--packing", choices=("concat", "documents"))
+    show.add_argument("--split", metavar="NAME", help="train by default")
+    show.add_argument(
+        "--example", type=int, action="append", metavar="N",
+        help="which row, counted from 0; may be given several times",
+    )  # fmt: skip
+    show.add_argument("--ids", action="store_true", help="with the id of each token")
+    show.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
+    show.set_defaults(call=_show)
+
     ui = add("ui", "Open the Dagster UI on 127.0.0.1 over the same instance.")
     ui.add_argument("--port", type=int, default=3000)
     ui.set_defaults(call=_ui)
@@ -342,6 +363,23 @@ def _alias(arguments: argparse.Namespace) -> int:
 
     store = open_store()
     return alias(store, arguments.name, content_id_of(store, arguments.artifact))
+
+
+def _show(arguments: argparse.Namespace) -> int:
+    from pipelines.build import catalog_from_environment
+    from pipelines.show import show
+
+    return show(
+        catalog_from_environment(),
+        arguments.dataset,
+        sys.stdout,
+        length=arguments.seq_len,
+        packing=arguments.packing,
+        split=arguments.split,
+        numbers=tuple(arguments.example or (0,)),
+        ids=arguments.ids,
+        page=arguments.html,
+    )
 
 
 def _ui(arguments: argparse.Namespace) -> int:

@@ -129,8 +129,10 @@ _FIGURES = {
         f"{_total(f, 'bytes') / _total(f, 'tokens'):.2f} bytes a token",
     ],
     "token_cache": lambda f: [
-        f"{_total(f, 'rows'):,} rows of {_total(f, 'tokens') // _total(f, 'rows')} tokens",
+        f"{_total(f, 'rows'):,} rows of {f['sequence_length']:,}",
+        f"{_total(f, 'tokens'):,} tokens",
     ],
+    "token_cache_copy": lambda f: [f"{_total(f, 'rows'):,} rows in {_total(f, 'files')} files"],
     "checkpoint": lambda f: [
         f"step {f['steps']:,}",
         f"loss {f['loss_first']:.3f} to {f['loss_last']:.3f}",

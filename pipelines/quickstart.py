@@ -137,9 +137,14 @@ def _dataset(
     name = (
         _slug(Path(dataset.rstrip("/")).stem) + "_" + hashlib.sha256(paths.encode()).hexdigest()[:6]
     )
-    # Lengths that earlier experiments on these texts use stay built.
+    # What earlier experiments on these texts use stays built.
     known = catalog.datasets[name].sequence_lengths if name in catalog.datasets else ()
-    lengths = sorted({*known, raw.get("sequence_length", _DEFAULT_LENGTH)})
+    wanted = raw.get("sequence_length", _DEFAULT_LENGTH), raw.get("packing", "concat")
+    caches = sorted({*((cache.length, cache.packing) for cache in known), wanted})
+    lengths = [
+        length if packing == "concat" else {"length": length, "packing": packing}
+        for length, packing in caches
+    ]
     path = home / "catalog" / "datasets" / f"{name}.yaml"
     written = {
         "description": f"Documents of {dataset}.",

@@ -59,7 +59,8 @@ class Materialization:
 
 def kind_of(key: dg.AssetKey) -> str:
     """Returns the kind of artifact that an asset is."""
-    return "token_cache" if "token_cache" in key.path else key.path[-1]
+    # The caches of a dataset have a key each: [dataset, token_cache, L1024].
+    return key.path[1]
 
 
 def latest(instance: dg.DagsterInstance, key: dg.AssetKey) -> Materialization | None:

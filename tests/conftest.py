@@ -98,6 +98,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     from modeling.data.config import (
         BpeTokenizerConfig,
         FilesSource,
+        TokenCacheConfig,
         TokenizationConfig,
         ValidationConfig,
     )
@@ -129,7 +130,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     policy = TokenizationConfig()
     tokens = tokenized.build(policy, root / "corpus", root / "tokenizer", workspace("tokenized"))
     cache.build(
-        24,
+        TokenCacheConfig(length=24),
         root / "tokenized",
         workspace("cache"),
         tokenized_id=tokens.content_id,

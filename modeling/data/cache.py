@@ -1,39 +1,55 @@
-"""The token cache: rows of `sequence_length` tokens cut from the tokenized corpus end to end.
+"""The token cache: rows of `sequence_length` tokens, laid over the tokenized corpus.
 
-    index.json              layout, row counts, roots, and what the rows are made of
-    <split>-00000.arrow     in the layout `copy` only: Arrow IPC stream of one record batch
-                            (input_ids: fixed_size_list<uint16>[L]), as `datasets` opens it
+    index.json              layout, packing, row counts, roots, and what the rows are made of
+    <split>-00000.pieces.arrow   view of packed documents: which spans each row has, see `packing`
+    <split>-00000.arrow     copy: the rows themselves, as `datasets` opens them, see `shards`
+                            (`train/web` is written `train-web`)
 
-In the layout `view` the tokens stay in the shards of the tokenized corpus and rows are gathered
-from there; a `copy` stands alone. Row i of a split is its tokens i * L to (i + 1) * L, the last
-incomplete row dropped. The content id covers L, dtype, vocabulary, and for each split the number of
-rows and the Merkle root of their bytes, so both layouts have the same. That root is a prefix root
-of the token stream, computed from stored leaves and one block: another sequence length costs
-milliseconds and reads no corpus.
+Two packings. `concat` cuts the token stream of a split: row i is its tokens i * L to (i + 1) * L,
+the last incomplete row dropped. `documents` lays whole documents side by side, padded with the
+end-of-text id; segments tell them apart and a loss mask leaves the padding out.
+
+Two layouts of each. In a view the tokens stay in the shards of the tokenized corpus and rows are
+gathered from there; a copy stands alone. Both have one content id, which covers L, dtype,
+vocabulary, and for each split the number of rows and a root over what they hold. Of `concat` that
+is the Merkle root of the rows' bytes: a prefix root of the stream, computed from stored leaves and
+one block. Of `documents` it covers the root of the stream and that of the spans. So another
+sequence length reads no corpus.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Integer
 
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, write_durably
+from modeling.data.config import Packing, TokenCacheConfig
 from modeling.data.corpus import TRAIN
-from modeling.data.rows import TOKENS_ALONE, Columns, Rows
-from modeling.data.shards import FlatTokens, map_rows, write_rows
-from modeling.data.tokenized import Manifest, SplitManifest, flat_tokens
-from modeling.merkle import BLOCK_BYTES, prefix_root
+from modeling.data.packing import (
+    PIECES_OF_A_SHARD,
+    Fate,
+    PackedRows,
+    Packer,
+    Pieces,
+    map_pieces,
+    write_pieces,
+)
+from modeling.data.rows import Columns, Rows
+from modeling.data.shards import FlatTokens, map_rows, map_shard, write_rows
+from modeling.data.tokenized import Manifest, SplitManifest
+from modeling.merkle import BLOCK_BYTES, MerkleHasher, prefix_root
 
 Layout = Literal["view", "copy"]
 INDEX_FILE = "index.json"
 FORMATS: dict[Layout, str] = {"view": "token_cache.view/1", "copy": "token_cache.copy/1"}
 SHARD_TOKENS = 1 << 26
+_CHUNK_TOKENS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -42,9 +58,11 @@ class SplitIndex:
 
     rows: int
     root: str
-    """Merkle root of the rows' bytes."""
+    """Over what the rows hold."""
     shards: tuple[str, ...] = ()
-    """Files that hold the rows, in order; none in a view."""
+    """Files that hold the rows, or say what they are made of, in order."""
+    pieces: str | None = None
+    """Merkle root of the spans of packed documents."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,8 @@ class Index:
     tokenized_corpus: str
     tokenizer: str
     splits: dict[str, SplitIndex]
+    packing: Packing = "concat"
+    columns: Columns = field(default_factory=Columns)
 
     @classmethod
     def read(cls, directory: Path) -> "Index":
@@ -69,91 +89,139 @@ class Index:
         if (name := raw.pop("format")) not in layouts:
             raise ValueError(f"{directory / INDEX_FILE}: format {name!r} is none of {[*layouts]}.")
         splits = {
-            name: SplitIndex(split["rows"], split["root"], tuple(split.get("shards", ())))
+            name: SplitIndex(**split | {"shards": tuple(split.get("shards", ()))})
             for name, split in raw.pop("splits").items()
         }
-        return cls(layout=layouts[name], splits=splits, **raw)
+        columns = Columns(**raw.pop("columns", {}))
+        return cls(layout=layouts[name], splits=splits, columns=columns, **raw)
 
     def write(self, directory: Path) -> None:
         """Writes the index of a token cache."""
         raw = {"format": FORMATS[self.layout]} | asdict(self)
+        raw["columns"] = self.columns._asdict()
         del raw["layout"]
         write_durably(directory / INDEX_FILE, raw)
 
 
 def build(
-    sequence_length: int,
+    config: TokenCacheConfig,
     tokenized_dir: Path,
     workspace: Workspace,
     *,
     tokenized_id: str,
     tokenizer_id: str,
-    layout: Layout = "view",
-    shard_tokens: int = SHARD_TOKENS,
 ) -> Built:
-    """Indexes the rows that a tokenized corpus gives at this length, and copies them if asked to.
+    """Indexes the rows that a tokenized corpus gives; no token is copied.
 
     Args:
-        sequence_length: tokens in a row.
+        config: length of a row, and how documents are laid into rows.
         tokenized_dir: the built tokenized corpus.
-        workspace: where the files go.
+        workspace: where the index goes.
         tokenized_id: content id of the tokenized corpus.
         tokenizer_id: content id of the tokenizer that it was made with.
-        layout: `view` to leave the tokens where they are, `copy` for files that stand alone.
-        shard_tokens: most tokens in one file of a copy.
 
     Raises:
         ValueError: a split that has documents has too few tokens for one row.
     """
     manifest = Manifest.read(tokenized_dir)
-    dtype = np.dtype(manifest.dtype)
-    splits = {}
+    splits: dict[str, SplitIndex] = {}
+    facts: dict[str, Any] = {"sequence_length": config.length, "packing": config.packing}
     for name, split in manifest.splits.items():
-        tokens = flat_tokens(tokenized_dir, split, dtype)
-        rows = _count_rows(name, split, sequence_length)
-        root = _rows_root(rows * sequence_length, split, tokens)
-        shards: tuple[str, ...] = ()
-        if layout == "copy":
-            starts = _shard_starts(rows * sequence_length, sequence_length, shard_tokens)
-            shards = _copy(tokens, starts, sequence_length, workspace.output, name)
-        splits[name] = SplitIndex(rows, root, shards)
+        stream = _Stream.of(tokenized_dir, split, manifest)
+        fate = Fate(split.documents)
+        if config.packing == "documents":
+            splits[name], fate = _packed(config, stream, split, workspace.output, name)
+        else:
+            rows = split.tokens // config.length
+            root = _prefix_root(rows * config.length, split, stream.tokens)
+            splits[name] = SplitIndex(rows, root)
+            fate.lost_tokens = split.tokens - rows * config.length
+        _require_rows(name, split, splits[name].rows, config)
+        facts[name] = _facts(config, split, splits[name].rows, fate)
+    is_packed = config.packing == "documents"
     index = Index(
-        _content_id(sequence_length, manifest, splits),
-        layout,
-        sequence_length,
+        _content_id(config, manifest, splits),
+        "view",
+        config.length,
         manifest.dtype,
         manifest.vocab_size,
         manifest.eos_id,
         tokenized_id,
         tokenizer_id,
         splits,
+        config.packing,
+        Columns(is_packed, is_packed or manifest.has_loss_mask),
     )
     index.write(workspace.output)
-    facts = {
-        name: {
-            "rows": splits[name].rows,
-            "tokens": splits[name].rows * sequence_length,
-            "dropped_tokens": split.tokens - splits[name].rows * sequence_length,
-            "documents": split.documents,
-        }
-        for name, split in manifest.splits.items()
-    }
     return Built(index.content_id, facts=facts, leaves={n: s.root for n, s in splits.items()})
+
+
+def copy(
+    cache_dir: Path,
+    tokenized_dir: Path,
+    workspace: Workspace,
+    *,
+    shard_tokens: int = SHARD_TOKENS,
+) -> Built:
+    """Writes the rows of a view as files that stand alone; the content id stays.
+
+    Args:
+        cache_dir: the view.
+        tokenized_dir: what it is a view of.
+        workspace: where the files go.
+        shard_tokens: most tokens in one file.
+    """
+    index, opened = Index.read(cache_dir), TokenCache.open(cache_dir, tokenized_dir)
+    splits, facts = {}, {}
+    for name, split in index.splits.items():
+        step = max(shard_tokens // index.sequence_length, 1)
+        files = []
+        for start in range(0, split.rows, step):
+            files.append(f"{_file_name(name)}-{len(files):05d}.arrow")
+            columns = _columns(opened, index, name, start, min(start + step, split.rows))
+            write_rows(workspace.output / files[-1], columns, index.sequence_length)
+        splits[name] = replace(split, shards=tuple(files), pieces=None)
+        facts[name] = {"rows": split.rows, "files": len(files)}
+    replace(index, layout="copy", splits=splits).write(workspace.output)
+    return Built(index.content_id, facts=facts, leaves={n: s.root for n, s in splits.items()})
+
+
+@dataclass(frozen=True)
+class StoredRows:
+    """Rows of L that stand one after another in flat columns."""
+
+    tokens: FlatTokens
+    segment_ids: FlatTokens | None
+    loss_mask: FlatTokens | None
+    sequence_length: int
+
+    def gather(self, indices: Integer[np.ndarray, " rows"]) -> Rows:
+        """Returns the rows at `indices`."""
+        starts, length = indices.astype(np.int64) * self.sequence_length, self.sequence_length
+        segment_ids, mask = self.segment_ids, self.loss_mask
+        return Rows(
+            self.tokens.gather(starts, length),
+            None if segment_ids is None else segment_ids.gather(starts, length),
+            None if mask is None else mask.gather(starts, length) != 0,
+        )
+
+
+RowTable = StoredRows | PackedRows
 
 
 class TokenCache:
     """Rows of tokens, gathered from memory-mapped shards."""
 
-    def __init__(self, index: Index, tokens: dict[str, FlatTokens]) -> None:
-        """Takes an index and the token stream of each split; `open` reads both from disk."""
+    def __init__(self, index: Index, tables: Mapping[str, RowTable]) -> None:
+        """Takes an index and the rows of each split; `open` reads both from disk."""
         self.content_id = index.content_id
         self.sequence_length = index.sequence_length
         self.vocab_size = index.vocab_size
         self.eos_id = index.eos_id
         self.tokenized_id = index.tokenized_corpus
         self.tokenizer_id = index.tokenizer
-        self._splits = index.splits
-        self._tokens = tokens
+        self._index = index
+        self._tables = tables
 
     @classmethod
     def open(cls, cache_dir: Path, tokenized_dir: Path | None = None) -> "TokenCache":
@@ -168,7 +236,7 @@ class TokenCache:
         if tokenized_dir is None:
             raise ValueError(
                 f"{cache_dir}: a view; open it with tokenized corpus "
-                f"{index.tokenized_corpus[:12]}, or build the cache in the layout `copy`."
+                f"{index.tokenized_corpus[:12]}, or take a copy of it (`layout: copy`)."
             )
         manifest = Manifest.read(tokenized_dir)
         return cls(
@@ -179,14 +247,10 @@ class TokenCache:
             },
         )
 
-    def num_rows(self, split: str) -> int:
-        """Returns how many rows a split has; none if nothing was held out for it."""
-        return self._splits[split].rows
-
     @property
     def splits(self) -> tuple[str, ...]:
         """Names of the splits."""
-        return tuple(self._splits)
+        return tuple(self._index.splits)
 
     def known_rows(self, split: str, wanted: int) -> int:
         """Returns the number of rows, as a cache that still grows does of `wanted` rows."""
@@ -198,7 +262,22 @@ class TokenCache:
     @property
     def columns(self) -> Columns:
         """Which columns rows have besides their tokens."""
-        return TOKENS_ALONE
+        return self._index.columns
+
+    def table(self, split: str) -> RowTable:
+        """Returns the rows of a split by themselves."""
+        return self._tables[split]
+
+    def pieces(self, split: str) -> Pieces:
+        """Returns which spans of the stream the rows of a view of packed documents have."""
+        table = self._tables[split]
+        if not isinstance(table, PackedRows):
+            raise ValueError(f"split `{split}`: its rows are stored, not put together of pieces.")
+        return table.pieces()
+
+    def num_rows(self, split: str) -> int:
+        """Returns how many rows a split has; none if nothing was held out for it."""
+        return self._index.splits[split].rows
 
     def rows(self, split: str, indices: Integer[np.ndarray, " rows"]) -> Rows:
         """Returns the rows at `indices`, which may repeat and come in any order.
@@ -212,81 +291,75 @@ class TokenCache:
                 f"rows {indices.min()} to {indices.max()} were asked of split `{split}`, which "
                 f"has rows 0 to {num_rows - 1}."
             )
-        starts = indices.astype(np.int64) * self.sequence_length
-        return Rows(self._tokens[split].gather(starts, self.sequence_length))
+        return self._tables[split].gather(indices)
 
 
-def _count_rows(name: str, split: SplitManifest, sequence_length: int) -> int:
-    rows = split.tokens // sequence_length
-    if rows == 0 and (split.documents or name == TRAIN):
-        raise ValueError(
-            f"split `{name}` has {split.tokens} tokens, fewer than one row of {sequence_length}. "
-            f"Add documents, or lower the dataset's `sequence_lengths`."
+@dataclass(frozen=True)
+class _Stream:
+    """One split of a tokenized corpus, mapped into memory."""
+
+    tokens: FlatTokens
+    loss_mask: FlatTokens | None
+    offsets: list[np.ndarray]
+    """Of the documents of each shard."""
+
+    @classmethod
+    def of(cls, directory: Path, split: SplitManifest, manifest: Manifest) -> "_Stream":
+        dtype, has_mask = np.dtype(manifest.dtype), manifest.has_loss_mask
+        shards = [
+            map_shard(directory / shard.file, dtype, with_loss_mask=has_mask)
+            for shard in split.shards
+        ]
+        masks = [shard.loss_mask for shard in shards if shard.loss_mask is not None]
+        return cls(
+            FlatTokens([shard.tokens for shard in shards]),
+            FlatTokens(masks) if has_mask else None,
+            [shard.offsets for shard in shards],
         )
-    return rows
+
+    def lengths(self) -> Iterator[np.ndarray]:
+        """Yields the lengths of the documents of each shard."""
+        yield from map(np.diff, self.offsets)
 
 
-def _content_id(sequence_length: int, manifest: Manifest, splits: Mapping[str, SplitIndex]) -> str:
-    identity = {
-        "sequence_length": sequence_length,
-        "dtype": manifest.dtype,
-        "vocab_size": manifest.vocab_size,
-        "eos_id": manifest.eos_id,
-        "splits": {name: {"rows": s.rows, "root": s.root} for name, s in splits.items()},
-    }
-    return canonical.digest("token_cache/1", identity)
+def _packed(
+    config: TokenCacheConfig, stream: _Stream, split: SplitManifest, directory: Path, name: str
+) -> tuple[SplitIndex, Fate]:
+    """Packs the documents of one split and writes the index of its rows."""
+    packer, hasher = Packer(config.length, config.long_documents), MerkleHasher()
+    files: list[str] = []
+    pending: list[Pieces] = []
+    num_rows = 0
+
+    def windows() -> Iterator[Pieces]:
+        for lengths in stream.lengths():
+            yield from packer.add(lengths)
+        yield from packer.finish()
+
+    def write() -> None:
+        files.append(f"{_file_name(name)}-{len(files):05d}.pieces.arrow")
+        write_pieces(directory / files[-1], Pieces.join(pending))
+        pending.clear()
+
+    for window in windows():
+        window.digest_into(hasher)
+        num_rows += len(window)
+        pending.append(window)
+        if sum(len(rows.starts) for rows in pending) >= PIECES_OF_A_SHARD:
+            write()
+    if pending:
+        write()
+    pieces = hasher.root()
+    return SplitIndex(num_rows, _packed_root(split, pieces), tuple(files), pieces), packer.fate
 
 
-def _copy(
-    tokens: FlatTokens, starts: list[int], sequence_length: int, directory: Path, name: str
-) -> tuple[str, ...]:
-    """Writes the tokens between each two starts as a file of rows; returns the files' names."""
-    files = []
-    for start, stop in pairwise(starts):
-        files.append(f"{name}-{len(files):05d}.arrow")
-        write_rows(directory / files[-1], tokens.span(start, stop), sequence_length)
-    return tuple(files)
+def _packed_root(split: SplitManifest, pieces: str) -> str:
+    """Returns the root of rows that hold these pieces of this stream."""
+    identity = {"tokens": split.tokens_root, "pieces": pieces, "loss_mask": split.loss_mask_root}
+    return canonical.digest("packed_rows/1", identity)
 
 
-def _shard_starts(num_tokens: int, sequence_length: int, shard_tokens: int) -> list[int]:
-    """Returns where a copy's files begin, each at a whole row, and where the last one ends."""
-    step = max(shard_tokens // sequence_length, 1) * sequence_length
-    return [*range(0, num_tokens, step), num_tokens]
-
-
-def _copied(cache_dir: Path, index: Index, name: str) -> FlatTokens:
-    """Maps a copy's own files of one split."""
-    split, dtype = index.splits[name], np.dtype(index.dtype)
-    parts = [map_rows(cache_dir / file, dtype, index.sequence_length) for file in split.shards]
-    tokens = FlatTokens(parts)
-    if len(tokens) != split.rows * index.sequence_length:
-        raise ValueError(
-            f"{cache_dir}: its {name} files hold {len(tokens)} tokens, its index says {split.rows} "
-            f"rows of {index.sequence_length}. Build the token cache again."
-        )
-    return tokens
-
-
-def _viewed(
-    cache_dir: Path, index: Index, name: str, tokenized_dir: Path, manifest: Manifest
-) -> FlatTokens:
-    """Maps the tokens that one split is a view of, making sure that it is."""
-    split, stored = index.splits[name], manifest.splits[name]
-    tokens = flat_tokens(tokenized_dir, stored, np.dtype(manifest.dtype))
-    num_tokens = split.rows * index.sequence_length
-    if (
-        manifest.dtype != index.dtype
-        or len(tokens) < num_tokens
-        or _rows_root(num_tokens, stored, tokens) != split.root
-    ):
-        raise ValueError(
-            f"{cache_dir}: its {name} rows are not the tokens of {tokenized_dir}. Open it with "
-            f"tokenized corpus {index.tokenized_corpus[:12]}."
-        )
-    return tokens
-
-
-def _rows_root(num_tokens: int, split: SplitManifest, tokens: FlatTokens) -> str:
+def _prefix_root(num_tokens: int, split: SplitManifest, tokens: FlatTokens) -> str:
     """Returns the Merkle root of a split's first tokens, reading only their last partial block."""
     leaves = [bytes.fromhex(leaf) for leaf in split.token_leaves]
     if num_tokens == 0:
@@ -296,3 +369,135 @@ def _rows_root(num_tokens: int, split: SplitManifest, tokens: FlatTokens) -> str
     block_start = num_bytes // BLOCK_BYTES * BLOCK_BYTES // item_bytes
     last_block = np.ascontiguousarray(tokens.span(block_start, num_tokens))
     return prefix_root(leaves, num_bytes, last_block.data.cast("B"))
+
+
+def _require_rows(name: str, split: SplitManifest, rows: int, config: TokenCacheConfig) -> None:
+    if rows or not (split.documents or name.split("/")[0] == TRAIN):
+        return
+    if config.packing == "documents":
+        raise ValueError(
+            f"split `{name}`: none of its {split.documents} documents fits into a row of "
+            f"{config.length} tokens. Raise the length, or take another `long_documents` than "
+            f"{config.long_documents!r}."
+        )
+    raise ValueError(
+        f"split `{name}` has {split.tokens} tokens, fewer than one row of {config.length}. "
+        f"Add documents, or lower the dataset's `sequence_lengths`."
+    )
+
+
+def _content_id(
+    config: TokenCacheConfig, manifest: Manifest, splits: Mapping[str, SplitIndex]
+) -> str:
+    identity: dict[str, Any] = {
+        "sequence_length": config.length,
+        "dtype": manifest.dtype,
+        "vocab_size": manifest.vocab_size,
+        "eos_id": manifest.eos_id,
+        "splits": {name: {"rows": s.rows, "root": s.root} for name, s in splits.items()},
+    }
+    if config.packing == "documents":
+        identity["packing"] = config.packing
+    elif manifest.has_loss_mask:
+        # Of the whole stream, of which the rows hold all but the end.
+        identity["loss_masks"] = {name: s.loss_mask_root for name, s in manifest.splits.items()}
+    return canonical.digest("token_cache/1", identity)
+
+
+def _facts(config: TokenCacheConfig, split: SplitManifest, rows: int, fate: Fate) -> dict[str, Any]:
+    tokens = split.tokens - fate.lost_tokens
+    room = rows * config.length
+    return {
+        "rows": rows,
+        "tokens": tokens,
+        "dropped_tokens": fate.lost_tokens,
+        "padding_tokens": room - tokens,
+        "padding_share": round((room - tokens) / max(room, 1), 6),
+        "documents": split.documents,
+        "cut_documents": fate.cut,
+        "dropped_documents": fate.dropped,
+        "bytes_per_token": round(split.text_bytes / max(split.tokens, 1), 4),
+        # From so many tokens on, to below twice as many, there are so many documents.
+        "document_lengths": [
+            [1 << power, count] for power, count in enumerate(split.document_lengths) if count
+        ],
+    }
+
+
+def _columns(
+    opened: TokenCache, index: Index, name: str, start: int, stop: int
+) -> dict[str, np.ndarray]:
+    """Returns rows `start` to `stop` of a split as the flat columns of a file."""
+    table, length = opened.table(name), index.sequence_length
+    if isinstance(table, StoredRows) and table.loss_mask is None:
+        return {"input_ids": table.tokens.span(start * length, stop * length)}
+    columns = {
+        column: np.empty((stop - start, length), dtype)
+        for column, dtype in _column_dtypes(index).items()
+    }
+    step = max(_CHUNK_TOKENS // length, 1)
+    for first, last in pairwise([*range(start, stop, step), stop]):
+        found = (column for column in table.gather(np.arange(first, last)) if column is not None)
+        for whole, piece in zip(columns.values(), found, strict=True):
+            whole[first - start : last - start] = piece
+    return {column: values.reshape(-1) for column, values in columns.items()}
+
+
+def _column_dtypes(index: Index) -> dict[str, np.dtype]:
+    """Returns the columns of a copy's files, in order, which is that of `Rows`."""
+    dtypes = {"input_ids": np.dtype(index.dtype)}
+    if index.columns.segment_ids:
+        dtypes["segment_ids"] = np.dtype(
+            np.uint16 if index.sequence_length < 1 << 16 else np.uint32
+        )
+    if index.columns.loss_mask:
+        dtypes["loss_mask"] = np.dtype(np.uint8)
+    return dtypes
+
+
+def _file_name(split: str) -> str:
+    return split.replace("/", "-")
+
+
+def _copied(cache_dir: Path, index: Index, name: str) -> StoredRows:
+    """Maps a copy's own files of one split."""
+    split, dtypes = index.splits[name], _column_dtypes(index)
+    parts = [map_rows(cache_dir / file, dtypes, index.sequence_length) for file in split.shards]
+    flat = {column: FlatTokens([part[column] for part in parts]) for column in dtypes}
+    tokens = flat["input_ids"]
+    if len(tokens) != split.rows * index.sequence_length:
+        raise ValueError(
+            f"{cache_dir}: its {name} files hold {len(tokens)} tokens, its index says {split.rows} "
+            f"rows of {index.sequence_length}. Build the token cache again."
+        )
+    return StoredRows(tokens, flat.get("segment_ids"), flat.get("loss_mask"), index.sequence_length)
+
+
+def _viewed(
+    cache_dir: Path, index: Index, name: str, tokenized_dir: Path, manifest: Manifest
+) -> RowTable:
+    """Maps what one split is a view of, making sure that it is."""
+    split, stored, length = index.splits[name], manifest.splits[name], index.sequence_length
+    stream = _Stream.of(tokenized_dir, stored, manifest)
+    num_tokens = split.rows * length
+    if split.pieces is not None:
+        found = _packed_root(stored, split.pieces)
+    elif len(stream.tokens) >= num_tokens:
+        found = _prefix_root(num_tokens, stored, stream.tokens)
+    else:
+        found = None
+    if found != split.root or manifest.dtype != index.dtype:
+        raise ValueError(
+            f"{cache_dir}: its {name} rows are not the tokens of {tokenized_dir}. Open it with "
+            f"tokenized corpus {index.tokenized_corpus[:12]}."
+        )
+    if split.pieces is None:
+        return StoredRows(stream.tokens, None, stream.loss_mask, length)
+    shards = [map_pieces(cache_dir / file) for file in split.shards]
+    return PackedRows(
+        shards,
+        stream.tokens,
+        stream.loss_mask,
+        sequence_length=length,
+        padding_id=index.eos_id,
+    )

@@ -505,6 +505,46 @@ class TokenizationConfig:
     __pydantic_config__ = STRICT
 
 
+Packing = Literal["concat", "documents"]
+LongDocuments = Literal["split", "truncate", "drop"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenCacheConfig:
+    """How tokens become rows; in a dataset's file, a bare number is its `length`."""
+
+    length: Annotated[int, Field(ge=8, le=2**20)]
+    """Tokens in a row."""
+    packing: Packing = "concat"
+    """`concat` cuts the stream of all documents; `documents` lays whole ones side by side."""
+    long_documents: LongDocuments = "split"
+    """What packing does with documents longer than a row: several pieces, the first one alone, or
+    none. Concatenation splits."""
+    layout: Literal["view", "copy"] = dataclasses.field(default="view", metadata=NOT_IDENTITY)
+    """`copy` makes, beside the view, files that stand alone and that `datasets` opens."""
+
+    identity_tag: ClassVar[str] = "token_cache/1"
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        """Refuses what would be ignored."""
+        if self.packing == "concat" and self.long_documents != "split":
+            raise ValueError(
+                f"long_documents: {self.long_documents!r} is for packing: documents; "
+                f"concatenation cuts documents wherever a row ends"
+            )
+
+    @property
+    def name(self) -> str:
+        """The last part of its asset's key: `L1024`, or `L1024_documents`."""
+        return f"L{self.length}" if self.packing == "concat" else f"L{self.length}_{self.packing}"
+
+
+def _as_cache(value: Any) -> Any:
+    is_length = isinstance(value, int) and not isinstance(value, bool)
+    return {"length": value} if is_length else value
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalCompute:
     """This process encodes."""
@@ -539,12 +579,13 @@ Compute = Annotated[
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """One dataset file: a corpus, its tokenizer, and the sequence lengths to cut it at."""
+    """One dataset file: a corpus, its tokenizer, and the rows that its tokens are laid into."""
 
     tokenizer: TokenizerConfig
     sequence_lengths: Annotated[
-        tuple[Annotated[int, Field(ge=8, le=2**20)], ...], Field(min_length=1)
+        tuple[Annotated[TokenCacheConfig, BeforeValidator(_as_cache)], ...], Field(min_length=1)
     ] = dataclasses.field(metadata=NOT_IDENTITY)
+    """The token caches."""
     source: Source | None = None
     """The one source of documents."""
     sources: Mapping[SourceName, Source] = dataclasses.field(
@@ -562,13 +603,20 @@ class DatasetConfig:
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        """Refuses none and two answers to where documents come from."""
+        """Refuses two answers to where documents come from, and caches that share a name."""
         if (self.source is None) == (not self.sources):
             raise ValueError(
                 "give either `source` (one) or `sources` (several by name), exactly one of both."
             )
         for name, source in self.named_sources.items():
             _check_source(f"sources.{name}" if name else "source", source, self.validation)
+        names = [cache.name for cache in self.sequence_lengths]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"sequence_lengths: two token caches would be named {name!r}; keep one, or "
+                    f"give the other a dataset file of its own"
+                )
 
     @property
     def named_sources(self) -> Mapping[str, Source]:

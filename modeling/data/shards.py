@@ -3,15 +3,17 @@
     documents   Arrow IPC file of one uncompressed record batch, one row a document:
                 (tokens: list<uint16>), uint32 for vocabularies of 65,536 ids and more; where not
                 every token is to be predicted also (loss_mask: list<uint8>), 1 for those that are
-    rows        Arrow IPC stream of one uncompressed record batch, one row of L ids each:
-                (input_ids: fixed_size_list<uint16>[L]), which `datasets` opens as it is
+    rows        Arrow IPC stream of one uncompressed record batch, one row of L ids each, which
+                `datasets` opens as it is: (input_ids: fixed_size_list<uint16>[L]), and alike, where
+                rows have them, (segment_ids: uint16), uint32 from 65,536 on, (loss_mask: uint8)
 
 One uncompressed batch has its ids contiguous and little endian in the file, so a mapped shard is a
 NumPy array that costs no memory and no copy.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -63,7 +65,7 @@ def write_shard(
     ]
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(pa.record_batch(columns, schema=schema))
-    _sync(path)
+    sync_file(path)
 
 
 def map_shard(path: Path, dtype: np.dtype, *, with_loss_mask: bool = False) -> MappedShard:
@@ -90,28 +92,33 @@ def map_shard(path: Path, dtype: np.dtype, *, with_loss_mask: bool = False) -> M
     return MappedShard(ids, bounds, np.frombuffer(mask, np.uint8, len(ids)))
 
 
-def write_rows(path: Path, tokens: Ids, row_length: int) -> None:
-    """Writes tokens as rows of `row_length`, of which they must be a multiple."""
-    schema = _rows_schema(tokens.dtype, row_length)
-    num_rows = len(tokens) // row_length
-    column = pa.Array.from_buffers(
-        schema.field(0).type, num_rows, [None], children=[_wrapped(tokens)]
-    )
+def write_rows(path: Path, columns: Mapping[str, Ids], row_length: int) -> None:
+    """Writes columns, given flat, as rows of `row_length`, of which each must be a multiple."""
+    schema = _rows_schema({name: column.dtype for name, column in columns.items()}, row_length)
+    arrays = [
+        pa.Array.from_buffers(
+            field.type, len(column) // row_length, [None], children=[_wrapped(column)]
+        )
+        for field, column in zip(schema, columns.values(), strict=True)
+    ]
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        writer.write_batch(pa.record_batch([column], schema=schema))
-    _sync(path)
+        writer.write_batch(pa.record_batch(arrays, schema=schema))
+    sync_file(path)
 
 
-def map_rows(path: Path, dtype: np.dtype, row_length: int) -> Ids:
-    """Returns the tokens of a shard of rows, in the file's own memory, read only.
+def map_rows(path: Path, dtypes: Mapping[str, np.dtype], row_length: int) -> dict[str, Ids]:
+    """Returns the columns of a shard of rows, each flat in the file's own memory, read only.
 
     Raises:
         ValueError: the file holds other columns or several batches.
     """
-    schema = _rows_schema(dtype, row_length)
+    schema = _rows_schema(dtypes, row_length)
     with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as reader:
-        (column,) = _only_columns(path, reader.schema, schema, list(reader))
-    return np.frombuffer(column.buffers()[-1], dtype, len(column) * row_length)
+        columns = _only_columns(path, reader.schema, schema, list(reader))
+    return {
+        name: np.frombuffer(column.buffers()[-1], dtype, len(column) * row_length)
+        for (name, dtype), column in zip(dtypes.items(), columns, strict=True)
+    }
 
 
 class FlatTokens:
@@ -153,6 +160,32 @@ class FlatTokens:
             rows[row] = self.span(int(starts[row]), int(starts[row]) + length)
         return rows
 
+    def gather_spans(
+        self,
+        starts: Integer[np.ndarray, " spans"],
+        lengths: Integer[np.ndarray, " spans"],
+    ) -> Int32[np.ndarray, " total"]:
+        """Returns spans of different lengths end to end; each lies in one shard.
+
+        A span that starts at -1 has no place in the stream: what is returned for it is arbitrary.
+        One copy is made for each run of spans in one shard, so give them in the stream's order.
+        """
+        ends = np.cumsum(lengths)
+        found = np.empty(int(ends[-1]), np.int32)
+        shard = np.searchsorted(self._starts, starts, side="right") - 1
+        placed = np.maximum.accumulate(np.where(starts >= 0, np.arange(len(starts)), 0))
+        shard = np.maximum(shard[placed], 0)
+        changes = np.flatnonzero(np.diff(shard)) + 1
+        for first, last in pairwise([0, *changes.tolist(), len(starts)]):
+            here, part = slice(first, last), self._parts[int(shard[first])]
+            begin, end = int(ends[first] - lengths[first]), int(ends[last - 1])
+            offsets = starts[here] - self._starts[shard[first]] - (ends[here] - lengths[here])
+            index = np.repeat(offsets, lengths[here])
+            index += np.arange(begin, end)
+            # Clipping is for the spans without a place, and checks the others no less cheaply.
+            found[begin:end] = part.take(index, mode="clip")
+        return found
+
     def _window(self, shard: int, length: int) -> np.ndarray:
         """Returns the view whose row i is tokens i to i + length of a shard; it is made once."""
         key = (shard, length)
@@ -170,8 +203,10 @@ def _documents_schema(dtype: np.dtype, *, with_loss_mask: bool) -> pa.Schema:
     return pa.schema(fields)
 
 
-def _rows_schema(dtype: np.dtype, row_length: int) -> pa.Schema:
-    return pa.schema([("input_ids", pa.list_(pa.from_numpy_dtype(dtype), row_length))])
+def _rows_schema(dtypes: Mapping[str, np.dtype], row_length: int) -> pa.Schema:
+    return pa.schema(
+        [(name, pa.list_(pa.from_numpy_dtype(dtype), row_length)) for name, dtype in dtypes.items()]
+    )
 
 
 def _wrapped(tokens: Ids) -> pa.Array:
@@ -192,6 +227,7 @@ def _only_columns(
     return batches[0].columns
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Waits until what was written to a file is on disk."""
     with path.open("rb") as written:
         os.fsync(written.fileno())

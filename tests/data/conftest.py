@@ -11,6 +11,7 @@ from modeling.data import cache, corpus, tokenized, tokenizer
 from modeling.data.config import (
     BpeTokenizerConfig,
     FilesSource,
+    TokenCacheConfig,
     TokenizationConfig,
     ValidationConfig,
 )
@@ -80,7 +81,7 @@ class Chain:
             unit_bytes=4000,
         )
         self.cache = cache.build(
-            16,
+            TokenCacheConfig(length=16),
             self.tokenized_dir,
             workspaces["cache"],
             tokenized_id=self.tokenized.content_id,

@@ -1,4 +1,6 @@
-"""The token cache: rows cut from the stream of tokens, and one content id for all layouts of it."""
+"""The token cache: rows cut from the stream of tokens, whatever shards it stands in."""
+
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -7,9 +9,30 @@ from modeling import merkle
 from modeling.canonical import digest
 from modeling.data import cache, corpus, tokenized
 from modeling.data.cache import TokenCache
-from modeling.data.config import FilesSource, TokenizationConfig, ValidationConfig
+from modeling.data.config import (
+    FilesSource,
+    TokenCacheConfig,
+    TokenizationConfig,
+    ValidationConfig,
+)
 
 IDS = {"tokenized_id": "a" * 64, "tokenizer_id": "b" * 64}
+
+
+def rows_of(length: int) -> TokenCacheConfig:
+    return TokenCacheConfig(length=length)
+
+
+def documents_of(chain, split: str) -> list[list[int]]:
+    """The stream cut after each end-of-text id, which stands nowhere else."""
+    documents, document = [], []
+    for token in chain.tokens(split):
+        document.append(token)
+        if token == 0:
+            documents.append(document)
+            document = []
+    assert not document
+    return documents
 
 
 def expected_rows(chain, split: str, length: int) -> np.ndarray:
@@ -20,7 +43,7 @@ def expected_rows(chain, split: str, length: int) -> np.ndarray:
 @pytest.mark.parametrize("length", [8, 13, 128, 700])
 def test_rows_are_the_stream_cut_at_the_length(length, chain, make_workspace):
     workspace = make_workspace("cache")
-    built = cache.build(length, chain.tokenized_dir, workspace, **IDS)
+    built = cache.build(rows_of(length), chain.tokenized_dir, workspace, **IDS)
     opened = TokenCache.open(workspace.output, chain.tokenized_dir)
     assert (opened.sequence_length, opened.vocab_size, opened.eos_id) == (length, 300, 0)
     for split in corpus.SPLITS:
@@ -30,11 +53,20 @@ def test_rows_are_the_stream_cut_at_the_length(length, chain, make_workspace):
         assert rows.dtype == np.int32
         assert np.array_equal(rows, expected)
         stream_length = len(chain.tokens(split))
+        sizes = [len(document) for document in documents_of(chain, split)]
+        powers = Counter(1 << size.bit_length() - 1 for size in sizes)
+        num_bytes = chain.corpus.facts["bytes"][split]
         assert built.facts[split] == {
             "rows": num_rows,
             "tokens": num_rows * length,
             "dropped_tokens": stream_length - num_rows * length,
-            "documents": chain.corpus.facts["documents"][split],
+            "padding_tokens": 0,
+            "padding_share": 0.0,
+            "documents": len(sizes),
+            "cut_documents": 0,
+            "dropped_documents": 0,
+            "bytes_per_token": round(num_bytes / stream_length, 4),
+            "document_lengths": [[power, powers[power]] for power in sorted(powers)],
         }
 
 
@@ -66,7 +98,7 @@ def test_the_content_id_is_that_of_copied_rows(block_bytes, chain, make_workspac
             "eos_id": 0,
             "splits": splits,
         }
-        built = cache.build(length, tokens.output, make_workspace(f"cache{length}"), **IDS)
+        built = cache.build(rows_of(length), tokens.output, make_workspace(f"cache{length}"), **IDS)
         assert built.content_id == digest("token_cache/1", identity)
 
 
@@ -75,7 +107,10 @@ def test_shards_leave_no_trace_and_any_equal_tokens_will_do(chain, make_workspac
     tokenized.build(
         TokenizationConfig(), chain.corpus_dir, chain.tokenizer_dir, tokens, unit_bytes=1
     )
-    assert cache.build(16, tokens.output, workspace, **IDS).content_id == chain.cache.content_id
+    assert (
+        cache.build(rows_of(16), tokens.output, workspace, **IDS).content_id
+        == chain.cache.content_id
+    )
     opened = TokenCache.open(chain.cache_dir, tokens.output)
     expected = expected_rows(chain, "train", 16)
     assert np.array_equal(opened.rows("train", np.arange(len(expected))).tokens, expected)
@@ -98,7 +133,7 @@ def test_a_cache_knows_what_it_was_made_of(chain):
 
 def test_a_split_without_one_row_is_an_error(chain, make_workspace):
     with pytest.raises(ValueError, match=r"split `\w+` has \d+ tokens, fewer than one row"):
-        cache.build(2**20, chain.tokenized_dir, make_workspace("cache"), **IDS)
+        cache.build(rows_of(2**20), chain.tokenized_dir, make_workspace("cache"), **IDS)
 
 
 def test_a_dataset_without_validation_has_no_validation_rows(chain, make_workspace):
@@ -108,7 +143,7 @@ def test_a_dataset_without_validation_has_no_validation_rows(chain, make_workspa
     listing = corpus.scan(source, validation=ValidationConfig(fraction=0.0))
     corpus.build(source, listing, documents)
     tokenized.build(TokenizationConfig(), documents.output, chain.tokenizer_dir, tokens)
-    built = cache.build(16, tokens.output, workspace, **IDS)
+    built = cache.build(rows_of(16), tokens.output, workspace, **IDS)
     opened = TokenCache.open(workspace.output, tokens.output)
     assert opened.num_rows("validation") == built.facts["validation"]["rows"] == 0
     assert opened.num_rows("train") > 0
@@ -121,42 +156,9 @@ def test_a_row_out_of_range_is_an_error(indices, chain):
         opened.rows("train", np.array(indices))
 
 
-@pytest.mark.parametrize("length", [8, 130])
-def test_a_copy_has_the_rows_and_the_content_id_of_the_view(length, chain, make_workspace):
-    view, copy = make_workspace("view"), make_workspace("copy")
-    viewed = cache.build(length, chain.tokenized_dir, view, **IDS)
-    copied = cache.build(length, chain.tokenized_dir, copy, **IDS, layout="copy", shard_tokens=2000)
-    assert copied.content_id == viewed.content_id
-    assert len(list(copy.output.glob("train-*.arrow"))) > 2
-    alone = TokenCache.open(copy.output)
-    for split in corpus.SPLITS:
-        expected = expected_rows(chain, split, length)
-        indices = np.random.default_rng(1).permutation(len(expected))
-        assert np.array_equal(alone.rows(split, indices).tokens, expected[indices])
-
-
-def test_datasets_opens_a_copy_as_it_is(chain, make_workspace):
-    import datasets
-
-    workspace = make_workspace("copy")
-    cache.build(16, chain.tokenized_dir, workspace, **IDS, layout="copy")
-    opened = datasets.Dataset.from_file(str(workspace.output / "train-00000.arrow"))
-    assert opened.column_names == ["input_ids"]
-    assert opened[:]["input_ids"] == expected_rows(chain, "train", 16).tolist()
-
-
 def test_a_view_cannot_be_opened_alone(chain):
     with pytest.raises(ValueError, match="a view; open it with tokenized corpus"):
         TokenCache.open(chain.cache_dir)
-
-
-def test_a_copy_that_lost_a_file_is_refused(chain, make_workspace):
-    workspace = make_workspace("copy")
-    cache.build(16, chain.tokenized_dir, workspace, **IDS, layout="copy", shard_tokens=2000)
-    index = workspace.output / "index.json"
-    index.write_text(index.read_text().replace('"train-00001.arrow",', ""))
-    with pytest.raises(ValueError, match="train files hold"):
-        TokenCache.open(workspace.output)
 
 
 def test_an_index_of_another_format_is_refused(chain, tmp_path):

@@ -4,6 +4,7 @@ from modeling.data import cache, corpus, tokenized, tokenizer
 from modeling.data.config import (
     BpeTokenizerConfig,
     FilesSource,
+    TokenCacheConfig,
     TokenizationConfig,
     ValidationConfig,
 )
@@ -37,7 +38,7 @@ def test_a_fixed_corpus_gives_the_ids_on_record(tmp_path, make_workspace):
         spaces["tokens"],
     )
     rows = cache.build(
-        16,
+        TokenCacheConfig(length=16),
         spaces["tokens"].output,
         spaces["cache"],
         tokenized_id=tokens.content_id,

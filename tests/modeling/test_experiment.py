@@ -107,7 +107,18 @@ def test_overrides_reach_the_experiment_and_its_dataset(catalog_dir: Path):
         ("trainer.mp=3", "trainer.mp: Input should be a valid string (found 3)"),
         ("model.hidden_dim=130", "hidden_dim 130 is not a multiple of num_heads 4"),
         ("model=gpt9", "model: 'gpt9' is not one of ['gpt2-large'"),
-        ("sequence_length=64", "sequence_length: 64 is not built by dataset 'tiny' ([16, 32])"),
+        ("sequence_length=64", "packing: concat is not built by dataset 'tiny' (['L16', 'L32'])"),
+        ("packing=documents", "16 with packing: documents is not built by dataset 'tiny'"),
+        (
+            "dataset.sequence_lengths=[16, {length: 16}]",
+            "two token caches would be named 'L16'",
+        ),
+        (
+            "dataset.sequence_lengths=[{length: 16, long_documents: drop}]",
+            "long_documents: 'drop' is for packing: documents",
+        ),
+        ("dataset.sequence_lengths=[4]", "sequence_lengths.0.length: Input should be greater"),
+        ("dataset.sequence_lengths=[16.5]", "sequence_lengths.0: Input should be an object"),
         (
             "dataset.tokenizer.vocab_size=many",
             "tiny.yaml: tokenizer.vocab_size: Input should be a valid integer",

@@ -1,0 +1,153 @@
+"""Examples of a dataset as a model reads them: decoded rows of its token caches.
+
+On a terminal every token has a background, two colours in turn, and what is not learned is dim;
+elsewhere bars, brackets and lines say the same (`modeling.data.examples`). `--html` writes a page.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import dagster as dg
+from rich.console import Console
+from rich.rule import Rule
+from rich.text import Text
+
+from modeling.experiment import Catalog
+from resources import materializations
+from resources.store import StoreResource
+
+if TYPE_CHECKING:
+    from modeling.data.cache import TokenCache
+    from modeling.data.config import TokenCacheConfig
+    from modeling.data.examples import Document, Example
+    from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
+
+_BACKGROUNDS = ("on #10335c", "on #4a3b0b")
+_KIND_STYLES = {"text": "", "id": "", "special": "bold magenta", "bytes": "red"}
+
+
+def show(
+    catalog: Catalog,
+    dataset: str,
+    stream: TextIO,
+    *,
+    length: int | None = None,
+    packing: str | None = None,
+    split: str | None = None,
+    numbers: tuple[int, ...] = (0,),
+    ids: bool = False,
+    page: Path | None = None,
+) -> int:
+    """Shows some rows of one of a dataset's token caches.
+
+    Args:
+        catalog: where the dataset is.
+        dataset: its name.
+        stream: where to write.
+        length: tokens in a row; the first length of the dataset's file by default.
+        packing: `concat` or `documents`; the first in the file of that length by default.
+        split: `train` by default, or the first of its sources.
+        numbers: which rows, counted from 0.
+        ids: whether to show each token's id.
+        page: writes an HTML page there instead.
+
+    Raises:
+        ValueError: there is no such dataset, cache, split or row, or it is not materialized.
+    """
+    from modeling.data.examples import read_example, to_html, to_text
+
+    cache, tokenizer = _open(catalog, dataset, _choose(catalog, dataset, length, packing))
+    split = split or next(name for name in cache.splits if cache.num_rows(name))
+    if split not in cache.splits:
+        raise ValueError(f"--split {split}: {dataset} has {', '.join(cache.splits)}.")
+    for number in numbers:
+        if not 0 <= number < cache.num_rows(split):
+            raise ValueError(f"--example {number}: {split} has {cache.num_rows(split)} rows.")
+    examples = [read_example(cache, tokenizer, split, number) for number in numbers]
+    if page is not None:
+        title = f"{dataset}: rows of {cache.sequence_length} tokens"
+        page.write_text(to_html(title, examples, ids=ids), encoding="utf-8")
+        stream.write(f"{page}\n")
+    elif (console := Console(file=stream, highlight=False)).color_system is None:
+        stream.writelines(f"{to_text(example, ids=ids)}\n" for example in examples)
+    else:
+        for example in examples:
+            _print(console, example, ids)
+    return 0
+
+
+def _choose(
+    catalog: Catalog, dataset: str, length: int | None, packing: str | None
+) -> "TokenCacheConfig":
+    if dataset not in catalog.datasets:
+        raise ValueError(f"no dataset is named {dataset!r}; there are {sorted(catalog.datasets)}.")
+    caches = catalog.datasets[dataset].sequence_lengths
+    found = [
+        cache
+        for cache in caches
+        if length in (None, cache.length) and packing in (None, cache.packing)
+    ]
+    if not found:
+        raise ValueError(
+            f"dataset {dataset!r} has no such rows; it has {', '.join(c.name for c in caches)}. "
+            f"Add them to its `sequence_lengths`."
+        )
+    return found[0]
+
+
+def _open(
+    catalog: Catalog, dataset: str, config: "TokenCacheConfig"
+) -> "tuple[TokenCache, Tokenizer | PassthroughTokenizer]":
+    from modeling.data.cache import TokenCache
+    from modeling.data.tokenizer import load_tokenizer
+
+    key = dg.AssetKey([dataset, "token_cache", config.name])
+    with dg.DagsterInstance.get() as instance:
+        made = materializations.latest(instance, key)
+    remedy = _remedy(catalog, dataset, config)
+    if made is None:
+        raise ValueError(f"{key.to_user_string()} is not materialized. {remedy}")
+    resource = StoreResource()
+    store = resource.open()
+    if not store.contains(made.kind, made.content_id):
+        raise ValueError(f"{key.to_user_string()}: its bytes are gone from {store.url}. {remedy}")
+    record = store.record(made.recipe_id, made.numerics)
+    tokenized = record["recipe"]["inputs"]["tokenized_corpus"]
+    opened = TokenCache.open(
+        store.local(made.kind, made.content_id),
+        store.local(tokenized["kind"], tokenized["content_id"]),
+    )
+    return opened, load_tokenizer(store.local("tokenizer", opened.tokenizer_id))
+
+
+def _remedy(catalog: Catalog, dataset: str, config: "TokenCacheConfig") -> str:
+    """Returns what to run to have a cache: an experiment that reads it, or the dataset's job."""
+    readers = [
+        name
+        for name, experiment in catalog.experiments.items()
+        if (experiment.dataset, experiment.cache_name) == (dataset, config.name)
+    ]
+    if readers:
+        return f"Run `levanter run {readers[0]}`, or materialize it in the UI (`levanter ui`)."
+    return (
+        f"Materialize it in the UI (`levanter ui`), or run "
+        f"`dagster job launch -w workspace.yaml -j {dataset}__data`."
+    )
+
+
+def _print(console: Console, example: "Example", ids: bool) -> None:
+    console.print(Text(str(example), style="bold"))
+    for document in example.documents:
+        if example.has_segments:
+            console.print(Rule(str(document), align="left", style="dim"))
+        console.print(_painted(document, ids), soft_wrap=True)
+
+
+def _painted(document: "Document", ids: bool) -> Text:
+    painted = Text()
+    for place, token in enumerate(document.tokens):
+        background = _BACKGROUNDS[place % 2] if token.learned else "dim"
+        painted.append(token.text, f"{_KIND_STYLES[token.kind]} {background}".strip())
+        if ids:
+            painted.append(str(token.token_id), "dim italic")
+    return painted
