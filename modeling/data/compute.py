@@ -122,7 +122,7 @@ def encoded_by_ray(
     Raises:
         WorkersLostError: a unit was tried several times, and each time its worker died.
     """
-    with _cluster(compute) as ray:
+    with ray_cluster(compute) as ray:
         task = ray.remote(_run_task).options(max_retries=_LIVES - 1)
         given = ray.put((encoding, encode))
         workers = compute.max_workers or max(int(ray.cluster_resources().get("CPU", 1)), 1)
@@ -137,9 +137,16 @@ def encoded_by_ray(
 
 
 @contextlib.contextmanager
-def _cluster(compute: RayCompute) -> Iterator[Any]:
-    """Yields `ray`, connected; whoever has started or joined a cluster before keeps it."""
+def ray_cluster(compute: RayCompute) -> Iterator[Any]:
+    """Yields `ray`, connected to the cluster at an address or to one that lives as long as this.
+
+    One that is started here listens on 127.0.0.1 alone, has no dashboard and reports to nobody. A
+    process that is connected already stays so.
+    """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if compute.address is None:
+        # Elsewhere than on Linux Ray does so by itself: all its servers listen on 127.0.0.1.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     if ray.is_initialized():

@@ -1,0 +1,212 @@
+"""Ray tasks make the bytes that this process makes, also when their workers die."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from modeling import canonical, recipes
+from modeling.data import compute, corpus, tokenized
+from modeling.data.config import DatasetConfig, LocalCompute, RayCompute, TokenizationConfig
+from modeling.data.units import cut_units
+from modeling.experiment import validate
+
+UNIT = 4000
+DEFAULT = TokenizationConfig()
+RAY = RayCompute(type="ray", max_workers=2)
+
+
+LOCALHOST = "0100007F"
+LOCALHOST_IN_IPV6 = "0000000000000000FFFF0000" + LOCALHOST
+_LISTENS = "0A"
+
+
+def descendants(pid: int) -> list[int]:
+    """Returns the processes below one, as Linux shows them."""
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            _, _, rest = path.read_text().rpartition(") ")
+            children.setdefault(int(rest.split()[1]), []).append(int(path.parent.name))
+    found, waiting = [], [pid]
+    while waiting:
+        below = children.get(waiting.pop(), [])
+        found += below
+        waiting += below
+    return found
+
+
+def listening(pids: list[int]) -> set[str]:
+    """Returns the addresses, in hex, on which processes listen for TCP."""
+    sockets = set()
+    for pid in pids:
+        for path in Path(f"/proc/{pid}/fd").glob("*"):
+            with contextlib.suppress(OSError):
+                sockets.add(str(path.readlink()))
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/net/{table}").read_text().splitlines()[1:]:
+            fields = line.split()
+            if fields[3] == _LISTENS and f"socket:[{fields[9]}]" in sockets:
+                found.add(fields[1].partition(":")[0])
+    return found
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A cluster of this module's, of which nothing is left afterwards."""
+    with compute.ray_cluster(RAY) as ray:
+        processes = descendants(os.getpid())
+        yield ray
+    assert not ray.is_initialized()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in processes):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.fixture
+def encoding(chain):
+    return compute.Encoding.read(DEFAULT, corpus.TEXT, chain.tokenizer_dir)
+
+
+def units_of(chain):
+    units = cut_units(corpus.record_batches(chain.corpus_dir), UNIT)
+    return [(unit.key("p"), unit) for unit in units]
+
+
+def files_of(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def build(chain, workspace, **options):
+    inputs = DEFAULT, chain.corpus_dir, chain.tokenizer_dir, workspace
+    return tokenized.build(*inputs, unit_bytes=UNIT, **options)
+
+
+def test_tasks_make_the_bytes_of_this_process(chain, make_workspace, cluster):
+    workspace = make_workspace("ray")
+    built = build(chain, workspace, compute=RAY)
+    assert built.content_id == chain.tokenized.content_id
+    assert files_of(workspace.output) == files_of(chain.tokenized_dir)
+
+
+def test_a_killed_worker_costs_nothing_but_time(
+    chain, make_workspace, tmp_path, cluster, monkeypatch
+):
+    marker = tmp_path / "died"
+    encode_unit = compute.encode_unit
+
+    def dies_once(encoder, doc_ids, texts):
+        if "05.txt" in " ".join(doc_ids):
+            try:
+                marker.touch(exist_ok=False)
+            except FileExistsError:
+                pass
+            else:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return encode_unit(encoder, doc_ids, texts)
+
+    def with_a_death(compute_config, encoding, units):
+        return compute.encoded_by_ray(compute_config, encoding, units, encode=dies_once)
+
+    monkeypatch.setattr(tokenized, "encoded_by_ray", with_a_death)
+    workspace = make_workspace("killed")
+    built = build(chain, workspace, compute=RAY)
+    assert marker.exists()
+    assert built.content_id == chain.tokenized.content_id
+    assert files_of(workspace.output) == files_of(chain.tokenized_dir)
+
+
+def test_a_unit_that_kills_every_worker_is_named(chain, encoding, cluster, monkeypatch):
+    monkeypatch.setattr(compute, "_LIVES", 2)
+
+    def dies(encoder, doc_ids, texts):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    units = units_of(chain)[:1]
+    with pytest.raises(compute.WorkersLostError, match=f"unit {units[0][0][:12]}: 2 workers died"):
+        list(compute.encoded_by_ray(RAY, encoding, units, encode=dies))
+
+
+def test_what_is_wrong_with_a_document_is_said_as_it_is_here(chain, encoding, cluster):
+    def refuses(encoder, doc_ids, texts):
+        raise ValueError(f"{doc_ids[0]}: has no ids")
+
+    with pytest.raises(ValueError, match=r"^doc-\d\d\.txt: has no ids$"):
+        list(compute.encoded_by_ray(RAY, encoding, units_of(chain), encode=refuses))
+
+
+def test_units_are_taken_as_fast_as_they_are_encoded(chain, encoding, cluster):
+    taken, given = 0, 0
+
+    def counted():
+        nonlocal taken
+        for keyed in units_of(chain):
+            taken += 1
+            assert taken - given <= 2 * 2 + 1
+            yield keyed
+
+    for _ in compute.encoded_by_ray(RAY, encoding, counted()):
+        given += 1
+    assert given == taken > 10
+
+
+def test_the_cluster_listens_on_this_machine_alone(cluster):
+    addresses = listening([os.getpid(), *descendants(os.getpid())])
+    assert addresses
+    assert addresses <= {LOCALHOST, LOCALHOST_IN_IPV6}
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+LOCAL_BUILD = """
+import json, pathlib, sys
+from modeling.artifacts import Workspace
+from modeling.data import tokenized
+from modeling.data.config import TokenizationConfig
+corpus_dir, tokenizer_dir, root = map(pathlib.Path, sys.argv[1:])
+workspace = Workspace(root / "progress", root / "output")
+tokenized.build(TokenizationConfig(), corpus_dir, tokenizer_dir, workspace)
+heavy = {"ray", "jax", "datasets", "pandas", "dagster"}
+print(json.dumps(sorted(heavy & set(sys.modules))))
+"""
+
+
+def test_a_local_build_imports_no_ray(chain, make_workspace, tmp_path):
+    make_workspace("local")
+    arguments = [chain.corpus_dir, chain.tokenizer_dir, tmp_path / "local"]
+    done = subprocess.run(
+        [sys.executable, "-c", LOCAL_BUILD, *map(str, arguments)],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        ("local", LocalCompute()),
+        ("ray", RayCompute(type="ray")),
+        ({"type": "ray", "address": "auto", "max_workers": 3}, None),
+    ],
+)
+def test_who_computes_is_said_in_the_dataset_and_is_no_part_of_it(written, meant):
+    fields = {
+        "source": {"type": "pystdlib"},
+        "tokenizer": {"type": "bpe", "vocab_size": 300},
+        "sequence_lengths": [16],
+    }
+    plain = validate(DatasetConfig, fields, "x.yaml")
+    said = validate(DatasetConfig, fields | {"compute": written}, "x.yaml")
+    assert plain.compute == LocalCompute()
+    assert said.compute == (meant or RayCompute(type="ray", address="auto", max_workers=3))
+    assert canonical.encode(said) == canonical.encode(plain)
+    assert recipes.tokenized_params(said) == recipes.tokenized_params(plain)
