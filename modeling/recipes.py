@@ -44,7 +44,9 @@ def corpus_params(dataset: DatasetConfig) -> Any:
         or getattr(source, "path", None)
         for name, source in dataset.named_sources.items()
     }
-    return _corpus_params(dataset) | {"paths": places.get("", places)}
+    held_out = [*getattr(dataset.validation, "paths", ())]
+    paths = {"paths": places.get("", places)} | ({"validation_paths": held_out} if held_out else {})
+    return _corpus_params(dataset) | paths
 
 
 def corpus_recipe(dataset: DatasetConfig, listing_root: str) -> Recipe:
