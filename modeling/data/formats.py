@@ -234,9 +234,19 @@ def _flat_ids(
 
 def _text(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
     _require_texts(reading.records, file.shown)
-    data = stored.content().read(reading.max_document_bytes + 1)
-    content = _utf8(reading.bounded(data, file.shown), file.shown)
+    try:
+        content = _utf8(_whole(stored, file, reading), file.shown)
+    except SourceError as error:
+        content = error
     yield Found(file.document_path, content, _NO_FIELDS)
+
+
+def _whole(stored: StoredFile, file: FoundFile, reading: Reading) -> bytes:
+    stream, pieces, num_bytes = stored.content(), [], 0
+    while num_bytes <= reading.max_document_bytes and (piece := stream.read(_PIECE_BYTES)):
+        pieces.append(piece)
+        num_bytes += len(piece)
+    return reading.bounded(b"".join(pieces), file.shown)
 
 
 def _paragraphs(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
@@ -285,8 +295,7 @@ def _json_lines(file: FoundFile, stored: StoredFile, reading: Reading) -> Docume
 
 
 def _json_array(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
-    data = stored.content().read(reading.max_document_bytes + 1)
-    values = _parsed(reading.bounded(data, file.shown), file.shown)
+    values = _parsed(_whole(stored, file, reading), file.shown)
     if not isinstance(values, list):
         raise SourceError(
             f"{file.shown}: holds a {type(values).__name__}, expected an array of objects; for an "

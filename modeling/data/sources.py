@@ -205,7 +205,8 @@ class _Bounded(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self._content.readinto(buffer)
+        # A piece at a time: a reader may offer room for all that it would take.
+        count = self._content.readinto(memoryview(buffer)[:_PIECE_BYTES])
         self._num_bytes += count
         self._require(self._num_bytes)
         return count
