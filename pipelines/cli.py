@@ -109,6 +109,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from pipelines.instance import ensure_home
 
         ensure_home()
+        if getattr(arguments, "rehash", False):
+            # In the environment, where the stages' own processes find it too.
+            os.environ["LEVANTER_REHASH"] = "1"
         command: Callable[[argparse.Namespace], int] = arguments.call
         return command(arguments)
     except (ValueError, FileNotFoundError) as error:
@@ -248,6 +251,11 @@ def make_parser() -> argparse.ArgumentParser:
     show.add_argument("--ids", action="store_true", help="with the id of each token")
     show.add_argument("--html", type=Path, metavar="FILE", help="write a page instead")
     show.set_defaults(call=_show)
+
+    for command in (run, status, why):
+        command.add_argument(
+            "--rehash", action="store_true", help="read every source file, whatever its times say"
+        )
 
     ui = add("ui", "Open the Dagster UI on 127.0.0.1 over the same instance.")
     ui.add_argument("--port", type=int, default=3000)

@@ -6,7 +6,9 @@ import hashlib
 import json
 import lzma
 import os
+import random
 import re
+import resource
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import pytest
 from pyarrow import parquet
 
 from modeling import canonical, recipes
+from modeling.artifacts import ArtifactStore, DiskFullError, Recipe, verify_files
 from modeling.data import cache, corpus, tokenized, tokenizer
 from modeling.data.config import (
     BpeTokenizerConfig,
@@ -567,3 +570,28 @@ def test_an_installed_package_is_a_source(make_workspace):
     for package, complaint in [("no_such_package", "not installed"), ("this", "not a package")]:
         with pytest.raises(SourceError, match=complaint):
             find_files(PackageSource(type="package", package=package))
+
+
+def test_a_full_disk_is_said_and_nothing_committed_is_lost(tmp_path):
+    store = ArtifactStore(str(tmp_path / "store"))
+    draw = random.Random(0)
+    for index in range(3):
+        write_lines(tmp_path / f"{index}.jsonl", {"text": draw.randbytes(40_000 * index).hex()})
+
+    def make(name: str):
+        source = files(tmp_path / f"{name}.jsonl", format="jsonl")
+        listing = corpus.scan(source, validation=ALL_TRAIN)
+        recipe = Recipe("raw_corpus", 1, listing.root)
+        return store.materialize(recipe, lambda space: corpus.build(source, listing, space))
+
+    made, _ = make("1")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(DiskFullError, match=r"no space for the documents .*File too large"):
+            make("2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert make("1") == (made, False)
+    verify_files(store.local(made.kind, made.content_id))
+    assert make("2")[1]
