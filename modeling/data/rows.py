@@ -25,6 +25,10 @@ class Rows(NamedTuple):
     segment_ids: Int32[np.ndarray, "batch Pos"] | None = None
     loss_mask: Bool[np.ndarray, "batch Pos"] | None = None
 
+    def first(self, length: int) -> "Rows":
+        """Returns the first `length` tokens of each row."""
+        return Rows(*(None if column is None else column[:, :length] for column in self))
+
     def predicted(self) -> Bool[np.ndarray, "batch Pos"]:
         """Returns which tokens a model is scored on; never the first of a row or of a segment."""
         mask = self.loss_mask

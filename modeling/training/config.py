@@ -17,7 +17,7 @@ AxisMapping = Mapping[str, str | tuple[str, ...]]
 """From logical axes to a mesh axis each, or to several, the slowest first."""
 
 
-def _in_order(stages: Sequence["BatchStage | MixtureStage"]) -> Sequence[Any]:
+def _in_order(stages: Sequence["BatchStage | MixtureStage | LengthStage"]) -> Sequence[Any]:
     starts = [stage.start_step for stage in stages]
     if starts[:1] != [0] or sorted(set(starts)) != starts:
         raise ValueError(f"stages must begin at step 0 and each after the one before, not {starts}")
@@ -180,14 +180,43 @@ class SkipStepConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LengthStage:
-    """From which update on rows are cut to which length."""
+    """Rows cut to `length` tokens from the update after `start_step` updates on."""
 
     start_step: Annotated[int, Field(ge=0)]
-    """How many updates come before."""
     length: Annotated[int, Field(ge=8)]
 
     identity_tag: ClassVar[str] = "length_stage/1"
     __pydantic_config__ = STRICT
+
+
+class LengthSchedule:
+    """How many tokens of its rows each step takes."""
+
+    def __init__(self, stages: Sequence[LengthStage], row_length: int) -> None:
+        """Takes stages in order; whole rows without any."""
+        for number, stage in enumerate(stages):
+            if stage.length > row_length:
+                raise ValueError(
+                    f"trainer.sequence_length_schedule.{number}.length: {stage.length} tokens, but "
+                    f"rows have {row_length} (sequence_length); take at most as many."
+                )
+        whole = LengthStage(start_step=0, length=row_length)
+        self._stages = list(stages) or [whole]
+
+    def length(self, step: int) -> int:
+        """Returns how many tokens of a row the update after `step` updates takes."""
+        return max(
+            (stage for stage in self._stages if stage.start_step <= step),
+            key=lambda stage: stage.start_step,
+        ).length
+
+    def tokens(self, updates: int, batches: BatchSchedule) -> int:
+        """Returns how many tokens the first `updates` updates take."""
+        begins = [min(stage.start_step, updates) for stage in self._stages]
+        return sum(
+            (batches.cursor(end) - batches.cursor(begin)) * stage.length
+            for stage, begin, end in zip(self._stages, begins, [*begins[1:], updates], strict=True)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,11 +247,11 @@ class TrainerConfig:
     )
     """Weights that evaluation and export take where they say `weights: tail_average`."""
     skip_step: SkipStepConfig | None = dataclasses.field(default=None, metadata=added_later(None))
-    sequence_length_schedule: tuple[LengthStage, ...] = dataclasses.field(
-        default=(), metadata=added_later(())
-    )
-    """Trains on the first tokens of each row, so many of them from each step on; on whole rows
-    when empty."""
+    sequence_length_schedule: (
+        Annotated[tuple[LengthStage, ...], Field(min_length=1), AfterValidator(_in_order)] | None
+    ) = dataclasses.field(default=None, metadata=added_later(None))
+    """Trains on the first so many tokens of each row, the rest of which is not used; on whole rows
+    when absent."""
 
     mesh: Mapping[str, Positive] = dataclasses.field(
         default_factory=lambda: {"data": 1}, metadata=NOT_IDENTITY
@@ -267,6 +296,10 @@ class TrainerConfig:
                 f"elastic_shards: {self.elastic_shards} has no effect while reproducibility is "
                 f"`fast`; set reproducibility: elastic, or leave it out."
             )
+
+    def lengths(self, row_length: int) -> LengthSchedule:
+        """Returns how many tokens of rows of `row_length` each step takes."""
+        return LengthSchedule(self.sequence_length_schedule or (), row_length)
 
     @property
     def batches(self) -> BatchSchedule:

@@ -42,7 +42,7 @@ from modeling.optim.build import build_optimizer, parameter_groups
 from modeling.training import checkpoint, faults, history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
-from modeling.training.config import BatchSchedule
+from modeling.training.config import BatchSchedule, LengthSchedule
 from modeling.training.hooks import Decode, Hooks, Setting
 from modeling.training.manifest import CheckpointError
 from modeling.training.mesh import Layout, build_layout, require_known_axes
@@ -125,7 +125,9 @@ class Plan:
     make: Callable[[Any], Any]
     blueprint: Blueprint
     batches: BatchSchedule
+    lengths: LengthSchedule
     Pos: Axis
+    """Of whole rows."""
 
     @property
     def num_steps(self) -> int:
@@ -134,11 +136,15 @@ class Plan:
 
     def tokens(self, updates: int) -> int:
         """Returns how many tokens the first `updates` updates take."""
-        return self.batches.cursor(updates) * self.Pos.size
+        return self.lengths.tokens(updates, self.batches)
 
     def batch_axis(self, updates: int) -> Axis:
         """Returns the axis of the batch of the update after `updates`."""
         return Axis("batch", self.batches.size(updates))
+
+    def row_axis(self, updates: int) -> Axis:
+        """Returns the axis of what the update after `updates` takes of its rows."""
+        return self.Pos.resize(self.lengths.length(updates))
 
 
 def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
@@ -168,6 +174,7 @@ def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
         make=make,
         blueprint=blueprint,
         batches=trainer.batches,
+        lengths=trainer.lengths(Pos.size),
         Pos=Pos,
     )
 
@@ -212,7 +219,7 @@ class _Run:
         )
         self._reported = 0
         self._looping_since = 0.0
-        self._steps: dict[Axis, Step] = {}
+        self._steps: dict[tuple[Axis, Axis], Step] = {}
         self._saved = 0
         self.losses: list[float] = []
         self.evaluations: list[dict[str, Any]] = []
@@ -291,13 +298,13 @@ class _Run:
         return blueprint.flatten(restored)
 
     def _step(self, updates: int) -> Step:
-        """Returns the program of the update after `updates`; each batch size has its own."""
-        Batch = self._plan.batch_axis(updates)
-        if Batch not in self._steps:
-            self._steps[Batch] = self._compile(Batch)
-        return self._steps[Batch]
+        """Returns the program of the update after `updates`; each size of batch has its own."""
+        axes = self._plan.batch_axis(updates), self._plan.row_axis(updates)
+        if axes not in self._steps:
+            self._steps[axes] = self._compile(*axes)
+        return self._steps[axes]
 
-    def _compile(self, Batch: Axis) -> Step:
+    def _compile(self, Batch: Axis, Pos: Axis) -> Step:
         plan = self._plan
         with self._ledger.spending("compile"):
             step = compile_step(
@@ -306,7 +313,7 @@ class _Run:
                 plan.experiment.trainer,
                 plan.layout,
                 Batch=Batch,
-                Pos=plan.Pos,
+                Pos=Pos,
                 columns=self._loader.columns,
             )
             self._keep_programs()
@@ -377,6 +384,7 @@ class _Run:
                         self._save(update - 1, arrays)
                     self._settle()
                     raise Preempted(update - 1)
+                rows = rows.first(self._plan.row_axis(update - 1).size)
                 on_device = jax.device_put(rows, step.batch_sharding)
                 with profiler.step(update, arrays):
                     arrays, metrics = step.run(arrays, on_device)
