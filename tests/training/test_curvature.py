@@ -18,13 +18,12 @@ from modeling.training import curvature
 Batch, Pos, Vocab, Embed = (
     Axis("batch", 2), Axis("position", 4), Axis("vocab", 5), Axis("embed", 3)
 )  # fmt: skip
-Hidden = Axis("hidden", 4)
 HUTCHINSON, BARTLETT = SophiaHConfig(type="sophia_h"), SophiaGConfig(type="sophia_g")
-DRAWS = 4000
+DRAWS = 2500
 
 
 class Tiny(eqx.Module):
-    """A language model of 47 parameters, curved in all of them."""
+    """A language model of 24 parameters, curved in all of them."""
 
     table: NamedArray
     inner: NamedArray
