@@ -27,7 +27,8 @@ class Rows(NamedTuple):
 
     def first(self, length: int) -> "Rows":
         """Returns the first `length` tokens of each row."""
-        return Rows(*(None if column is None else column[:, :length] for column in self))
+        others = (None if column is None else column[:, :length] for column in self[1:])
+        return Rows(self.tokens[:, :length], *others)
 
     def predicted(self) -> Bool[np.ndarray, "batch Pos"]:
         """Returns which tokens a model is scored on; never the first of a row or of a segment."""
