@@ -73,13 +73,9 @@ class Splitter:
         leads = high[is_lead]
         if not len(leads):
             return leads
-        lead_values = values[is_lead].astype(np.int64)
+        lead_values = values[is_lead]
         lengths = 2 + (lead_values >= 0xE0) + (lead_values >= 0xF0)
-        code_points = lead_values & (0xFF >> (lengths + 1))
-        for index in (1, 2, 3):
-            longer = lengths > index
-            tail = text[leads[longer] + index] & np.int64(0x3F)
-            code_points[longer] = code_points[longer] << 6 | tail
+        code_points = code_points_at(text, leads)
         found = self._class_of[code_points]
         if (unknown := found == _UNKNOWN).any():
             self._learn(np.unique(code_points[unknown]))
@@ -114,3 +110,17 @@ class Splitter:
         is_start[marks[short | long] + 1] = False
         is_start[marks[short] + 2] = True
         is_start[marks[long] + 3] = True
+
+
+def code_points_at(
+    text: Bytes, leads: Int64[np.ndarray, " characters"]
+) -> Int64[np.ndarray, " characters"]:
+    """Returns the characters that start at `leads`, of several bytes each."""
+    values = text[leads].astype(np.int64)
+    lengths = 2 + (values >= 0xE0) + (values >= 0xF0)
+    code_points = values & (0xFF >> (lengths + 1))
+    for index in (1, 2, 3):
+        longer = lengths > index
+        tail = text[leads[longer] + index] & np.int64(0x3F)
+        code_points[longer] = code_points[longer] << 6 | tail
+    return code_points
