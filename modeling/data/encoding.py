@@ -1,9 +1,10 @@
 """Documents to ids in bulk, bit for bit as `encode_batch_fast` of `tokenizers` gives them.
 
-Byte-level BPE with GPT-2's pattern never looks beyond a pre-token, and text repeats its pre-tokens:
-31 MB of Python source hold 7.8 million, 95,000 of them distinct. So `WordEncoder` splits with NumPy
-(`modeling.data.pretokens`), numbers the distinct ones with Arrow's `dictionary_encode`, has the
-library encode each once, and gathers. Any other tokenizer goes through the library as it is.
+A byte-level tokenizer never looks beyond a pre-token, and text repeats its pre-tokens: 31 MB of
+Python source hold 7.8 million, 95,000 of them distinct. So where the pattern is GPT-2's, Llama 3's
+or o200k's, `WordEncoder` splits with NumPy (`modeling.data.pretokens`, `pretokens_cased`), numbers
+the distinct ones with Arrow's `dictionary_encode`, has the library encode each once, and gathers.
+Any other tokenizer goes through the library as it is, and an artifact's facts say so.
 """
 
 import json
@@ -22,11 +23,13 @@ from modeling.data.config import (
     ChatFormat,
     Format,
     IdsFormat,
+    Pattern,
     SupervisedFormat,
     TextFormat,
     TokenizationConfig,
 )
-from modeling.data.pretokens import SEPARATOR, Splitter
+from modeling.data.patterns import pattern_of, splitter
+from modeling.data.pretokens import SEPARATOR
 from modeling.data.records import COMPLETION, PROMPT
 from modeling.data.shards import token_dtype
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
@@ -36,7 +39,6 @@ _SEPARATOR_WORD = bytes([SEPARATOR])
 _MAX_KNOWN_WORDS = 1 << 20
 _MAX_KNOWN_BYTES = 1 << 26
 _MAX_TEXT_BYTES = (1 << 31) - 1
-_GPT2_SPLIT = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,10 @@ class WordEncoder:
     name = "distinct words"
 
     def __init__(self, backend: tokenizers.Tokenizer, dtype: np.dtype) -> None:
-        """Encodes with `backend`, of which `splits_like_gpt2` must hold, to ids of type `dtype`."""
-        self._splitter = Splitter(backend.pre_tokenizer.pre_tokenize_str)
+        """Encodes with `backend`, whose pattern `split_pattern` must know, to ids of `dtype`."""
+        pattern = split_pattern(backend)
+        assert pattern is not None
+        self._splitter = splitter(pattern)
         self._library = LibraryEncoder(backend, dtype)
         self._dtype = dtype
         self._forget()
@@ -194,7 +198,7 @@ class WordEncoder:
 
 def encoder_for(backend: tokenizers.Tokenizer, dtype: np.dtype) -> WordEncoder | LibraryEncoder:
     """Returns the fastest encoder that gives exactly the ids of `backend`."""
-    kind = WordEncoder if splits_like_gpt2(backend) else LibraryEncoder
+    kind = LibraryEncoder if split_pattern(backend) is None else WordEncoder
     return kind(backend, dtype)
 
 
@@ -419,22 +423,20 @@ def _chat_template(tokenizer: Tokenizer, chat: ChatFormat) -> ChatTemplate:
     )
 
 
-def splits_like_gpt2(backend: tokenizers.Tokenizer) -> bool:
-    """Whether ids depend on each pre-token of GPT-2's pattern alone, and on nothing else."""
+def split_pattern(backend: tokenizers.Tokenizer) -> Pattern | None:
+    """Returns the pattern that pre-tokens are split by, if ids depend on each of them alone."""
     setup = json.loads(backend.to_str())
-    model, split = setup["model"], setup["pre_tokenizer"] or {}
-    return (
+    model = setup["model"]
+    depends_on_words_alone = (
         setup["normalizer"] is None
         and setup["truncation"] is None
         and setup["padding"] is None
-        and {key: split.get(key) for key in _GPT2_SPLIT} == _GPT2_SPLIT
-        and model["type"] == "BPE"
-        and not model["dropout"]
-        and not model["continuing_subword_prefix"]
-        and not model["end_of_word_suffix"]
+        and not model.get("dropout")
+        and not model.get("end_of_word_suffix")
         and backend.encode_special_tokens
         and all(token["special"] for token in setup["added_tokens"])
     )
+    return pattern_of(setup["pre_tokenizer"] or {}) if depends_on_words_alone else None
 
 
 def _binary_array(text: np.ndarray, starts: Int64[np.ndarray, " words"]) -> pa.BinaryArray:

@@ -15,25 +15,24 @@ across it. Which class a character has is asked of the tokenizer itself, since l
 their Unicode tables; so the splits are the library's own, whatever its version.
 """
 
-from collections.abc import Callable
-
 import numpy as np
 from jaxtyping import Int64, UInt8
+from tokenizers import pre_tokenizers
 
 SEPARATOR = 0xFF
 _LETTER, _DIGIT, _OTHER, _SPACE, _SEPARATOR, _UNKNOWN = range(6)
 _APOSTROPHE, _BLANK = ord("'"), ord(" ")
 
 Bytes = UInt8[np.ndarray, " bytes"]
-PreTokenize = Callable[[str], list[tuple[str, tuple[int, int]]]]
 
 
 class Splitter:
-    """Finds where pre-tokens start, for one tokenizer's idea of letters, digits and spaces."""
+    """Finds where pre-tokens start, by the library's idea of letters, digits and spaces."""
 
-    def __init__(self, pre_tokenize: PreTokenize) -> None:
-        """Takes `pre_tokenize_str` of a pre-tokenizer that splits by GPT-2's pattern."""
-        self._pre_tokenize = pre_tokenize
+    def __init__(self) -> None:
+        """Asks the installed library."""
+        by_pattern = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        self._pre_tokenize = by_pattern.pre_tokenize_str
         self._class_of = np.full(0x110000, _UNKNOWN, np.uint8)
         self._learn(np.arange(128))
         self._class_of_byte = np.full(256, _UNKNOWN, np.uint8)

@@ -23,7 +23,7 @@ runs of characters of a kind, of which only two need a loop, and that over rare 
    case.
 6. Contractions are pre-tokens in Llama 3, and the end of a word in o200k.
 
-Kinds of characters are asked of the tokenizer itself, as in `modeling.data.pretokens`.
+Kinds of characters are asked of the library, as in `modeling.data.pretokens`.
 """
 
 from itertools import pairwise
@@ -31,8 +31,34 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Int64, UInt8
+from tokenizers import Regex, pre_tokenizers
 
-from modeling.data.pretokens import SEPARATOR, Bytes, PreTokenize, code_points_at
+from modeling.data.pretokens import SEPARATOR, Bytes, code_points_at
+
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+LLAMA3 = "|".join(
+    [
+        _CONTRACTION,
+        r"[^\r\n\p{L}\p{N}]?\p{L}+",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+_CAPITAL, _SMALL = r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}", r"\p{Ll}\p{Lm}\p{Lo}\p{M}"
+O200K = "|".join(
+    [
+        rf"[^\r\n\p{{L}}\p{{N}}]?[{_CAPITAL}]*[{_SMALL}]+{_CONTRACTION}?",
+        rf"[^\r\n\p{{L}}\p{{N}}]?[{_CAPITAL}]+[{_SMALL}]*{_CONTRACTION}?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
 
 _UPPER, _LOWER, _UNCASED, _MARK, _DIGIT, _OTHER, _SPACE, _NEWLINE, _END, _UNKNOWN = range(10)
 _BLANK, _APOSTROPHE, _SLASH = b" '/"
@@ -52,12 +78,17 @@ class _Clusters(NamedTuple):
 
 
 class CasedSplitter:
-    """Finds where pre-tokens start, for one tokenizer's idea of the kinds of characters."""
+    """Finds where pre-tokens start, by the library's idea of the kinds of characters."""
 
-    def __init__(self, pre_tokenize: PreTokenize, *, is_o200k: bool) -> None:
-        """Takes `pre_tokenize_str` of a pre-tokenizer that splits by one of the two patterns."""
-        self._pre_tokenize = pre_tokenize
-        self._is_o200k = is_o200k
+    def __init__(self, pattern: str) -> None:
+        """Asks the installed library.
+
+        Args:
+            pattern: `LLAMA3` or `O200K`.
+        """
+        assert pattern in (LLAMA3, O200K)
+        self._is_o200k = pattern == O200K
+        self._pre_tokenize = pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str
         self._kind_of = np.full(0x110000, _UNKNOWN, np.uint8)
         self._learn(np.arange(128))
         self._kind_of_byte = np.full(256, _UNKNOWN, np.uint8)
@@ -117,9 +148,7 @@ class CasedSplitter:
         is_start[ends] = True
         return np.flatnonzero(is_start)
 
-    def _clusters(
-        self, chars: Kinds, kinds: Kinds, is_letter: Mask, is_other: Mask
-    ) -> _Clusters:
+    def _clusters(self, chars: Kinds, kinds: Kinds, is_letter: Mask, is_other: Mask) -> _Clusters:
         first, end = _runs(is_other | (kinds == _MARK))
         tail = _tails(first, end, is_letter, is_other)
         at_start = _follows_blank(first, chars, is_other)
@@ -150,7 +179,9 @@ class CasedSplitter:
     def _learn(self, code_points: Places) -> None:
         ask = self._ask_o200k if self._is_o200k else self._ask_llama3
         for code_point in code_points.tolist():
-            self._kind_of[code_point] = _NEWLINE if chr(code_point) in "\r\n" else ask(chr(code_point))
+            self._kind_of[code_point] = (
+                _NEWLINE if chr(code_point) in "\r\n" else ask(chr(code_point))
+            )
 
     def _ask_llama3(self, character: str) -> int:
         if self._is_one(f"a{character}a"):
