@@ -140,8 +140,10 @@ class CasedSplitter:
         is_start[words[~is_prefix]] = True
         contractions, ends = self._contractions(chars, kinds, is_word, in_tail)
         if self._is_o200k:
-            words = np.union1d(words, ends[is_word[ends]])
-            _start_cased(kinds, is_word, words, is_start)
+            starts_word = np.zeros(len(kinds), np.bool_)
+            starts_word[words] = True
+            starts_word[ends] = is_word[ends]
+            _start_cased(kinds, is_word, starts_word, is_start)
             is_start[contractions] = False
         for longest in (1, 2):
             is_start[contractions[ends - contractions > longest] + longest] = False
@@ -245,8 +247,9 @@ def _consume_slashes(
     newline_first, newline_end = _runs(kinds == _NEWLINE)
     cluster_before = np.searchsorted(clusters.end, newline_first)
     own = np.searchsorted(clusters.first, newline_end)
-    rare = np.flatnonzero(chars[newline_end] == _SLASH)
-    rare = rare[np.isin(newline_first[rare], clusters.end)]
+    rare = np.flatnonzero((chars[newline_end] == _SLASH) & (newline_first > 0))
+    is_cluster = is_other | (kinds == _MARK)
+    rare = rare[is_cluster[newline_first[rare] - 1]]
     ends_whole = set()
     for run in rare.tolist():
         before, cluster = int(cluster_before[run]), int(own[run])
@@ -296,28 +299,28 @@ def _start_spaces(kinds: Kinds, in_tail: Mask, is_start: Mask) -> None:
     is_start[end[(lengths > 0) & goes_on] - 1] = True
 
 
-def _start_cased(kinds: Kinds, is_word: Mask, words: Places, is_start: Mask) -> None:
+def _start_cased(kinds: Kinds, is_word: Mask, starts_word: Mask, is_start: Mask) -> None:
     """Starts a pre-token wherever letter case ends a word."""
-    if not len(words):
+    is_upper = kinds == _UPPER
+    inner = np.flatnonzero(is_upper & ~starts_word)
+    before = kinds[inner - 1]
+    is_start[inner[before == _LOWER]] = True
+    is_uncased = is_word & ((kinds == _UNCASED) | (kinds == _MARK))
+    if not is_uncased.any():
         return
     place = np.arange(len(kinds), dtype=np.int32)
 
     def last(mask: Mask) -> np.ndarray:
         return np.maximum.accumulate(np.where(mask, place, np.int32(-1)))
 
-    is_upper = (kinds == _UPPER) & is_word
     last_upper, last_lower = last(is_upper), last(kinds == _LOWER)
-    last_uncased = last(is_word & ((kinds == _UNCASED) | (kinds == _MARK)))
-    starts_word = np.zeros(len(kinds), np.bool_)
-    starts_word[words] = True
-    word_start = last(starts_word)
+    last_uncased, word_start = last(is_uncased), last(starts_word)
 
-    inner = np.flatnonzero(is_upper & ~starts_word)
+    inner = inner[before >= _UNCASED]
     lower, upper = last_lower[inner - 1], last_upper[inner - 1]
     is_start[inner[(lower >= word_start[inner]) & (lower > upper)]] = True
 
-    ends = np.flatnonzero(is_word[:-1] & (~is_word[1:] | starts_word[1:]))
-    ends = ends[is_upper[ends]]
+    ends = np.flatnonzero(is_upper[:-1] & (~is_word[1:] | starts_word[1:]))
     uncased, lower, start = last_uncased[ends], last_lower[ends], word_start[ends]
     begun_after_lower = (lower < start) | (last_upper[uncased] > lower)
     splits = (uncased >= start) & (uncased > lower) & begun_after_lower
