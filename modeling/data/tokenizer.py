@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models
 
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, write_durably
@@ -31,10 +31,18 @@ from modeling.data.config import (
     PassthroughTokenizerConfig,
     PretrainedTokenizerConfig,
     TokenizerConfig,
+    UnigramTokenizerConfig,
+    WordPieceTokenizerConfig,
+)
+from modeling.data.vocabularies import (
+    CONTINUES,
+    END_OF_TEXT,
+    train_bpe,
+    train_unigram,
+    train_wordpiece,
 )
 from modeling.progress import Meter, Report, ignore
 
-END_OF_TEXT = "<|endoftext|>"
 TOKENIZER_FILE = "tokenizer.json"
 SPECIAL_TOKENS_FILE = "special_tokens.json"
 PROBE_FILE = "probe.json"
@@ -163,14 +171,20 @@ class Tokenizer:
         Raises:
             ValueError: the tokenizer is not byte-level, so that ids have no bytes of their own.
         """
-        if not isinstance(self.backend.decoder, decoders.ByteLevel):
+        model = self.backend.model
+        is_wordpiece = isinstance(model, models.WordPiece)
+        is_byte_level = isinstance(self.backend.decoder, decoders.ByteLevel)
+        if not is_byte_level and not (
+            is_wordpiece and model.continuing_subword_prefix == CONTINUES
+        ):
             raise ValueError(
                 f"bytes of a token are known for byte-level tokenizers, not for a decoder "
                 f"{self.backend.decoder}."
             )
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, token_id in self.backend.get_vocab(with_added_tokens=True).items():
-            lengths[token_id] = len(token)  # each byte is spelled as one character
+            # Each byte is spelled as one character.
+            lengths[token_id] = len(token.removeprefix(CONTINUES))
         for token_id, added in self.backend.get_added_tokens_decoder().items():
             lengths[token_id] = 0 if added.special else len(added.content.encode())
         return lengths
@@ -208,39 +222,22 @@ def build(
         ValueError: the corpus is too small for `vocab_size`, or the named files are no tokenizer.
     """
     match config:
-        case BpeTokenizerConfig():
-            assert corpus_dir is not None
-            tokenizer = _train_bpe(config, _training_texts(corpus_dir, report))
         case PretrainedTokenizerConfig():
-            tokenizer = _pretrained(config)
+            return save(_pretrained(config), workspace.output)
         case PassthroughTokenizerConfig():
             declared = PassthroughTokenizer(config.vocab_size, config.eos_id, config.bos_id)
             return _save_passthrough(declared, workspace.output)
-        case _:
-            raise NotImplementedError
-    return save(tokenizer, workspace.output)
-
-
-def _train_bpe(config: BpeTokenizerConfig, texts: Iterator[list[str]]) -> Tokenizer:
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocab_size,
-        min_frequency=config.min_frequency,
-        special_tokens=[END_OF_TEXT, *config.special_tokens],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer=trainer)
+    assert corpus_dir is not None
+    texts = _training_texts(corpus_dir, report)
+    match config:
+        case BpeTokenizerConfig():
+            backend = train_bpe(config, texts)
+        case WordPieceTokenizerConfig():
+            backend = train_wordpiece(config, texts)
+        case UnigramTokenizerConfig():
+            backend = train_unigram(config, texts)
     tokenizer = Tokenizer(backend, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT)
-    if tokenizer.vocab_size != config.vocab_size:
-        raise ValueError(
-            f"tokenizer.vocab_size: {config.vocab_size} ids were asked for, but the training split "
-            f"gives {tokenizer.vocab_size} at min_frequency {config.min_frequency}. Lower "
-            f"vocab_size or min_frequency, or add documents."
-        )
-    return tokenizer
+    return save(tokenizer, workspace.output)
 
 
 def _pretrained(config: PretrainedTokenizerConfig) -> Tokenizer:

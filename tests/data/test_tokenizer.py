@@ -1,6 +1,8 @@
 """The tokenizer: the textbook's merges, the same everywhere, and ids that mean their bytes."""
 
+import itertools
 import json
+import math
 import os
 import random
 import re
@@ -16,9 +18,20 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from modeling.data import corpus
-from modeling.data.config import BpeTokenizerConfig, FilesSource, ValidationConfig
+from modeling.data.config import (
+    BpeTokenizerConfig,
+    FilesSource,
+    PretrainedTokenizerConfig,
+    UnigramTokenizerConfig,
+    ValidationConfig,
+    WordPieceTokenizerConfig,
+)
+from modeling.data.encoding import WordEncoder, encoder_for
+from modeling.data.pretrained import PretrainedTokenizerError, files_root
 from modeling.data.reading import is_held_out
 from modeling.data.tokenizer import PROBE_TEXTS, Tokenizer, build, save
+from modeling.data.vocabularies import _Lattice, train_unigram, train_wordpiece
+from modeling.experiment import ConfigError, validate
 
 ALPHABET = sorted(pre_tokenizers.ByteLevel.alphabet())
 END = "<|endoftext|>"
@@ -93,10 +106,17 @@ import pathlib, sys
 import modeling.data.loader
 from modeling.artifacts import Workspace
 from modeling.data import tokenized, tokenizer
-from modeling.data.config import BpeTokenizerConfig, TokenizationConfig
+from modeling.data.config import (
+    BpeTokenizerConfig, TokenizationConfig, UnigramTokenizerConfig, WordPieceTokenizerConfig
+)
 corpus_dir, output, tokens = map(pathlib.Path, sys.argv[1:])
-config = BpeTokenizerConfig(type="bpe", vocab_size=1500)
-print(tokenizer.build(config, corpus_dir, Workspace(output, output)).content_id)
+for config in (
+    WordPieceTokenizerConfig(type="wordpiece", vocab_size=900, pattern="o200k"),
+    UnigramTokenizerConfig(type="unigram", vocab_size=700),
+    BpeTokenizerConfig(type="bpe", vocab_size=900, pattern="llama3", special_tokens=("<|x|>",)),
+    BpeTokenizerConfig(type="bpe", vocab_size=1500),
+):
+    print(tokenizer.build(config, corpus_dir, Workspace(output, output)).content_id)
 workspace = Workspace(output, tokens)
 print(tokenized.build(TokenizationConfig(), corpus_dir, output, workspace).content_id)
 slow = {"jax", "pandas", "dagster", "datasets", "transformers"} & set(sys.modules)
@@ -107,7 +127,7 @@ assert not slow, f"{slow} are imported for nothing"
 def test_the_same_tokenizer_and_tokens_in_any_process_with_any_threads(tmp_path, make_workspace):
     draw = random.Random(1)
     lexicon = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 7))) for _ in range(3000)]
-    texts = [" ".join(draw.choices(lexicon, k=60)) for _ in range(2000)]  # many equal counts
+    texts = [" ".join(draw.choices(lexicon, k=60)) for _ in range(1000)]  # many equal counts
     directory = corpus_of(texts, tmp_path, make_workspace("corpus"))
     surroundings = [
         {"PYTHONHASHSEED": "1", "RAYON_NUM_THREADS": "1"},
@@ -126,6 +146,87 @@ def test_the_same_tokenizer_and_tokens_in_any_process_with_any_threads(tmp_path,
         files.add((output / "tokenizer.json").read_bytes())
     assert len(ids) == 1
     assert len(files) == 1
+
+
+KINDS = {
+    "wordpiece": WordPieceTokenizerConfig(
+        type="wordpiece", vocab_size=560, special_tokens=("<s>",)
+    ),
+    "unigram": UnigramTokenizerConfig(type="unigram", vocab_size=330, special_tokens=("<s>",)),
+    "llama3": BpeTokenizerConfig(type="bpe", vocab_size=330, pattern="llama3"),
+    "o200k": UnigramTokenizerConfig(type="unigram", vocab_size=330, pattern="o200k"),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_loses_nothing_and_is_encoded_word_by_word(kind, chain, make_workspace):
+    workspace = make_workspace(kind)
+    built = build(KINDS[kind], chain.corpus_dir, workspace)
+    tokenizer = Tokenizer.load(workspace.output)
+    assert built.facts["vocab_size"] == tokenizer.vocab_size == KINDS[kind].vocab_size
+    lengths = tokenizer.token_byte_lengths()
+    for text in (*PROBE_TEXTS, "<s>", "\u2040a"):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert not set(ids) & set(tokenizer.special_tokens.values())
+        assert lengths[ids].sum() == len(text.encode())
+    assert set(KINDS[kind].special_tokens) < set(tokenizer.special_tokens)
+    encoder = encoder_for(tokenizer.backend, np.dtype(np.uint16))
+    assert isinstance(encoder, WordEncoder)
+    encoded = encoder.encode([text.encode() for text in PROBE_TEXTS])
+    expected = tokenizer.encode_batch(PROBE_TEXTS)
+    assert encoded.tokens.tolist() == [token for ids in expected for token in ids]
+
+
+def test_wordpiece_learns_the_pieces_that_bpe_would_of_begun_and_continued_bytes():
+    texts = ["abab xab abx xx " * 5, "q"]
+    config = WordPieceTokenizerConfig(type="wordpiece", vocab_size=518)
+    backend = train_wordpiece(config, iter([texts]))
+    by_id = sorted(backend.get_vocab().items(), key=lambda item: item[1])
+    # Of words (abab, Ġxab, Ġabx, Ġxx) 5 times: ⁀b after ⁀a 10 times, then Ġ⁀x, ...
+    pieces = [piece for piece, _ in by_id]
+    assert pieces[:2] == [END, "<|unknown|>"]
+    assert sorted(pieces[2:258]) == ALPHABET
+    assert sorted(pieces[258:514]) == [f"\u2040{character}" for character in ALPHABET]
+    assert pieces[514:516] == ["\u2040ab", "Ġ\u2040x".replace("\u2040", "")]
+
+
+def unigram_uses(words, counts, probability):
+    """Expected uses of each piece, by listing every way to cut each word."""
+    uses = Counter()
+    for word in words:
+        cuts = []
+        for bounds in itertools.product([False, True], repeat=len(word) - 1):
+            places = [0, *(i + 1 for i, cut in enumerate(bounds) if cut), len(word)]
+            pieces = [word[a:b] for a, b in pairwise(places)]
+            if all(piece in probability for piece in pieces):
+                cuts.append((math.prod(probability[piece] for piece in pieces), pieces))
+        total = sum(chance for chance, _ in cuts)
+        for chance, pieces in cuts:
+            for piece in pieces:
+                uses[piece] += counts[word] * chance / total
+    return uses
+
+
+def test_unigram_expects_the_uses_that_all_cuts_give():
+    words = [b"ab", b"abab", b"bab", b"a", b"bbaab"]
+    counts = {word: 3 + index for index, word in enumerate(words)}
+    pieces = sorted([b"a", b"b", b"ab", b"ba", b"aba", b"bab"])
+    draw = random.Random(0)
+    chances = [draw.random() for _ in pieces]
+    lattice = _Lattice(words, pieces, 3)
+    weights = np.array([counts[word] for word in words], np.float64)
+    found = lattice.expected_uses(np.array(chances), weights)
+    expected = unigram_uses(words, counts, dict(zip(pieces, chances, strict=True)))
+    assert found.tolist() == pytest.approx([expected[piece] for piece in pieces], rel=1e-12)
+
+
+def test_unigram_keeps_the_words_of_a_language_that_has_few():
+    draw = random.Random(0)
+    texts = ["".join(draw.choices([" tokens", " of", " text", " axes"], k=50)) for _ in range(50)]
+    config = UnigramTokenizerConfig(type="unigram", vocab_size=257 + 4)
+    tokenizer = Tokenizer(train_unigram(config, iter([texts])), bos_token=END, eos_token=END)
+    assert len(tokenizer.encode(" tokens of text axes")) == 4
 
 
 def test_text_survives_a_round_trip_and_spells_no_special_token(chain):
@@ -157,7 +258,7 @@ def test_byte_lengths_of_a_tokenizer_without_bytes_are_refused():
 
 def test_too_little_text_for_the_vocabulary_is_an_error(tmp_path, make_workspace):
     directory = corpus_of(["abab abab"], tmp_path, make_workspace("corpus"))
-    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size: 5000 ids .* gives 259 at"):
+    with pytest.raises(ValueError, match=r"tokenizer\.vocab_size: 5000 ids .* gives 259\."):
         build(config(5000), directory, make_workspace("tokenizer"))
 
 
@@ -191,3 +292,137 @@ def test_a_tokenizer_that_now_encodes_otherwise_is_refused(chain, make_workspace
 def test_a_missing_special_token_is_named():
     with pytest.raises(ValueError, match="no token '<eos>'"):
         Tokenizer(tokenizers.Tokenizer(models.BPE()), bos_token="<eos>", eos_token="<eos>")
+
+
+def saved(directory, backend, **settings):
+    directory.mkdir()
+    backend.save(str(directory / "tokenizer.json"))
+    for name, content in settings.items():
+        (directory / f"{name}.json").write_text(json.dumps(content))
+    return directory
+
+
+@pytest.fixture
+def backend(chain):
+    return tokenizers.Tokenizer.from_file(str(chain.tokenizer_dir / "tokenizer.json"))
+
+
+def from_path(path, **tokens):
+    return PretrainedTokenizerConfig(type="pretrained", path=str(path), **tokens)
+
+
+def test_a_directory_gives_its_tokens_template_and_ids(backend, tmp_path, make_workspace):
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single=f"{END} $A {END}", special_tokens=[(END, 0)]
+    )
+    config = {"eos_token": {"content": END}, "bos_token": None, "chat_template": "{{ 1 }}"}
+    where = saved(
+        tmp_path / "a", backend, tokenizer_config=config, special_tokens_map={"pad_token": "!"}
+    )
+    workspace = make_workspace("t")
+    build(from_path(where), None, workspace)
+    found = Tokenizer.load(workspace.output)
+    assert found.named_tokens == {"eos": END, "pad": "!"}
+    assert (found.bos_id, found.eos_id, found.chat_template) == (None, 0, "{{ 1 }}")
+    assert found.encode("a b") == backend.encode("a b", add_special_tokens=False).ids
+    (where / "chat_template.jinja").write_text("{{ 2 }}")
+    again = make_workspace("again")
+    other = build(from_path(where), None, again)
+    assert Tokenizer.load(again.output).chat_template == "{{ 2 }}"
+    assert save(found, make_workspace("same").output).content_id != other.content_id
+
+
+def test_a_file_is_a_tokenizer_once_its_end_is_named(backend, tmp_path, make_workspace):
+    path = saved(tmp_path / "a", backend) / "tokenizer.json"
+    with pytest.raises(PretrainedTokenizerError, match=r"set `tokenizer\.eos_token`"):
+        build(from_path(path), None, make_workspace("bad"))
+    build(from_path(path, eos_token=END), None, make_workspace("good"))
+    path.rename(tmp_path / "moved.json")
+    assert files_root(from_path(tmp_path / "moved.json")) == files_root(
+        from_path(saved(tmp_path / "b", backend) / "tokenizer.json")
+    )
+
+
+def test_a_text_that_spells_the_end_of_a_foreign_tokenizer_ends_nothing(
+    backend, tmp_path, make_workspace
+):
+    backend.add_tokens([tokenizers.AddedToken("<end>", special=False)])
+    where = saved(tmp_path / "a", backend, tokenizer_config={"eos_token": "<end>"})
+    workspace = make_workspace("t")
+    build(from_path(where), None, workspace)
+    found = Tokenizer.load(workspace.output)
+    assert found.eos_id not in found.encode("the <end> of")
+
+
+@pytest.mark.parametrize(
+    ("settings", "tokens", "complaint"),
+    [
+        (
+            {"tokenizer_config": {"eos_token": "a"}, "special_tokens_map": {"eos_token": "b"}},
+            {},
+            "'a' in tokenizer_config.json, but 'b' in special_tokens_map.json; set",
+        ),
+        ({"tokenizer_config": {"eos_token": "<none>"}}, {}, "'<none>', which the vocabulary lacks"),
+        ({}, {"eos_token": END, "pad_token": "<p>"}, "pad_token is '<p>'"),
+        ({"tokenizer_config": [1]}, {}, r"tokenizer_config.json: expected an object"),
+        (
+            {
+                "tokenizer_config": {
+                    "eos_token": "!",
+                    "chat_template": [{"name": "x", "template": ""}],
+                }
+            },
+            {},
+            r"chat templates \['x'\] and none called `default`",
+        ),
+    ],
+)
+def test_unclear_files_are_refused(settings, tokens, complaint, backend, tmp_path, make_workspace):
+    where = saved(tmp_path / "a", backend, **settings)
+    with pytest.raises(PretrainedTokenizerError, match=complaint):
+        build(from_path(where, **tokens), None, make_workspace("t"))
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"), [("{", "not JSON"), ('{"model": 3}', "cannot read it"), (None, "no")]
+)
+def test_files_that_are_no_tokenizer_are_refused(content, complaint, tmp_path, make_workspace):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(PretrainedTokenizerError, match=rf"{tmp_path}.*{complaint}"):
+        build(from_path(tmp_path, eos_token=END), None, make_workspace("t"))
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_repository_at_a_commit_comes_from_the_local_cache(
+    backend, tmp_path, make_workspace, monkeypatch
+):
+    snapshots = tmp_path / "hub" / "models--org--name" / "snapshots"
+    snapshots.mkdir(parents=True)
+    saved(snapshots / COMMIT, backend, tokenizer_config={"eos_token": END})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = PretrainedTokenizerConfig(type="pretrained", hub="org/name", revision=COMMIT)
+    workspace = make_workspace("t")
+    build(config, None, workspace)
+    assert Tokenizer.load(workspace.output).eos_id == 0
+    other = PretrainedTokenizerConfig(type="pretrained", hub="org/other", revision=COMMIT)
+    with pytest.raises(PretrainedTokenizerError, match=r"org/other at 0123.* cannot be fetched"):
+        build(other, None, make_workspace("u"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "complaint"),
+    [
+        ({"hub": "org/name", "revision": "main"}, "'main' is not the 40 hexadecimal digits"),
+        ({"hub": "org/name"}, "None is not the 40 hexadecimal digits"),
+        ({}, "set either `path` or `hub`"),
+        ({"path": "x", "hub": "y"}, "set either `path` or `hub`"),
+        ({"path": "x", "revision": COMMIT}, "`revision` goes with `hub`"),
+    ],
+)
+def test_what_may_move_is_no_name_of_a_tokenizer(fields, complaint):
+    with pytest.raises(ConfigError, match=complaint):
+        validate(PretrainedTokenizerConfig, {"type": "pretrained"} | fields, "x.yaml")
