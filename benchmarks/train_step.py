@@ -1,124 +1,198 @@
-"""One update of GPT-2: ours against the same update written by hand in plain JAX, taking turns.
+"""One update of GPT-2 by us and by others, taking turns: tokens for each CPU second.
 
-    python benchmarks/train_step.py [--rounds 5] [--seconds 4] [--size bench|nano] [--devices 2]
+    python benchmarks/train_step.py [--rounds 5] [--seconds 4] [--size bench|nano] [NAME ...]
 
-Both have the same sizes, dtype, AdamW, clipping and rematerialization. Contenders: the compiled
-step, the whole training loop (data order, prefetch, metrics, observers), and plain JAX, on one
-device; the step on more. Prints JSON lines: the machine, then for each contender the medians over
-the rounds of milliseconds and CPU seconds a step (all threads), tokens a second, and the CPU
-seconds that tracing and compiling took. On a machine with other work, compare CPU seconds.
+All have the same sizes, batch, dtype, AdamW and clipping, no dropout. Each contender is a process
+of its own, which waits while others have their turn, so that a noisy machine is noisy for all:
+
+    plain      the update written by hand in jnp and lax: the limit with this compiler
+    ours       our compiled update, called as the loop calls it; `ours-kept` without recomputation
+    fsdp       ours over `--devices` virtual devices, weights and optimizer state split
+    loop       our whole training loop, data order, prefetch and metrics included
+    torch      PyTorch eager, as nanoGPT writes it; `compiled` by torch.compile; `hf` is
+               transformers' GPT-2. All with torch's own fused attention
+
+Prints JSON lines: the machine; for each contender the CPU seconds of its process tree up to the
+first update, and the rest medians over the rounds: CPU and wall milliseconds an update, tokens for
+each CPU second, share of the best matrix product that XLA or torch made in the same process
+(`share_of_peak`, by model FLOPs of the PaLM formula), peak memory. Compare CPU seconds where the
+machine has other work; threads that wait do not spin (OMP_WAIT_POLICY=PASSIVE).
 """
 
 import argparse
+import dataclasses
 import json
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from modeling.data.cache import TokenCache
-from modeling.data.rows import Rows
-from modeling.experiment import ExperimentConfig, validate
-from modeling.numerics import environment
+if TYPE_CHECKING:
+    from modeling.data.cache import TokenCache
+    from modeling.experiment import ExperimentConfig
+    from modeling.training.accounting import ModelShape
 
 SIZES: dict[str, dict[str, int]] = {
     "bench": {"hidden_dim": 256, "num_layers": 4, "num_heads": 4, "length": 256, "batch": 8,
               "vocab": 8192},
     "nano": {"hidden_dim": 128, "num_layers": 4, "num_heads": 4, "length": 128, "batch": 16,
              "vocab": 4096},
+    "tiny": {"hidden_dim": 64, "num_layers": 2, "num_heads": 2, "length": 64, "batch": 4,
+             "vocab": 512},
 }  # fmt: skip
+MODEL_FIELDS = ("hidden_dim", "num_layers", "num_heads")
+THREADS = 2
 Advance = Callable[[], Any]
 """Makes one update and returns something to wait for."""
 
 
 def main() -> None:
-    """Measures in this process, whose environment is pinned before JAX is imported."""
+    """Gives every contender a turn in each round, or is one of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help="contenders; all by default")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=4.0, help="a contender's turn")
     parser.add_argument("--size", choices=sorted(SIZES), default="bench")
-    parser.add_argument("--devices", type=int, default=2, help="of the FSDP contender")
-    parser.add_argument("--mp", default="p=f32,c=f32")
+    parser.add_argument("--devices", type=int, default=4, help="of the FSDP contender")
+    parser.add_argument("--mp", default="p=f32,c=f32", help="of those in JAX")
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    sizes = SIZES[arguments.size]
-    sharded = experiment(sizes, arguments.mp, arguments.devices)
-    os.environ.update(environment(sharded.trainer, os.environ.get("JAX_PLATFORMS", "cpu")))
-
+    if arguments.contender:
+        take_turns(arguments)
+        return
     print_line(
-        benchmark="train_step", size=arguments.size, mp=arguments.mp, **sizes,
+        benchmark="train_step", size=arguments.size, mp=arguments.mp, **SIZES[arguments.size],
         cpus=os.cpu_count(), load=os.getloadavg()[0],
-        versions={name: version(name) for name in ("jax", "equinox", "optax")},
+        versions={name: version(name) for name in ("jax", "jaxlib", "torch", "transformers")},
     )  # fmt: skip
-    cache = RandomCache(sizes)
-    contenders: dict[str, Advance] = {}
-    build: dict[str, Callable[[], Advance]] = {
-        "plain JAX": lambda: plain_step(sizes, arguments.mp),
-        "ours": lambda: our_step(experiment(sizes, arguments.mp, 1), cache),
-        f"ours, FSDP over {arguments.devices}": lambda: our_step(sharded, cache),
-    }
-    for name, make in build.items():
-        began = time.process_time()
-        contenders[name] = make()
-        wait(contenders[name]())
-        print_line(contender=name, start_cpu_s=round(time.process_time() - began, 2))
-    measure(contenders, arguments.rounds, arguments.seconds, sizes)
-    measure_loop(experiment(sizes, arguments.mp, 1), cache, sizes)
+    names = arguments.names or list(CONTENDERS)
+    if unknown := sorted(set(names) - set(CONTENDERS)):
+        parser.error(f"{unknown[0]!r} is no contender; there are {list(CONTENDERS)}.")
+    running = {}
+    for name in names:
+        if (child := start(name, arguments, sys.argv[1:])) is not None:
+            running[name] = child
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in running}
+    for _ in range(arguments.rounds):
+        for name, child in running.items():
+            found[name].append(ask(child, "turn"))
+    peaks = {name: ask(child, "peak") for name, child in running.items()}
+    report(SIZES[arguments.size], found, max(peak["flops_per_cpu_s"] for peak in peaks.values()))
 
 
-def measure(
-    contenders: dict[str, Advance], rounds: int, seconds: float, sizes: dict[str, int]
+def start(
+    name: str, arguments: argparse.Namespace, argv: Sequence[str]
+) -> "subprocess.Popen[str] | None":
+    """Starts a contender and returns it after its first update; says so if it cannot run."""
+    from modeling.numerics import environment, inherited
+
+    command = [sys.executable, __file__, *argv, "--contender", name]
+    passive = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(THREADS)}
+    pinned = environment(experiment(arguments, name).trainer)
+    child = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=inherited(os.environ) | passive | pinned,
+    )  # fmt: skip
+    try:
+        print_line(contender=name, **answer(child))
+    except ValueError:
+        print_line(contender=name, failed_with=child.wait())
+        return None
+    return child
+
+
+def ask(child: "subprocess.Popen[str]", what: str) -> dict[str, Any]:
+    """Lets a contender do something and returns what it measured."""
+    assert child.stdin is not None
+    child.stdin.write(what + "\n")
+    child.stdin.flush()
+    return answer(child)
+
+
+def answer(child: "subprocess.Popen[str]") -> dict[str, Any]:
+    """Returns a contender's next line."""
+    assert child.stdout is not None
+    return json.loads(child.stdout.readline())
+
+
+def report(
+    sizes: dict[str, int], found: dict[str, list[dict[str, Any]]], peak_flops: float
 ) -> None:
-    """Gives every contender a turn of `seconds` in each round."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, advance in contenders.items():
-            cpu, wall, steps, last = time.process_time(), time.perf_counter(), 0, None
-            while time.perf_counter() - wall < seconds or steps < 3:
-                last, steps = advance(), steps + 1
-                if steps % 4 == 0:
-                    wait(last)
-            wait(last)
-            found[name].append(
-                ((time.perf_counter() - wall) / steps, (time.process_time() - cpu) / steps)
-            )
+    """Prints the medians."""
     tokens = sizes["batch"] * sizes["length"]
-    base = statistics.median(cpu for _, cpu in found["plain JAX"])
+    flops = tokens * model_shape(sizes).flops_per_token()
+    cpu = {name: statistics.median(t["cpu_s"] for t in turns) for name, turns in found.items()}
     for name, turns in found.items():
-        wall_s, cpu_s = (statistics.median(column) for column in zip(*turns, strict=True))
+        wall_s = statistics.median(turn["wall_s"] for turn in turns)
+        against = {f"cpu_against_{base}": round(cpu[name] / cpu[base], 3)
+                   for base in ("plain", "torch", "ours") if base in cpu}  # fmt: skip
         print_line(
-            contender=name, wall_ms=round(wall_s * 1e3, 2), cpu_ms=round(cpu_s * 1e3, 2),
-            tokens_per_s=round(tokens / wall_s), tokens_per_cpu_s=round(tokens / cpu_s),
-            cpu_against_plain=round(cpu_s / base, 3), rounds=len(turns),
+            contender=name, cpu_ms=round(cpu[name] * 1e3, 1), wall_ms=round(wall_s * 1e3, 1),
+            tokens_per_cpu_s=round(tokens / cpu[name]), **against,
+            share_of_peak=round(flops / cpu[name] / peak_flops, 3),
+            spread=[round(pick(t["cpu_s"] for t in turns) / cpu[name], 2) for pick in (min, max)],
+            peak_mib=max(turn["peak_mib"] for turn in turns), turns=len(turns),
+        )  # fmt: skip
+    print_line(peak_gflops_per_cpu_s=round(peak_flops / 1e9, 1))
+
+
+def model_shape(sizes: dict[str, int]) -> "ModelShape":
+    """Returns what the model FLOPs depend on."""
+    D, L, V = sizes["hidden_dim"], sizes["num_layers"], sizes["vocab"]
+    from modeling.training.accounting import ModelShape
+
+    weights = V * D + L * (12 * D * D + 13 * D) + 2 * D
+    return ModelShape(weights, L, sizes["num_heads"], D // sizes["num_heads"], sizes["length"])
+
+
+def take_turns(arguments: argparse.Namespace) -> None:
+    """Is a contender: answers each line of the standard input by a line."""
+    sizes = SIZES[arguments.size]
+    advance, wait, product = CONTENDERS[arguments.contender](sizes, arguments)
+    updates = LOOP_STEPS if arguments.contender == "loop" else 1
+    wait(advance())
+    print_line(first_update_cpu_s=round(cpu_s(), 2))
+    for line in sys.stdin:
+        if line.strip() == "peak":
+            print_line(flops_per_cpu_s=best_product(product))
+            return
+        began, cpu, steps = time.perf_counter(), cpu_s(), 0
+        while time.perf_counter() - began < arguments.seconds or steps < 3:
+            last, steps = advance(), steps + updates
+            if steps % 4 == 0:
+                wait(last)
+        wait(last)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        print_line(
+            wall_s=(time.perf_counter() - began) / steps, cpu_s=(cpu_s() - cpu) / steps,
+            steps=steps, peak_mib=peak // 1024,
         )  # fmt: skip
 
 
-def measure_loop(config: ExperimentConfig, cache: TokenCache, sizes: dict[str, int]) -> None:
-    """The main thread's Python between dispatches: everything the loop does but wait."""
-    from modeling.artifacts import Workspace
-    from modeling.training.trainer import train
-
-    with tempfile.TemporaryDirectory() as directory:
-        space = Workspace(Path(directory) / "progress", Path(directory) / "output")
-        for each in (space.progress, space.output):
-            each.mkdir()
-        facts = train(config, cache, space).facts
-    print_line(
-        contender="ours, whole loop with one save", tokens_per_s=round(facts["tokens_per_second"]),
-        steps=facts["steps"], host_ms_per_step=round(facts["host_s"] / facts["steps"] * 1e3, 3),
-    )  # fmt: skip
+def cpu_s() -> float:
+    """CPU seconds of this process, all its threads, and children that have ended."""
+    return sum(os.times()[:4])
 
 
-def wait(value: Any) -> None:
-    """Waits for the device."""
-    import jax
-
-    jax.block_until_ready(value)
+def best_product(product: Callable[[], Any], size: int = 1024, turns: int = 12) -> float:
+    """Returns the FLOPs for each CPU second of the best of some products of two squares."""
+    product()
+    best = 0.0
+    for _ in range(turns):
+        began = cpu_s()
+        for _ in range(8):
+            product()
+        best = max(best, 8 * 2.0 * size**3 / max(cpu_s() - began, 1e-9))
+    return best
 
 
 def print_line(**fields: Any) -> None:
@@ -126,65 +200,130 @@ def print_line(**fields: Any) -> None:
     print(json.dumps(fields), flush=True)
 
 
-class RandomCache(TokenCache):
-    """Random rows in memory."""
+def random_cache(sizes: dict[str, int]) -> "TokenCache":
+    """Returns random rows in memory."""
+    from modeling.data.cache import TokenCache
+    from modeling.data.rows import Rows
 
-    def __init__(self, sizes: dict[str, int]) -> None:
-        shape = (512, sizes["length"])
-        self.content_id = "0" * 64
-        self.sequence_length = sizes["length"]
-        self.vocab_size = sizes["vocab"]
-        self._rows = np.random.default_rng(0).integers(0, sizes["vocab"], shape, dtype=np.int32)
+    class RandomCache(TokenCache):
+        def __init__(self) -> None:
+            shape = (512, sizes["length"])
+            self.content_id = "0" * 64
+            self.sequence_length = sizes["length"]
+            self.vocab_size = sizes["vocab"]
+            self._rows = np.random.default_rng(0).integers(0, sizes["vocab"], shape, np.int32)
 
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """One to train on and one held out."""
-        return ("train", "validation")
+        @property
+        def splits(self) -> tuple[str, ...]:
+            return ("train",)
 
-    def num_rows(self, split: str) -> int:
-        """All rows are for training."""
-        return len(self._rows)
+        def num_rows(self, split: str) -> int:
+            return len(self._rows)
 
-    def rows(self, split: str, indices: np.ndarray) -> Rows:
-        """Returns copies of rows."""
-        return Rows(self._rows[indices])
+        def known_rows(self, split: str, wanted: int) -> int:
+            return len(self._rows)
+
+        def rows(self, split: str, indices: np.ndarray) -> Rows:
+            return Rows(self._rows[indices])
+
+    return RandomCache()
 
 
-def experiment(sizes: dict[str, int], mp: str, devices: int) -> ExperimentConfig:
-    """Returns the experiment of these sizes."""
-    model = {name: sizes[name] for name in ("hidden_dim", "num_layers", "num_heads")}
-    trainer = {"num_train_steps": 40, "train_batch_size": sizes["batch"], "mp": mp,
+def experiment(arguments: argparse.Namespace, name: str) -> "ExperimentConfig":
+    """Returns what a contender trains."""
+    from modeling.experiment import ExperimentConfig, validate
+
+    sizes, devices = SIZES[arguments.size], arguments.devices if name == "fsdp" else 1
+    model: dict[str, Any] = {field: sizes[field] for field in MODEL_FIELDS}
+    model["gradient_checkpointing"] = name != "ours-kept"
+    trainer = {"num_train_steps": 10**6, "save_every_steps": 10**6, "cpu_threads": THREADS, "train_batch_size": sizes["batch"], "mp": arguments.mp,
                "mesh": {"data": devices}}  # fmt: skip
     fields = {"dataset": "random", "sequence_length": sizes["length"], "trainer": trainer,
               "model": model, "optimizer": {"learning_rate": 6e-4}}  # fmt: skip
     return validate(ExperimentConfig, fields, "benchmark")
 
 
-def our_step(config: ExperimentConfig, cache: TokenCache) -> Advance:
+Contender = tuple[Advance, Callable[[Any], Any], Callable[[], Any]]
+"""An update, how to wait for one, and a product of two squares of 1024 to measure the peak by."""
+
+
+def jax_tools() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    """Returns how to wait, and the product."""
+    import jax
+    import jax.numpy as jnp
+
+    square = jnp.ones((1024, 1024), jnp.float32)
+    multiply = jax.jit(jnp.matmul)
+    return jax.block_until_ready, lambda: multiply(square, square).block_until_ready()
+
+
+def our_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
     """Returns our compiled update, called as the loop calls it."""
     import jax
 
+    from haliax import Axis
     from modeling.training.step import compile_step
     from modeling.training.trainer import make_plan
 
+    config, cache = experiment(arguments, arguments.contender), random_cache(sizes)
     plan = make_plan(config, cache)
+    Batch = Axis("batch", sizes["batch"])
     step = compile_step(
-        plan.blueprint, config.optimizer, config.trainer, plan.layout,
-        Batch=plan.batch_axis(0), Pos=plan.Pos,
-    )  # fmt: skip
+        plan.blueprint, config.optimizer, config.trainer, plan.layout, Batch=Batch, Pos=plan.Pos
+    )
     arrays = plan.blueprint.initialize(plan.make, jax.random.PRNGKey(0))
-    rows = np.arange(plan.batch_axis(0).size)
+    rows = np.arange(Batch.size)
 
     def advance() -> Any:
         nonlocal arrays
-        batch = jax.device_put(cache.rows("train", rows), step.batch_sharding)
-        arrays, metrics = step.run(arrays, batch)
+        tokens = jax.device_put(cache.rows("train", rows), step.batch_sharding)
+        arrays, metrics = step.run(arrays, tokens)
         return metrics.loss
 
-    return advance
+    return advance, *jax_tools()
 
 
-def plain_step(sizes: dict[str, int], mp: str) -> Advance:
+def our_loop(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
+    """Returns updates of the whole loop, which runs in a thread and stops after each ten."""
+    import threading
+
+    from modeling.artifacts import Workspace
+    from modeling.training.observer import Silent
+    from modeling.training.trainer import train
+
+    wanted, made = threading.Semaphore(0), threading.Semaphore(0)
+
+    class Stepwise(Silent):
+        def step(self, report: Any) -> None:
+            made.release()
+            wanted.acquire()
+
+    def run() -> None:
+        with tempfile.TemporaryDirectory() as directory:
+            space = Workspace(Path(directory) / "progress", Path(directory) / "output")
+            space.progress.mkdir()
+            space.output.mkdir()
+            train(looped, random_cache(sizes), space, observer=Stepwise())
+
+    # Ten updates between two reports, so that the loop runs as it does in earnest.
+    config = experiment(arguments, "loop")
+    trainer = dataclasses.replace(config.trainer, log_every_steps=LOOP_STEPS)
+    looped = dataclasses.replace(config, trainer=trainer)
+    threading.Thread(target=run, daemon=True).start()
+    made.acquire()  # the first update, which is always reported
+
+    def advance() -> Any:
+        wanted.release()
+        made.acquire()
+
+    return advance, lambda value: None, jax_tools()[1]
+
+
+LOOP_STEPS = 10
+"""Updates that `loop` makes at once."""
+
+
+def plain_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
     """Returns the same update in jnp and lax alone."""
     import jax
     import jax.numpy as jnp
@@ -192,7 +331,7 @@ def plain_step(sizes: dict[str, int], mp: str) -> Advance:
 
     L, D, H = sizes["num_layers"], sizes["hidden_dim"], sizes["num_heads"]
     V, T, B = sizes["vocab"], sizes["length"], sizes["batch"]
-    compute = jnp.bfloat16 if "c=b" in mp else jnp.float32
+    compute = jnp.bfloat16 if "c=b" in arguments.mp else jnp.float32
 
     def init(key: Any) -> dict[str, Any]:
         keys = jax.random.split(key, 6)
@@ -260,7 +399,119 @@ def plain_step(sizes: dict[str, int], mp: str) -> Advance:
         params, state, value = step(params, state, jnp.asarray(rows))
         return value
 
+    return advance, *jax_tools()
+
+
+def torch_tools() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    """Returns how to wait, which is not needed, and the product."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    square = torch.ones(1024, 1024)
+    return lambda value: None, lambda: square @ square
+
+
+def torch_update(model: Any, loss_of: Callable[[Any], Any], sizes: dict[str, int]) -> Advance:
+    """Returns AdamW with clipping on `loss_of(rows)`."""
+    import torch
+
+    decayed = [p for p in model.parameters() if p.dim() >= 2]
+    spared = [p for p in model.parameters() if p.dim() < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
+    shape = (sizes["batch"], sizes["length"])
+    rows = torch.from_numpy(np.random.default_rng(0).integers(0, sizes["vocab"], shape))
+
+    def advance() -> Any:
+        optimizer.zero_grad(set_to_none=True)
+        loss = loss_of(rows)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss
+
     return advance
+
+
+def torch_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
+    """Returns GPT-2 in PyTorch with its fused attention, eager."""
+    model = torch_model(sizes)
+    return torch_update(model, model, sizes), *torch_tools()
+
+
+def compiled_torch_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
+    """Returns the same by torch.compile."""
+    import torch
+
+    model = torch_model(sizes)
+    return torch_update(model, torch.compile(model), sizes), *torch_tools()
+
+
+def transformers_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
+    """Returns Hugging Face's GPT-2."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=sizes["vocab"], n_positions=sizes["length"], n_embd=sizes["hidden_dim"],
+            n_layer=sizes["num_layers"], n_head=sizes["num_heads"], use_cache=False,
+            embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        )
+    )  # fmt: skip
+    return torch_update(model, lambda rows: model(rows, labels=rows).loss, sizes), *torch_tools()
+
+
+def torch_model(sizes: dict[str, int]) -> Any:
+    """Returns a module that gives the loss of rows."""
+    import torch
+    from torch import nn
+    from torch.nn import functional as F
+
+    D, H, V, T = sizes["hidden_dim"], sizes["num_heads"], sizes["vocab"], sizes["length"]
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
+            self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
+            self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+
+        def forward(self, x: Any) -> Any:
+            q, k, v = (
+                part.view(*x.shape[:2], H, D // H).transpose(1, 2)
+                for part in self.qkv(self.ln_1(x)).split(D, dim=2)
+            )
+            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            x = x + self.out(mixed.transpose(1, 2).reshape(x.shape))
+            return x + self.down(F.gelu(self.up(self.ln_2(x)), approximate="tanh"))
+
+    class Gpt2(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wte, self.wpe = nn.Embedding(V, D), nn.Embedding(T, D)
+            self.blocks = nn.ModuleList(Block() for _ in range(sizes["num_layers"]))
+            self.ln_f = nn.LayerNorm(D)
+
+        def forward(self, rows: Any) -> Any:
+            x = self.wte(rows) + self.wpe(torch.arange(T))
+            for block in self.blocks:
+                x = block(x)
+            logits = F.linear(self.ln_f(x), self.wte.weight)
+            return F.cross_entropy(logits[:, :-1].reshape(-1, V), rows[:, 1:].reshape(-1))
+
+    return Gpt2()
+
+
+CONTENDERS: dict[str, Callable[[dict[str, int], argparse.Namespace], Contender]] = {
+    "plain": plain_step,
+    "ours": our_step,
+    "ours-kept": our_step,
+    "fsdp": our_step,
+    "loop": our_loop,
+    "torch": torch_step,
+    "compiled": compiled_torch_step,
+    "hf": transformers_step,
+}
 
 
 if __name__ == "__main__":

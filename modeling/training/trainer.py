@@ -45,12 +45,20 @@ from modeling.training.compile_cache import CompileCache
 from modeling.training.config import BatchSchedule, LengthSchedule
 from modeling.training.hooks import Decode, Hooks, Setting
 from modeling.training.manifest import CheckpointError
+from modeling.training.memory import (
+    DeviceMemoryError,
+    StateMemory,
+    bytes_limit,
+    explanation,
+    is_out_of_memory,
+    require_room,
+)
 from modeling.training.mesh import Layout, build_layout, require_known_axes
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
 from modeling.training.peak import Peak
 from modeling.training.preemption import Preempted, PreemptionNotice
 from modeling.training.profiling import Profiler, profiled_steps
-from modeling.training.program import memory_of, peak_bytes_in_use, product_flops
+from modeling.training.program import Memory, memory_of, peak_bytes_in_use, product_flops
 from modeling.training.retention import Checkpoints, open_checkpoints
 from modeling.training.rule import Metrics
 from modeling.training.state import Blueprint, initial_state, trainable
@@ -90,6 +98,7 @@ def train(
         Preempted: the process was asked to end; everything up to `.step` is saved.
         NonFiniteError: naming the step and the first leaf.
         CheckpointError: another trainer is at work on this workspace.
+        DeviceMemoryError: saying what fills the memory and what to change.
     """
     plan = make_plan(experiment, cache)
     order = experiment.trainer.data_order
@@ -227,6 +236,7 @@ class _Run:
         self.host_s = 0.0
         """CPU seconds of the loop's own thread: what a step costs besides the device's work."""
         self.program_flops: int | None = None
+        self._memory: Memory | None = None
 
     def to_the_end(self) -> Path:
         """Makes all updates that are left and returns the directory of the last checkpoint."""
@@ -236,13 +246,27 @@ class _Run:
                 self._recall(self._newest)
         self._ledger.launched(self.resumed_from)
         if self.resumed_from < self._plan.num_steps:
-            with self._ledger.spending("restore"):
-                arrays = self._arrays()
-            with self._start() as hooks:
-                self._loop(hooks, arrays)
+            try:
+                self._train()
+            except jax.errors.JaxRuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise DeviceMemoryError(
+                    f"Out of memory after step {len(self.losses)}. {self._memory_explained()}"
+                ) from error
         assert self._newest is not None
         faults.reach("before-finish", self._plan.num_steps)
         return self._newest
+
+    def _train(self) -> None:
+        with self._ledger.spending("restore"):
+            arrays = self._arrays()
+        with self._start() as hooks:
+            self._loop(hooks, arrays)
+
+    def _memory_explained(self) -> str:
+        plan = self._plan
+        return explanation(plan.experiment, StateMemory.of(plan.blueprint), self._memory)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -318,12 +342,16 @@ class _Run:
             )
             self._keep_programs()
             if step.compiled is not None:
+                self._memory = memory_of(step.compiled)
                 text = step.compiled.as_text()
                 self.program_flops = product_flops(text) * plan.layout.mesh.size if text else None
         return step
 
     def _start(self) -> Hooks:
-        plan, step = self._plan, self._step(self.resumed_from)
+        plan = self._plan
+        self._step(self.resumed_from)
+        limit = bytes_limit(self._devices)
+        require_room(plan.experiment, StateMemory.of(plan.blueprint), self._memory, limit)
         with self._ledger.spending("compile"):
             hooks = self._hooks()
             self._keep_programs()
@@ -337,7 +365,7 @@ class _Run:
                 num_devices=devices.size,
                 device_kind=devices.flat[0].device_kind,
                 compile_s=self._ledger.spent_here["compile"],
-                memory=step.compiled and memory_of(step.compiled),
+                memory=self._memory,
                 parameter_groups=parameter_groups(plan.experiment.optimizer, params),
             )
         )

@@ -57,6 +57,6 @@ def test_the_catalog_shows_what_a_stage_is_made_of(defs):
              for key in graph.get_all_asset_keys()}  # fmt: skip
     assert shown["tokenizer"]["tokenizer"]["vocab_size"] == 4096
     assert shown["L256"]["sequence_length"] == 256
-    assert shown["checkpoint"]["science"]["optimizer"]["beta2"] == 0.95, "defaults are filled in"
+    assert shown["checkpoint"]["optimizer"]["beta2"] == 0.95, "defaults are filled in"
     assert shown["checkpoint"]["layout"]["mesh"] == {"data": 2}
     assert shown["hf_model"]["export"]["dtype"] == "float32"
