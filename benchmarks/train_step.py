@@ -236,8 +236,14 @@ def experiment(arguments: argparse.Namespace, name: str) -> "ExperimentConfig":
     sizes, devices = SIZES[arguments.size], arguments.devices if name == "fsdp" else 1
     model: dict[str, Any] = {field: sizes[field] for field in MODEL_FIELDS}
     model["gradient_checkpointing"] = name != "ours-kept"
-    trainer = {"num_train_steps": 10**6, "save_every_steps": 10**6, "cpu_threads": THREADS, "train_batch_size": sizes["batch"], "mp": arguments.mp,
-               "mesh": {"data": devices}}  # fmt: skip
+    trainer = {
+        "num_train_steps": 10**6,
+        "save_every_steps": 10**6,
+        "cpu_threads": THREADS,
+        "train_batch_size": sizes["batch"],
+        "mp": arguments.mp,
+        "mesh": {"data": devices},
+    }
     fields = {"dataset": "random", "sequence_length": sizes["length"], "trainer": trainer,
               "model": model, "optimizer": {"learning_rate": 6e-4}}  # fmt: skip
     return validate(ExperimentConfig, fields, "benchmark")
