@@ -203,7 +203,7 @@ def print_line(**fields: Any) -> None:
 def random_cache(sizes: dict[str, int]) -> "TokenCache":
     """Returns random rows in memory."""
     from modeling.data.cache import TokenCache
-    from modeling.data.rows import Rows
+    from modeling.data.rows import TOKENS_ALONE, Columns, Rows
 
     class RandomCache(TokenCache):
         def __init__(self) -> None:
@@ -216,6 +216,10 @@ def random_cache(sizes: dict[str, int]) -> "TokenCache":
         @property
         def splits(self) -> tuple[str, ...]:
             return ("train",)
+
+        @property
+        def columns(self) -> Columns:
+            return TOKENS_ALONE
 
         def num_rows(self, split: str) -> int:
             return len(self._rows)
@@ -309,7 +313,10 @@ def our_loop(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
             space = Workspace(Path(directory) / "progress", Path(directory) / "output")
             space.progress.mkdir()
             space.output.mkdir()
-            train(looped, random_cache(sizes), space, observer=Stepwise())
+            try:
+                train(looped, random_cache(sizes), space, observer=Stepwise())
+            finally:
+                os._exit(1)  # It has no end: this is an error, and the other thread waits.
 
     # Ten updates between two reports, so that the loop runs as it does in earnest.
     config = experiment(arguments, "loop")

@@ -19,7 +19,7 @@ import numpy as np
 
 from modeling.artifacts import Workspace
 from modeling.data.cache import TokenCache
-from modeling.data.rows import Rows
+from modeling.data.rows import TOKENS_ALONE, Columns, Rows
 from modeling.experiment import ExperimentConfig, validate
 
 VOCAB, LENGTH, ROWS = 61, 16, 200
@@ -68,6 +68,10 @@ class CountingCache(TokenCache):
     def splits(self) -> tuple[str, ...]:
         """One to train on and one held out."""
         return ("train", "validation")
+
+    @property
+    def columns(self) -> Columns:
+        return TOKENS_ALONE
 
     def num_rows(self, split: str) -> int:
         return len(self.tokens)
