@@ -14,6 +14,7 @@ from assets.checks import artifact_check
 from modeling import recipes
 from modeling.artifacts import Artifact
 from modeling.experiment import ExperimentConfig
+from resources.head_start import HeadStartResource, stand_ins
 from resources.launcher import LauncherResource
 from resources.store import StoreResource
 
@@ -38,24 +39,28 @@ def checkpoint_assets(
         token_cache: Artifact,
         store: StoreResource,
         launcher: LauncherResource,
+        head_start: HeadStartResource,
     ) -> dg.MaterializeResult[Artifact]:
         """Weights, optimizer state and data position after the last step of training.
 
         Killed anywhere and run again, training goes on from its last committed step and ends with
         the same bits.
         """
+        tokenized = store.input_of(token_cache, "tokenized_corpus")
         files = {
             "token_cache": store.files(token_cache),
-            "tokenized_corpus": store.files(store.input_of(token_cache, "tokenized_corpus")),
+            "tokenized_corpus": store.files(tokenized),
             "tokenizer": store.files(store.inputs_above(token_cache)["tokenizer"]),
         }
         numerics = launcher.numerics(experiment)
+        head_start.finish(context)
         return store.materialize(
             recipes.checkpoint_recipe(experiment, token_cache),
             lambda space: launcher.build(
                 context, launcher.job("train", name, experiment, space, numerics=numerics, **files)
             ),
             numerics=numerics,
+            begun_as=stand_ins(experiment, tokenized, store),
             show=_shown,
         )
 

@@ -12,6 +12,8 @@ from assets.checks import artifact_check
 from assets.pictures import lengths_picture
 from modeling import recipes
 from modeling.artifacts import Artifact
+from resources.head_start import ON_DEMAND_TAG, HeadStartResource
+from resources.launcher import LauncherResource
 from resources.store import StoreResource
 
 if TYPE_CHECKING:
@@ -19,12 +21,19 @@ if TYPE_CHECKING:
 
     from modeling.data.cache import TokenCache
     from modeling.data.config import DatasetConfig, TokenCacheConfig
+    from modeling.experiment import ExperimentConfig
 
 
 def tokenized_assets(
-    name: str, dataset: "DatasetConfig"
+    name: str, dataset: "DatasetConfig", experiments: "Mapping[str, ExperimentConfig]"
 ) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
-    """Returns `[name, tokenized_corpus]` and its check."""
+    """Returns `[name, tokenized_corpus]` and its check.
+
+    Args:
+        name: of the dataset.
+        dataset: all of it.
+        experiments: those on this dataset: a run on demand begins to train one of them meanwhile.
+    """
 
     @dg.asset(
         key=[name, "tokenized_corpus"],
@@ -42,14 +51,26 @@ def tokenized_assets(
         raw_corpus: Artifact,
         tokenizer: Artifact,
         store: StoreResource,
+        launcher: LauncherResource,
+        head_start: HeadStartResource,
     ) -> dg.MaterializeResult[Artifact]:
         """Every document as token ids, in Arrow shards that caches of any length read in place."""
-        from modeling.data import tokenized
+        from modeling.artifacts import Built, Workspace
+        from modeling.data import corpus, tokenized
 
         inputs = store.files(raw_corpus), store.files(tokenizer)
-        return store.materialize(
-            recipes.tokenized_recipe(dataset, raw_corpus, tokenizer),
-            lambda space: tokenized.build(
+        recipe = recipes.tokenized_recipe(dataset, raw_corpus, tokenizer)
+        trained = context.run.tags.get(ON_DEMAND_TAG, "")
+
+        def build(space: Workspace) -> Built:
+            pace = tokenized.unpaced
+            if trained in experiments:
+                pace = head_start.begin(
+                    context, trained, experiments[trained], dataset, launcher, store,
+                    tokenized=recipe, progress=space.progress,
+                    splits=corpus.splits(inputs[0]), tokenizer=inputs[1],
+                )  # fmt: skip
+            return tokenized.build(
                 dataset.tokenization,
                 *inputs,
                 space,
@@ -57,7 +78,13 @@ def tokenized_assets(
                 compute=dataset.compute,
                 fetch_earlier=tokenized.EarlierBuilds(store.open()).fetch,
                 report=lambda now: context.log.info(str(now)),
-            ),
+                unit_bytes=dataset.unit_bytes,
+                pace=pace,
+            )
+
+        made = store.materialize(
+            recipe,
+            build,
             show=lambda made, _: {
                 "dagster/row_count": _sum_of_splits(made, "documents"),
                 "document_lengths": lengths_picture(
@@ -65,6 +92,9 @@ def tokenized_assets(
                 ),
             },
         )
+        assert made.value is not None
+        head_start.tokenized(store.files(made.value))
+        return made
 
     shards_are_whole = artifact_check(
         dg.AssetKey([name, "tokenized_corpus"]),

@@ -29,7 +29,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from modeling import canonical
 _LOG = logging.getLogger(__name__)
 INVENTORY = "INVENTORY.json"
 EXACT = "exact"
+WORKER_LOCK = "worker.lock"
+"""Beside a build's progress: held by the process that works there, its parent dead or not."""
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -185,11 +187,20 @@ class ArtifactStore:
         *,
         numerics: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
+        begun_as: Sequence[Recipe] = (),
     ) -> tuple[Artifact, bool]:
         """Returns the artifact of `recipe` and whether it had to be built.
 
         Processes of one machine that want the same recipe wait for each other; elsewhere they race,
         and all end with the object that was published first.
+
+        Args:
+            recipe: what to make of which inputs.
+            build: makes it.
+            numerics: the numerics class, for products of floating-point training.
+            provenance: goes on record.
+            begun_as: stand-ins for `recipe` from before its inputs were known; the progress that
+                was made under one of them is gone on with.
         """
         numerics_id = numerics_digest(numerics)
         if (found := self.find(recipe, numerics_id)) is not None:
@@ -200,6 +211,7 @@ class ArtifactStore:
             for dead in work.glob("attempt-*"):
                 shutil.rmtree(dead)
             progress, output = work / "progress", work / f"attempt-{uuid.uuid4().hex[:12]}"
+            self._adopt(begun_as, numerics_id, progress)
             progress.mkdir(parents=True, exist_ok=True)
             output.mkdir()
             built = build(Workspace(progress, output))
@@ -371,6 +383,34 @@ class ArtifactStore:
         if numerics != EXACT:
             _require(_DIGEST, numerics, "numerics id")
         return f"{self.root}/recipes/{recipe_id}/{numerics}/artifact.json"
+
+    @contextlib.contextmanager
+    def begin(
+        self, stand_in: Recipe, numerics: Mapping[str, Any] | None = None
+    ) -> Iterator[Workspace]:
+        """Yields a workspace for a recipe whose inputs are not known yet; nothing is published.
+
+        What is left in its `progress` is taken up by `materialize(..., begun_as=[stand_in])`.
+        """
+        with self._exclusive(stand_in.id, numerics_digest(numerics)) as work:
+            for dead in work.glob("attempt-*"):
+                shutil.rmtree(dead)
+            space = Workspace(work / "progress", work / f"attempt-{uuid.uuid4().hex[:12]}")
+            space.progress.mkdir(parents=True, exist_ok=True)
+            space.output.mkdir()
+            yield space
+
+    def _adopt(self, begun_as: Sequence[Recipe], numerics: str, progress: Path) -> None:
+        for stand_in in begun_as:
+            if progress.exists():
+                return
+            with self._exclusive(stand_in.id, numerics) as work:
+                if (work / "progress").exists():
+                    with (work / WORKER_LOCK).open("w") as lock:
+                        fcntl.flock(lock, fcntl.LOCK_EX)  # until a dying worker has saved
+                        progress.parent.mkdir(parents=True, exist_ok=True)
+                        (work / "progress").rename(progress)
+                    shutil.rmtree(work)
 
     @contextlib.contextmanager
     def _exclusive(self, recipe_id: str, numerics: str) -> Iterator[Path]:

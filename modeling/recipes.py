@@ -161,6 +161,19 @@ def checkpoint_recipe(experiment: ExperimentConfig, token_cache: Artifact) -> Re
     return _recipe("checkpoint", checkpoint_params(experiment), token_cache=token_cache.as_input())
 
 
+def checkpoint_stand_in(experiment: ExperimentConfig, tokenized_recipe_id: str) -> Recipe:
+    """Stands for `checkpoint_recipe` while the tokens are being made by a recipe: see `begun_as`.
+
+    It only tells where progress is kept; nothing is published under it.
+    """
+    params = {
+        "checkpoint": checkpoint_params(experiment),
+        "token_cache": [experiment.sequence_length, experiment.packing],
+        "tokenized_corpus_recipe": tokenized_recipe_id,
+    }
+    return _recipe("checkpoint", params)
+
+
 def evaluation_params(experiment: ExperimentConfig) -> Any:
     """What the report measures."""
     return {"evaluation": experiment.evaluation, "mp": experiment.trainer.mp}

@@ -31,6 +31,7 @@ from assets.tokenizer import tokenizer_assets
 from assets.tokens import cache_assets, tokenized_assets
 from modeling.experiment import Catalog, ConfigError, load_catalog
 from pipelines.jobs import build_jobs
+from resources.head_start import HeadStartResource
 from resources.io_manager import ReferenceIOManagerFactory
 from resources.launcher import LauncherResource
 from resources.store import StoreResource
@@ -43,11 +44,13 @@ def build_defs(catalog: Catalog, **overrides: Any) -> dg.Definitions:
 
     Args:
         catalog: what to build.
-        overrides: resources by name (`store`, `launcher`, `io_manager`) in place of the usual ones.
+        overrides: resources by name (`store`, `launcher`, `head_start`, `io_manager`) in place
+            of the usual ones.
     """
     resources: dict[str, Any] = {
         "store": StoreResource(),
         "launcher": LauncherResource(),
+        "head_start": HeadStartResource(),
         "io_manager": ReferenceIOManagerFactory(),
     }
     if unknown := sorted(set(overrides) - set(resources)):
@@ -109,7 +112,8 @@ def _assets(catalog: Catalog) -> list[dg.AssetsDefinition | dg.AssetChecksDefini
     for name, dataset in catalog.datasets.items():
         made += corpus_assets(name, dataset)
         made += tokenizer_assets(name, dataset)
-        made += tokenized_assets(name, dataset)
+        on_it = {key: e for key, e in catalog.experiments.items() if e.dataset == name}
+        made += tokenized_assets(name, dataset, on_it)
         for cache in dataset.sequence_lengths:
             made += cache_assets(name, cache)
     for name, experiment in catalog.experiments.items():

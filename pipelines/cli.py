@@ -178,6 +178,10 @@ def make_parser() -> argparse.ArgumentParser:
         "--check-reproducible", action="store_true",
         help="make all that was computed a second time, and fail where bytes differ",
     )  # fmt: skip
+    run.add_argument(
+        "--on-demand", action="store_true",
+        help="begin to train while the corpus is still being tokenized; the results are the same",
+    )  # fmt: skip
     run.set_defaults(call=_run)
 
     train = add("train", "Train a named model on a dataset, or from a file.", _TRAIN)
@@ -269,7 +273,12 @@ def _run(arguments: argparse.Namespace) -> int:
     overrides = list(arguments.overrides)
     if arguments.profile_steps is not None:
         overrides.append(f"trainer.profile_steps={arguments.profile_steps}")
-    return run(arguments.experiment, overrides, check_reproducible=arguments.check_reproducible)
+    return run(
+        arguments.experiment,
+        overrides,
+        on_demand=arguments.on_demand,
+        check_reproducible=arguments.check_reproducible,
+    )
 
 
 def _train(arguments: argparse.Namespace) -> int:

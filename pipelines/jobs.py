@@ -1,16 +1,22 @@
-"""Jobs, for the command line and CI: `<experiment>` with everything above it, `<dataset>__data`."""
+"""Jobs, for the command line and CI.
+
+`<experiment>` makes it and everything above it, `<experiment>__on_demand` the same with training
+begun before the corpus is tokenized, `<dataset>__data` the assets of a dataset.
+"""
 
 from typing import TYPE_CHECKING
 
 import dagster as dg
 
 from modeling.experiment import Catalog
+from resources.head_start import ON_DEMAND_TAG
 
 if TYPE_CHECKING:
     from dagster._core.definitions.unresolved_asset_job_definition import (
         UnresolvedAssetJobDefinition,
     )
 
+ON_DEMAND = "__on_demand"
 MODEL_STAGES = ("checkpoint", "eval_report", "hf_model")
 
 
@@ -24,6 +30,16 @@ def build_jobs(catalog: Catalog) -> list["UnresolvedAssetJobDefinition"]:
         )
         for name, experiment in catalog.experiments.items()
     ]
+    on_demand = [
+        dg.define_asset_job(
+            f"{name}{ON_DEMAND}",
+            dg.AssetSelection.assets(*([name, stage] for stage in MODEL_STAGES)).upstream(),
+            description="As the job without the suffix, but training begins while the corpus is "
+            "still being tokenized.",
+            tags={ON_DEMAND_TAG: name},
+        )
+        for name in catalog.experiments
+    ]
     datasets = [
         dg.define_asset_job(
             f"{name}__data",
@@ -32,4 +48,4 @@ def build_jobs(catalog: Catalog) -> list["UnresolvedAssetJobDefinition"]:
         )
         for name, dataset in catalog.datasets.items()
     ]
-    return experiments + datasets
+    return experiments + on_demand + datasets

@@ -26,6 +26,7 @@ import dagster as dg
 
 from pipelines.build import with_overrides
 from pipelines.instance import CHECKOUT
+from pipelines.jobs import ON_DEMAND
 from pipelines.wait import NOT_STARTED, wait
 
 _POLL_S = 0.5
@@ -52,7 +53,7 @@ def launch(
 
     Args:
         job: an experiment, or another job of the code location.
-        overrides: assignments to fields of the experiment of that name.
+        overrides: assignments to fields of the experiment that the job makes.
         tags: of the run.
         timeout_s: how long to wait in all; the run goes on after that.
         queue_timeout_s: how long to wait for a start.
@@ -63,7 +64,9 @@ def launch(
     """
     environment = dict(os.environ)
     if overrides:
-        environment["LEVANTER_OVERRIDES"] = with_overrides(os.environ, job, overrides)
+        environment["LEVANTER_OVERRIDES"] = with_overrides(
+            os.environ, job.removesuffix(ON_DEMAND), overrides
+        )
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _cancel)
     run_id = str(uuid.uuid4())

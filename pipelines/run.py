@@ -20,12 +20,14 @@ from modeling.artifacts import ArtifactStore
 from modeling.experiment import Catalog, ConfigError
 from pipelines.abandoned import end_abandoned_runs, this_process
 from pipelines.build import build_defs, catalog_from_environment, with_overrides
+from pipelines.jobs import ON_DEMAND
 from pipelines.plan import out_of_date, wanted_assets
 from pipelines.staleness import Staleness
 from pipelines.terminal import Terminal, terminal_logger
 from pipelines.verify import verify
 from pipelines.why import why
 from resources import materializations
+from resources.head_start import require_on_demand
 from resources.store import open_store
 
 
@@ -42,12 +44,19 @@ class Row:
     parity: float | None = None
 
 
-def run(experiment: str, overrides: Sequence[str], *, check_reproducible: bool = False) -> int:
+def run(
+    experiment: str,
+    overrides: Sequence[str],
+    *,
+    on_demand: bool = False,
+    check_reproducible: bool = False,
+) -> int:
     """Makes what is missing or stale of `experiment`; returns the exit code.
 
     Args:
         experiment: a name of the catalog.
         overrides: assignments to its fields for this run.
+        on_demand: begins to train while the corpus is still being tokenized.
         check_reproducible: makes all that was computed a second time, and fails where bytes differ.
     """
     if overrides:
@@ -56,6 +65,10 @@ def run(experiment: str, overrides: Sequence[str], *, check_reproducible: bool =
         os.environ["LEVANTER_OVERRIDES"] = changed
     catalog = catalog_from_environment()
     _require(experiment, catalog)
+    if on_demand:
+        wanted_dataset = catalog.datasets[catalog.experiments[experiment].dataset]
+        require_on_demand(catalog.experiments[experiment], wanted_dataset)
+    job = f"{experiment}{ON_DEMAND}" if on_demand else experiment
     defs = dg.Definitions.merge(
         build_defs(catalog), dg.Definitions(loggers={"terminal": terminal_logger})
     )
@@ -65,7 +78,7 @@ def run(experiment: str, overrides: Sequence[str], *, check_reproducible: bool =
         wanted = wanted_assets(defs, experiment)
         stale = out_of_date(defs, instance, store, catalog, wanted)
         terminal.plan(experiment, wanted, stale)
-        succeeded = not stale or _execute(defs, instance, experiment, list(stale), terminal)
+        succeeded = not stale or _execute(defs, instance, job, list(stale), terminal)
         rows = [_row(instance, store, key, stale, terminal.seconds) for key in wanted]
         terminal.table(experiment, rows, store, time.monotonic() - started)
     if succeeded and check_reproducible:
@@ -144,17 +157,17 @@ def _require(experiment: str, catalog: Catalog) -> None:
 def _execute(
     defs: dg.Definitions,
     instance: dg.DagsterInstance,
-    experiment: str,
+    job: str,
     keys: list[dg.AssetKey],
     terminal: Terminal,
 ) -> bool:
-    """Runs the job of `experiment` on `keys`; what the stages print goes to a file."""
-    log = Path(os.environ["DAGSTER_HOME"]) / "logs" / f"{experiment}-{os.getpid()}.log"
+    """Runs a job on `keys`; what the stages print goes to a file."""
+    log = Path(os.environ["DAGSTER_HOME"]) / "logs" / f"{job}-{os.getpid()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     end_abandoned_runs(instance)
     terminal.show_events()
     with _output_to(log):
-        result = defs.resolve_job_def(experiment).execute_in_process(
+        result = defs.resolve_job_def(job).execute_in_process(
             instance=instance,
             asset_selection=keys,
             raise_on_error=False,

@@ -28,7 +28,7 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -130,10 +130,22 @@ class LauncherResource(dg.ConfigurableResource):
             dg.RetryRequested: the child crashed.
             dg.Failure: the child failed or was asked to stop; names its exit code and last lines.
         """
-        with (
-            tempfile.TemporaryDirectory(prefix="levanter-job-") as directory,
-            _messages_to(context) as variables,
-        ):
+        with _messages_to(context) as variables:
+            return self._call(job, variables)
+
+    def start(self, job: Job, hear: Callable[[str], None]) -> "Running":
+        """Runs `job` beside what this process does itself; `hear` is told each line it prints."""
+        return Running(self, job, hear)
+
+    def _call(
+        self,
+        job: Job,
+        variables: Mapping[str, str],
+        *,
+        hear: Callable[[str], None] = lambda line: None,
+        begun: Callable[[subprocess.Popen[bytes]], None] = lambda child: None,
+    ) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="levanter-job-") as directory:
             result_path = Path(directory) / "RESULT.json"
             job_path = Path(directory) / "JOB.json"
             job_path.write_text(json.dumps(self._job_file(job, result_path)))
@@ -141,7 +153,7 @@ class LauncherResource(dg.ConfigurableResource):
             # A crash in native code tells where Python stood.
             environment = {"PYTHONFAULTHANDLER": "1", **job.environment, **variables}
             code, last_lines = self._run_child(
-                command, {**numerics.inherited(os.environ), **environment}
+                command, {**numerics.inherited(os.environ), **environment}, hear, begun
             )
             if code == 0 and result_path.exists():
                 return json.loads(result_path.read_text())
@@ -161,7 +173,13 @@ class LauncherResource(dg.ConfigurableResource):
             "grace_s": self.grace_s,
         }
 
-    def _run_child(self, command: list[str], environment: dict[str, str]) -> tuple[int, list[str]]:
+    def _run_child(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        hear: Callable[[str], None],
+        begun: Callable[[subprocess.Popen[bytes]], None],
+    ) -> tuple[int, list[str]]:
         child = subprocess.Popen(
             command,
             env=environment,
@@ -172,12 +190,13 @@ class LauncherResource(dg.ConfigurableResource):
         )
         assert child.stdout is not None
         tail: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
-        pump = threading.Thread(target=_pump, args=(child.stdout, tail), daemon=True)
+        pump = threading.Thread(target=_pump, args=(child.stdout, tail, hear), daemon=True)
         try:
             pump.start()
+            begun(child)
             code = child.wait()
         except BaseException:
-            self._stop(child)
+            self.stop(child)
             raise
         finally:
             # Something that the child started may hold the pipe open; its output is not waited for.
@@ -186,7 +205,7 @@ class LauncherResource(dg.ConfigurableResource):
             _signal_group(child, signal.SIGKILL)
         return code, list(tail)
 
-    def _stop(self, child: subprocess.Popen[bytes]) -> None:
+    def stop(self, child: subprocess.Popen[bytes]) -> None:
         """Ends the child and all it started, whatever else interrupts this."""
         try:
             _signal_group(child, signal.SIGTERM)
@@ -229,6 +248,54 @@ class LauncherResource(dg.ConfigurableResource):
         )
 
 
+class Running:
+    """A job in a process of its own, while this process does something else."""
+
+    def __init__(self, launcher: LauncherResource, job: Job, hear: Callable[[str], None]) -> None:
+        """See `LauncherResource.start`."""
+        self._launcher = launcher
+        self._child: subprocess.Popen[bytes] | None = None
+        self._begun = threading.Event()
+        self._result: dict[str, Any] | None = None
+        self._error: Exception | None = None
+        # The child's death signal is tied to this very thread, which lives as long as it does.
+        self._thread = threading.Thread(target=self._run, args=(job, hear), daemon=True)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it still runs."""
+        return self._thread.is_alive()
+
+    def wait(self) -> dict[str, Any]:
+        """Returns the job's result when it has ended; raises what `LauncherResource.run` does."""
+        while self._thread.is_alive():
+            self._thread.join(0.2)  # so that an interrupt is heard
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        return self._result
+
+    def stop(self) -> None:
+        """Asks it to end, and sees to it that it does."""
+        self._begun.wait()
+        if self._child is not None and self.is_alive:
+            self._launcher.stop(self._child)
+        self._thread.join()
+
+    def _run(self, job: Job, hear: Callable[[str], None]) -> None:
+        def begun(child: subprocess.Popen[bytes]) -> None:
+            self._child = child
+            self._begun.set()
+
+        try:
+            self._result = self._launcher._call(job, {}, hear=hear, begun=begun)
+        except Exception as error:  # noqa: BLE001 (`wait` raises it again)
+            self._error = error
+        finally:
+            self._begun.set()
+
+
 @contextlib.contextmanager
 def _messages_to(
     context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext,
@@ -252,11 +319,12 @@ def _messages_to(
         yield dict(session.get_bootstrap_env_vars())
 
 
-def _pump(stream: IO[bytes], tail: collections.deque[str]) -> None:
+def _pump(stream: IO[bytes], tail: collections.deque[str], hear: Callable[[str], None]) -> None:
     """Copies the child's output to this process's own, where terminal and compute log see it."""
     with stream:
         for line in stream:
             tail.append(line.decode(errors="replace").rstrip("\n"))
+            hear(tail[-1])
             view = memoryview(line)
             while view:
                 view = view[os.write(1, view) :]

@@ -73,6 +73,7 @@ def materialize(
     build: Build,
     *,
     numerics: Mapping[str, Any] | None = None,
+    begun_as: Sequence[Recipe] = (),
 ) -> tuple[Artifact, bool, float]:
     """Returns the artifact, whether it had to be built, and the seconds that it took."""
     began = time.monotonic()
@@ -92,7 +93,7 @@ def materialize(
         return built
 
     artifact, is_new = store.materialize(
-        recipe, build_with_provenance, numerics=numerics, provenance=provenance
+        recipe, build_with_provenance, numerics=numerics, provenance=provenance, begun_as=begun_as
     )
     return artifact, is_new, time.monotonic() - began
 

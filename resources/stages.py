@@ -19,6 +19,7 @@ from resources.worker import Channel
 
 if TYPE_CHECKING:
     from modeling.data.cache import TokenCache
+    from modeling.data.loader import TrainingData
     from modeling.training.compile_cache import CompileCache
     from modeling.training.hooks import Decode
     from modeling.training.observer import RunStart, StepReport
@@ -46,7 +47,7 @@ def train(arguments: Arguments, workspace: Workspace | None, channel: Channel) -
     ):
         built = trainer.train(
             experiment,
-            _cache(arguments),
+            _training_data(experiment, arguments, channel),
             workspace,
             observer=TrainingObserver(channel, tracker),
             peak=_peak(experiment),
@@ -107,6 +108,10 @@ class TrainingObserver:
     def resumed(self, step: int, directory: str) -> None:
         """Says that earlier work is gone on with."""
         self._channel.say(f"Going on from step {step}, found in {directory}.")
+
+    def refused(self, reason: str) -> None:
+        """Says, loudly, that earlier work was of no use."""
+        self._channel.say(reason)
 
     def started(self, start: "RunStart") -> None:
         """Says what begins."""
@@ -240,6 +245,28 @@ def parity(
         "limit": found.limit,
         "num_logits": rows.size * cache.vocab_size,
     }
+
+
+def _training_data(
+    experiment: ExperimentConfig, arguments: Arguments, channel: Channel
+) -> "TrainingData":
+    """Returns the token cache; one that still grows if the job has it handed over."""
+    from modeling.data.growing import GrowingCache
+    from modeling.data.shards import token_dtype
+    from modeling.data.tokenizer import load_tokenizer
+
+    if "handoff" not in arguments:
+        return _cache(arguments)
+    vocab_size = load_tokenizer(Path(arguments["tokenizer"])).vocab_size
+    return GrowingCache(
+        Path(arguments["tokens_in_progress"]),
+        Path(arguments["handoff"]),
+        tuple(arguments["splits"]),
+        sequence_length=experiment.sequence_length,
+        vocab_size=vocab_size,
+        dtype=token_dtype(vocab_size),
+        report=channel.say,
+    )
 
 
 def _cache(arguments: Arguments) -> "TokenCache":

@@ -8,7 +8,7 @@ is on record computes nothing, from whatever entry route the run came.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class StoreResource(dg.ConfigurableResource):
         build: Build,
         *,
         numerics: Mapping[str, Any] | None = None,
+        begun_as: Sequence[Recipe] = (),
         show: Callable[[Artifact, Path], Mapping[str, Any]] = lambda artifact, files: {},
         key: dg.AssetKey | None = None,
     ) -> dg.MaterializeResult[Artifact]:
@@ -88,6 +89,7 @@ class StoreResource(dg.ConfigurableResource):
             recipe: what to make of which inputs.
             build: makes it; not called when it is on record.
             numerics: the numerics class, for products of floating-point training.
+            begun_as: see `ArtifactStore.materialize`.
             show: gives metadata of the stage's own, beside the ids and facts of every artifact.
             key: the asset, where the step that runs makes several.
         """
@@ -95,7 +97,9 @@ class StoreResource(dg.ConfigurableResource):
         context = dg.AssetExecutionContext.get()
         key = key or context.asset_key
         before = materializations.latest(context.instance, key)
-        artifact, is_new, seconds = provenance.materialize(store, recipe, build, numerics=numerics)
+        artifact, is_new, seconds = provenance.materialize(
+            store, recipe, build, numerics=numerics, begun_as=begun_as
+        )
         files = store.local(artifact.kind, artifact.content_id)
         return dg.MaterializeResult(
             value=artifact,

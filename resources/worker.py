@@ -20,7 +20,7 @@ from typing import Any
 
 import dagster_pipes
 
-from modeling.artifacts import Workspace, write_durably
+from modeling.artifacts import WORKER_LOCK, Workspace, write_durably
 
 _PR_SET_PDEATHSIG = 1
 
@@ -94,7 +94,7 @@ def _exclusive(workspace: Workspace | None) -> Iterator[None]:
     if workspace is None:
         yield
         return
-    with (workspace.progress.parent / "worker.lock").open("w") as handle:
+    with (workspace.progress.parent / WORKER_LOCK).open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

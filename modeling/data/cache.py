@@ -29,6 +29,7 @@ from jaxtyping import Integer
 
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, write_durably
+from modeling.data import evidence
 from modeling.data.config import Packing, TokenCacheConfig
 from modeling.data.corpus import TRAIN
 from modeling.data.packing import (
@@ -258,6 +259,22 @@ class TokenCache:
 
     def stop_waiting(self) -> None:
         """Does nothing: all rows are here."""
+
+    def evidence(self) -> dict[str, Any]:
+        """Returns what proves which rows these are."""
+        return {"token_cache": self.content_id}
+
+    def refusal(self, seen: Mapping[str, Any]) -> str | None:
+        """Returns why work with this evidence was done on other rows; None if on these."""
+        if "token_cache" not in seen:
+            counts = {split: self.num_rows(split) for split in self.splits}
+            return evidence.refusal(seen, counts, self._stored_rows, self.sequence_length)
+        if seen["token_cache"] == self.content_id:
+            return None
+        return f"it read token cache {seen['token_cache'][:12]}, this is {self.content_id[:12]}"
+
+    def _stored_rows(self, split: str, indices: np.ndarray) -> np.ndarray:
+        return self.rows(split, indices).tokens.astype(self._index.dtype)
 
     @property
     def columns(self) -> Columns:

@@ -596,6 +596,11 @@ class DatasetConfig:
     """How documents are held out, of sources that do not say it themselves."""
     tokenization: TokenizationConfig = TokenizationConfig()
     format: Format = dataclasses.field(default=TextFormat(), metadata=added_later(TextFormat()))
+    unit_bytes: Annotated[int, Field(ge=1, le=2**30)] = dataclasses.field(
+        default=64 * 2**20, metadata=NOT_IDENTITY
+    )
+    """Bytes of text that are encoded and committed at a time; training on demand begins with the
+    units of its first era."""
     compute: Compute = dataclasses.field(default=LocalCompute(), metadata=NOT_IDENTITY)
     description: str = dataclasses.field(default="", metadata=NOT_IDENTITY)
 

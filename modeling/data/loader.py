@@ -8,7 +8,7 @@ Nothing is done row by row in Python: the order is computed in windows, rows are
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from types import TracebackType
@@ -57,6 +57,28 @@ class RowSource(Protocol):
 
     def stop_waiting(self) -> None:
         """Ends the wait of any other thread in `known_rows`, by an error there."""
+        ...
+
+
+@runtime_checkable
+class TrainingData(RowSource, Protocol):
+    """Rows to train on, and what proves which they were."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids are below it."""
+        ...
+
+    def num_rows(self, split: str) -> int:
+        """Returns how many rows a split has in all; may wait until that is known."""
+        ...
+
+    def evidence(self) -> Mapping[str, Any]:
+        """Returns what proves which rows these are, for a checkpoint to keep."""
+        ...
+
+    def refusal(self, seen: Mapping[str, Any]) -> str | None:
+        """Returns why work with this evidence was done on other rows; None if on these."""
         ...
 
 

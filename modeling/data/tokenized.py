@@ -16,7 +16,7 @@ from there. All files are the same whoever encoded, in which order, after how ma
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,12 @@ MANIFEST_FILE = "manifest.json"
 FORMAT = "tokenized_corpus/2"
 LOCAL = LocalCompute()
 _MEGABYTE = 1e6
+Pace = Callable[[Mapping[str, int]], None]
+"""Slows a build down by waiting; takes the number of committed tokens by split."""
+
+
+def unpaced(tokens: Mapping[str, int]) -> None:
+    """Never waits."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +127,7 @@ def build(
     fetch_earlier: FetchEarlier = nothing_earlier,
     report: Report = ignore,
     unit_bytes: int = UNIT_BYTES,
+    pace: Pace = unpaced,
 ) -> Built:
     """Encodes every document that no shard holds yet.
 
@@ -134,6 +141,7 @@ def build(
         fetch_earlier: finds shards of other builds, to take where the documents are the same.
         report: is told how far it is, and what was reused or damaged.
         unit_bytes: bytes of text in a unit, of which each shard has one.
+        pace: called before each unit, with the tokens that can be read by split; it may wait.
 
     Raises:
         DiskFullError: there is no space for a shard; those before it are kept.
@@ -166,6 +174,7 @@ def build(
                 streams[unit.split].advance()
             elif key not in under_way:
                 under_way.add(key)
+                pace({split: stream.num_tokens for split, stream in streams.items()})
                 yield key, unit
 
     if isinstance(compute, RayCompute):
@@ -243,7 +252,8 @@ class _Stream:
         self._token_hasher = MerkleHasher()
         self._offset_hasher = MerkleHasher()
         self._mask_hasher = MerkleHasher() if has_loss_mask else None
-        self._num_tokens = 0
+        self.num_tokens = 0
+        """In the shards that can be read by now."""
         self._longest = 0
         self._lengths = np.zeros(1, np.int64)
         self._num_unknown = 0
@@ -266,7 +276,7 @@ class _Stream:
         assert len(self._shards) == len(self.keys)
         return SplitManifest(
             documents=sum(shard.documents for shard in self._shards),
-            tokens=self._num_tokens,
+            tokens=self.num_tokens,
             text_bytes=sum(shard.text_bytes for shard in self._shards),
             shards=tuple(self._shards),
             token_leaves=tuple(leaf.hex() for leaf in self._token_hasher.leaves),
@@ -286,12 +296,12 @@ class _Stream:
                 f"{path}: has {len(offsets) - 1} documents and {len(tokens)} tokens, its "
                 f"receipt says {shard.documents} and {shard.tokens}."
             )
-        ends = offsets[1:].astype("<u8") + self._num_tokens
+        ends = offsets[1:].astype("<u8") + self.num_tokens
         self._token_hasher.update(tokens.data.cast("B"))
         self._offset_hasher.update(ends.data.cast("B"))
         if self._mask_hasher is not None and mask is not None:
             self._mask_hasher.update(mask.data)
-        self._num_tokens += len(tokens)
+        self.num_tokens += len(tokens)
         lengths = np.diff(offsets)
         self._longest = max(self._longest, int(lengths.max()))
         binned = np.bincount(np.frexp(np.maximum(lengths, 1))[1] - 1, minlength=len(self._lengths))

@@ -25,7 +25,7 @@ from jaxtyping import Array
 import haliax as hax
 from haliax import Axis
 from haliax.partitioning import axis_mapping, sharding_for_axis
-from modeling.data.cache import TokenCache
+from modeling.data.loader import TrainingData
 from modeling.data.rows import Columns, Rows
 from modeling.models.lm import next_token_loss
 from modeling.training.accounting import Ledger
@@ -50,7 +50,7 @@ class Setting:
     layout: Layout
     Batch: Axis
     Pos: Axis
-    cache: TokenCache
+    cache: TrainingData
     decode: Decode | None
     """Gives the text of ids; pictures need it."""
     directory: Path

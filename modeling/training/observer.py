@@ -69,6 +69,10 @@ class Observer(Protocol):
         """Training goes on from the state after `step` updates."""
         ...
 
+    def refused(self, reason: str) -> None:
+        """Earlier work is not gone on with, and is removed."""
+        ...
+
     def started(self, start: RunStart) -> None:
         """The program is compiled."""
         ...
@@ -98,6 +102,9 @@ class Silent:
     """An observer that nobody listens to."""
 
     def resumed(self, step: int, directory: str) -> None:
+        """Does nothing."""
+
+    def refused(self, reason: str) -> None:
         """Does nothing."""
 
     def started(self, start: RunStart) -> None:

@@ -49,6 +49,12 @@ class Checkpoints:
         """Returns the manifest of a verified checkpoint."""
         return self._verified[path]
 
+    def clear(self) -> None:
+        """Removes every checkpoint: they are of no use to this run."""
+        for path in self._by_step():
+            _remove(path)
+        self._verified.clear()
+
     def save(
         self,
         leaves: Sequence[checkpoint.HostLeaf],

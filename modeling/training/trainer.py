@@ -34,7 +34,7 @@ from haliax import Axis
 from modeling import canonical, recipes
 from modeling.artifacts import Built, Workspace, numerics_digest, write_durably
 from modeling.data.cache import TokenCache
-from modeling.data.loader import BatchStream, TrainLoader
+from modeling.data.loader import BatchStream, TrainingData, TrainLoader
 from modeling.experiment import ExperimentConfig
 from modeling.models.lm import build_model
 from modeling.numerics import numerics_class
@@ -75,7 +75,7 @@ class NonFiniteError(RuntimeError):
 
 def train(
     experiment: ExperimentConfig,
-    cache: TokenCache,
+    cache: TrainingData,
     workspace: Workspace,
     *,
     observer: Observer | None = None,
@@ -87,7 +87,7 @@ def train(
 
     Args:
         experiment: what to train and how.
-        cache: rows of `experiment.sequence_length` tokens.
+        cache: rows of `experiment.sequence_length` tokens; it may still grow.
         workspace: where progress is kept and the result goes.
         observer: hears of each step.
         peak: what the devices could do at most, to tell utilization by.
@@ -103,7 +103,7 @@ def train(
     plan = make_plan(experiment, cache)
     order = experiment.trainer.data_order
     loader = TrainLoader(cache, order, plan.batches)
-    if order.max_epochs is not None:
+    if order.max_epochs is not None and isinstance(cache, TokenCache):
         loader.require_epochs(plan.num_steps, order.max_epochs)
     keep = experiment.trainer.keep_checkpoints
     directory = checkpoint_directory(workspace, experiment)
@@ -129,7 +129,7 @@ class Plan:
     experiment: ExperimentConfig
     vocab_size: int
     science: str
-    """Digest of all that decides the result but the numerics class."""
+    """Digest of all that decides the result but the rows and the numerics class."""
     layout: Layout
     make: Callable[[Any], Any]
     blueprint: Blueprint
@@ -156,7 +156,7 @@ class Plan:
         return self.Pos.resize(self.lengths.length(updates))
 
 
-def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
+def make_plan(experiment: ExperimentConfig, cache: TrainingData) -> Plan:
     """Returns the plan of a run; nothing is computed yet."""
     if cache.sequence_length != experiment.sequence_length:
         raise ValueError(
@@ -174,11 +174,10 @@ def make_plan(experiment: ExperimentConfig, cache: TokenCache) -> Plan:
     make = partial(initial_state, make_model, optimizer, trainer)
     blueprint = Blueprint.of(make, layout)
     require_known_axes(trainer, {*blueprint.axis_names, "batch", Pos.name})
-    science = [recipes.checkpoint_params(experiment), cache.content_id]
     return Plan(
         experiment=experiment,
         vocab_size=cache.vocab_size,
-        science=canonical.digest("training/1", science),
+        science=canonical.digest("training/2", recipes.checkpoint_params(experiment)),
         layout=layout,
         make=make,
         blueprint=blueprint,
@@ -193,7 +192,7 @@ class _Means:
     """What a caller gives besides the experiment."""
 
     progress: Path
-    cache: TokenCache
+    cache: TrainingData
     observer: Observer
     peak: Peak | None
     compile_cache: CompileCache | None
@@ -213,6 +212,7 @@ class _Run:
         means: _Means,
     ) -> None:
         self._plan = plan
+        self._cache = means.cache
         self._loader = loader
         self._checkpoints = checkpoints
         self._observer = means.observer
@@ -299,9 +299,23 @@ class _Run:
         manifest = self._checkpoints.manifest(directory)
         if manifest.config["science"] != self._plan.science:
             raise CheckpointError(
-                f"{directory} belongs to another experiment or other data; give each its own "
-                f"workspace, or remove it to begin anew."
+                f"{directory} belongs to another experiment; give each its own workspace, or "
+                f"remove it to begin anew."
             )
+        seen = manifest.config["data"]
+        if (why := self._cache.refusal(seen)) is not None:
+            if "token_cache" in seen:
+                raise CheckpointError(
+                    f"{directory} belongs to other data: {why}. Give each its own workspace, or "
+                    f"remove it to begin anew."
+                )
+            self._observer.refused(
+                f"THE WORK IN {directory.parent} IS REFUSED, and training begins anew: it was done "
+                f"on other data than there is now: {why}."
+            )
+            self._checkpoints.clear()
+            self._newest = None
+            return
         self.resumed_from = manifest.step
         self.losses = history.read_losses(directory)
         self.evaluations = history.read_evaluations(directory)
@@ -514,7 +528,11 @@ class _Run:
             leaves,
             step=update,
             cursor={"rows": self._loader.cursor(update)},
-            config={"experiment": experiment, "science": self._plan.science},
+            config={
+                "experiment": experiment,
+                "science": self._plan.science,
+                "data": self._cache.evidence(),
+            },
             files=self._files(),
             done=lambda path: self._written.append((update, path)),
         )

@@ -161,6 +161,41 @@ class TestPublishing:
         store.materialize(recipe("a"), resumes)
         assert list((Path(store.root) / "work").glob("*/*/")) == []
 
+    def test_progress_made_before_the_recipe_was_known_is_gone_on_with(self, store: ArtifactStore):
+        stand_ins = [recipe("unknown one"), recipe("unknown two")]
+        with store.begin(stand_ins[1]) as space:
+            assert list(space.output.iterdir()) == []
+            (space.progress / "half").write_text("made early")
+        with store.begin(stand_ins[1]) as space:
+            assert (space.progress / "half").exists(), "a second start finds it too"
+
+        def go_on(workspace: Workspace) -> Built:
+            assert (workspace.progress / "half").read_text() == "made early"
+            return writes("whole")(workspace)
+
+        artifact, is_new = store.materialize(recipe("known"), go_on, begun_as=stand_ins)
+        assert is_new
+        assert artifact.recipe_id == recipe("known").id
+        assert not list(Path(store.root).glob("work/*/*/"))
+
+    def test_progress_of_the_recipe_itself_comes_before_that_of_its_stand_in(
+        self, store: ArtifactStore
+    ):
+        def fails(workspace: Workspace) -> Built:
+            (workspace.progress / "own").touch()
+            raise OSError("killed")
+
+        with pytest.raises(OSError, match="killed"):
+            store.materialize(recipe("known"), fails)
+        with store.begin(recipe("unknown")) as space:
+            (space.progress / "early").touch()
+
+        def check(workspace: Workspace) -> Built:
+            assert [path.name for path in workspace.progress.iterdir()] == ["own"]
+            return writes("whole")(workspace)
+
+        store.materialize(recipe("known"), check, begun_as=[recipe("unknown")])
+
     def test_a_record_without_its_object_is_built_again(self, store: ArtifactStore):
         artifact, _ = store.materialize(recipe("a"), writes("a"))
         directory = store.local("tokenizer", artifact.content_id)

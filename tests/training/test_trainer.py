@@ -38,6 +38,9 @@ class Recorder:
     def resumed(self, step, directory):
         self._hear("resumed", step)
 
+    def refused(self, reason):
+        self._hear("refused", reason)
+
     def started(self, start):
         self._hear("started", start)
 
@@ -194,6 +197,57 @@ def test_the_checkpoints_of_another_experiment_are_not_taken_for_ones_own(finish
         train(longer, driver.counting_cache(), space)
     how_told = driver.experiment(trainer={"log_every_steps": 1}, description="same science")
     assert train(how_told, driver.counting_cache(), space).facts["resumed_from"] == 6
+
+
+class EarlyCache(driver.CountingCache):
+    """A cache before it is complete, of which it is known what a run has read."""
+
+    def evidence(self):
+        return {"sequence_length": driver.LENGTH, "splits": {"train": {"rows": 9, "root": "ab"}}}
+
+
+class CompleteCache(driver.CountingCache):
+    """The same cache in the end, or another one."""
+
+    def __init__(self, why):
+        super().__init__(driver.LENGTH, driver.ROWS)
+        self.why = why
+
+    def refusal(self, seen):
+        return super().refusal(seen) if "token_cache" in seen else self.why
+
+
+@pytest.mark.parametrize("why", [None, "the first 9 rows of split `train` are not those"])
+def test_work_on_an_incomplete_cache_is_gone_on_with_or_refused_aloud(
+    why, finished, tmp_path, compile_cache
+):
+    space, observer = driver.workspace(tmp_path), Recorder()
+    early = EarlyCache(driver.LENGTH, driver.ROWS)
+    train(driver.experiment(), early, space, compile_cache=compile_cache)
+    again = dataclasses.replace(space, output=tmp_path / "again")
+    again.output.mkdir()
+    built = train(
+        driver.experiment(), CompleteCache(why), again,
+        observer=observer, compile_cache=compile_cache,
+    )  # fmt: skip
+    assert built.content_id == finished[1].content_id
+    assert built.facts["resumed_from"] == (6 if why is None else 0)
+    refused = observer.named("refused")
+    if why is None:
+        assert not refused
+        return
+    assert "IS REFUSED, and training begins anew" in refused[0]
+    assert why in refused[0]
+    assert json.loads((again.output / "manifest.json").read_text())["config"]["data"] == {
+        "token_cache": "c0" * 32
+    }
+
+
+def test_work_on_another_complete_cache_is_not_taken_for_ones_own(finished):
+    other = driver.counting_cache()
+    other.content_id = "d1" * 32
+    with pytest.raises(CheckpointError, match=r"belongs to other data: it read token cache c0c0"):
+        train(driver.experiment(), other, finished[0])
 
 
 def test_another_numerics_class_begins_anew_and_says_so(finished, caplog, tmp_path, compile_cache):
