@@ -119,8 +119,8 @@ def test_show_prints_a_row_with_its_documents(chain, run):
     assert "-- document 1: 48 tokens --" in text
     plain = shown(chain, length=32)
     assert plain.startswith("train 0 of ")
-    words = plain.split("\n", 1)[1].replace("|", "").replace("↵", "")
-    assert (chain.texts / "00.txt").read_text().startswith(words.strip()[:40]) or words.strip()
+    words = plain.split("\n", 1)[1].replace("|", "").replace("↵", "").strip()
+    assert any(words[:60] in tale.read_text() for tale in chain.texts.iterdir())
 
 
 def test_show_writes_a_page(chain, run, tmp_path):
