@@ -2,8 +2,8 @@
 
     python benchmarks/cache.py [--tokens 1000000000] [--directory DIR]
 
-A corpus of random ids in documents of log-normal length (median 270, mean 450 tokens) is written as
-the tokenized corpus stage would. Then, each timed alone and with its CPU seconds:
+A corpus of random ids is written as the tokenized corpus stage would (`corpora`). Then, each timed
+alone and with its CPU seconds:
 
     view, concat        a new length: below 1 s and 0.1 % of the corpus's bytes
     view, documents     best-fit packing; the index grows with the number of documents
@@ -17,19 +17,15 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from corpora import random_documents, write_tokenized
 
-from modeling.artifacts import Workspace, write_durably
-from modeling.data import cache, tokenized
+from modeling.artifacts import Workspace
+from modeling.data import cache
 from modeling.data.config import TokenCacheConfig
-from modeling.data.ledger import Shard
-from modeling.data.shards import sync_file, write_shard
-from modeling.data.tokenized import Manifest, SplitManifest
-from modeling.merkle import MerkleHasher
+from modeling.data.shards import sync_file
 
 SHARD_TOKENS = 1 << 24
 IDS = {"tokenized_id": "0" * 64, "tokenizer_id": "0" * 64}
@@ -43,51 +39,15 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.directory) as directory:
         root = Path(directory)
-        counts = write_corpus(root / "corpus", arguments.tokens)
-        print_line(case="corpus", bytes=bytes_of(root / "corpus"), **counts)
+        documents = random_documents(arguments.tokens, SHARD_TOKENS)
+        split = write_tokenized(fresh(root / "corpus"), documents)
+        print_line(
+            case="corpus",
+            bytes=bytes_of(root / "corpus"),
+            documents=split.documents,
+            tokens=split.tokens,
+        )
         measure(root)
-
-
-def write_corpus(directory: Path, num_tokens: int) -> dict[str, int]:
-    """Writes a tokenized corpus of random ids; returns how many documents and tokens it has."""
-    directory.mkdir()
-    draw = np.random.default_rng(0)
-    tokens_hasher, offsets_hasher = MerkleHasher(), MerkleHasher()
-    shards, written, documents = [], 0, 0
-    histogram = np.zeros(40, np.int64)
-    longest = 0
-    while written < num_tokens:
-        lengths = np.minimum(draw.lognormal(5.6, 1.0, SHARD_TOKENS // 450), 1e6).astype(np.int64)
-        lengths += 1
-        tokens = draw.integers(1, 50000, int(lengths.sum()), np.uint16)
-        tokens[np.cumsum(lengths) - 1] = 0
-        name = f"train-{len(shards):05d}.arrow"
-        write_shard(directory / name, tokens, lengths)
-        tokens_hasher.update(tokens.data.cast("B"))
-        offsets_hasher.update((np.cumsum(lengths) + written).astype("<u8").data.cast("B"))
-        shards.append(Shard(name, len(lengths), len(tokens), 4 * len(tokens), "", ""))
-        powers = np.log2(lengths).astype(np.int64)
-        histogram += np.bincount(powers, minlength=len(histogram))
-        longest = max(longest, int(lengths.max()))
-        written, documents = written + len(tokens), documents + len(lengths)
-    split = SplitManifest(
-        documents=documents,
-        tokens=written,
-        text_bytes=4 * written,
-        shards=tuple(shards),
-        token_leaves=tuple(leaf.hex() for leaf in tokens_hasher.leaves),
-        tokens_root=tokens_hasher.root(),
-        offsets_root=offsets_hasher.root(),
-        loss_mask_root=None,
-        longest_document=longest,
-        document_lengths=tuple(histogram.tolist()),
-        unknown_tokens=None,
-    )
-    manifest = Manifest("uint16", 50000, 0, False, {"train": split})
-    write_durably(
-        directory / tokenized.MANIFEST_FILE, {"format": tokenized.FORMAT} | asdict(manifest)
-    )
-    return {"documents": documents, "tokens": written}
 
 
 def measure(root: Path) -> None:

@@ -4,6 +4,7 @@
 
 Contenders take turns and read the same rows of the same synthetic tokens: the training loader
 with its data order, the cache given the rows, a NumPy memory map (the limit), and `datasets`.
+Packed rows are others, put together of documents, and come with segments and masks.
 Prints JSON lines: the machine, then each contender's median over the rounds.
 """
 
@@ -15,24 +16,23 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 
 import datasets
 import numpy as np
+from corpora import random_documents, write_tokenized
 
-from modeling.artifacts import Workspace, file_sha256, write_durably
-from modeling.data import cache, tokenized
+from modeling.artifacts import Workspace
+from modeling.data import cache
 from modeling.data.config import TokenCacheConfig
 from modeling.data.loader import TrainLoader
 from modeling.data.order import RowOrder
-from modeling.data.shards import write_shard
-from modeling.merkle import MerkleHasher
 from modeling.training.config import DataOrderConfig
 
 BATCH, LENGTH = 32, 1024
 SHARDS, SHARD_TOKENS = 4, 1 << 22
+PACKED = "token cache, packed documents"
 Contender = Callable[[int, np.ndarray], np.ndarray]
 
 
@@ -52,36 +52,21 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        tokens = write_tokens(root)
+        shards = list(random_documents(SHARDS * SHARD_TOKENS, SHARD_TOKENS))
+        write_tokenized(root, shards)
+        stream = np.concatenate([tokens for tokens, _ in shards])
+        tokens = stream[: len(stream) // LENGTH * LENGTH]
         ids = {"tokenized_id": "0" * 64, "tokenizer_id": "0" * 64}
-        (root / "cache").mkdir()
-        cache.build(TokenCacheConfig(length=LENGTH), root, Workspace(root, root / "cache"), **ids)
+        for packing in ("concat", "documents"):
+            (root / packing).mkdir()
+            config = TokenCacheConfig(length=LENGTH, packing=packing)
+            cache.build(config, root, Workspace(root, root / packing), **ids)
         measure(root, tokens, arguments.rounds, arguments.batches)
-
-
-def write_tokens(root: Path) -> np.ndarray:
-    """Writes random tokens as a tokenized corpus and returns them."""
-    tokens = np.random.default_rng(0).integers(0, 50257, SHARDS * SHARD_TOKENS, dtype=np.uint16)
-    shards = []
-    for index, part in enumerate(np.split(tokens, SHARDS)):
-        name = f"train-{index:05d}.arrow"
-        write_shard(root / name, part, np.full(SHARD_TOKENS // 512, 512))
-        sha256 = file_sha256(root / name)
-        shards.append(tokenized.Shard(name, SHARD_TOKENS // 512, SHARD_TOKENS, 0, sha256))
-    hasher = MerkleHasher()
-    hasher.update(tokens.data.cast("B"))
-    leaves = tuple(leaf.hex() for leaf in hasher.leaves)
-    split = tokenized.SplitManifest(
-        len(tokens) // 512, len(tokens), 0, tuple(shards), leaves, hasher.root(), ""
-    )
-    manifest = tokenized.Manifest("uint16", 50257, 50256, {"train": split})
-    write_durably(root / tokenized.MANIFEST_FILE, {"format": tokenized.FORMAT} | asdict(manifest))
-    return tokens
 
 
 def measure(root: Path, tokens: np.ndarray, num_rounds: int, num_batches: int) -> None:
     """Runs every contender in every round over the same rows and prints the medians."""
-    opened = cache.TokenCache.open(root / "cache", root)
+    opened = cache.TokenCache.open(root / "concat", root)
     order = RowOrder(
         lambda wanted: opened.num_rows("train"), seed=0, era_rows=DataOrderConfig().era_rows
     )
@@ -89,15 +74,17 @@ def measure(root: Path, tokens: np.ndarray, num_rounds: int, num_batches: int) -
     expected = [tokens.reshape(-1, LENGTH)[batch_rows] for batch_rows in rows[:10]]
     cpu_s: dict[str, list[float]] = {}
     batch_ms: dict[str, list[float]] = {}
+    batch_cpu_ms: dict[str, list[float]] = {}
     for _ in range(num_rounds):
         for name, take in contenders(root, tokens, opened).items():
             for step, batch in enumerate(expected):
-                if not np.array_equal(take(step, rows[step]), batch):
+                if name != PACKED and not np.array_equal(take(step, rows[step]), batch):
                     raise SystemExit(f"{name} reads other rows.")
             before = time.process_time()
             for step, batch_rows in enumerate(rows):
-                started = time.perf_counter()
+                started, cpu_started = time.perf_counter(), time.thread_time()
                 take(step, batch_rows)
+                batch_cpu_ms.setdefault(name, []).append(1e3 * (time.thread_time() - cpu_started))
                 batch_ms.setdefault(name, []).append(1e3 * (time.perf_counter() - started))
             cpu_s.setdefault(name, []).append(time.process_time() - before)
     for name, values in cpu_s.items():
@@ -109,6 +96,8 @@ def measure(root: Path, tokens: np.ndarray, num_rounds: int, num_batches: int) -
             mtok_per_cpu_s=round(num_batches * BATCH * LENGTH / cpu / 1e6, 1),
             p50_ms=round(percentiles[49], 3),
             p99_ms=round(percentiles[98], 3),
+            # What a busy machine does to the wall clock is no stall of the loader's.
+            p99_cpu_ms=round(statistics.quantiles(batch_cpu_ms[name], n=100)[98], 3),
         )
 
 
@@ -121,9 +110,12 @@ def contenders(root: Path, tokens: np.ndarray, opened: cache.TokenCache) -> dict
     features = datasets.Features({"tokens": datasets.List(datasets.Value("uint16"), LENGTH)})
     column = {"tokens": tokens.reshape(-1, LENGTH)}
     peer = datasets.Dataset.from_dict(column, features=features).with_format("numpy")
+    packed = cache.TokenCache.open(root / "documents", root)
+    num_packed = packed.num_rows("train")
     return {
         "training loader, order included": lambda step, rows: loader.batch(step).tokens,
         "token cache, rows given": lambda step, rows: opened.rows("train", rows).tokens,
+        PACKED: lambda step, rows: packed.rows("train", rows % num_packed).tokens,
         "numpy memmap, uint16 as stored": lambda step, rows: mapped[rows],
         "numpy memmap, to int32": lambda step, rows: mapped[rows].astype(np.int32),
         "datasets, numpy format": lambda step, rows: peer[rows.tolist()]["tokens"],

@@ -1,0 +1,65 @@
+"""Tokenized corpora of random ids, written as the stage would, for benchmarks to read."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from modeling.artifacts import write_durably
+from modeling.data import tokenized
+from modeling.data.ledger import Shard
+from modeling.data.shards import write_shard
+from modeling.data.tokenized import Manifest, SplitManifest
+from modeling.merkle import MerkleHasher
+
+VOCAB_SIZE, EOS = 50257, 0
+Documents = tuple[np.ndarray, np.ndarray]
+"""Tokens end to end, and the length of each document."""
+
+
+def random_documents(num_tokens: int, shard_tokens: int) -> Iterator[Documents]:
+    """Yields shards of documents of log-normal length: median 270, mean 450 tokens, each closed."""
+    draw = np.random.default_rng(0)
+    written = 0
+    while written < num_tokens:
+        lengths = np.minimum(draw.lognormal(5.6, 1.0, shard_tokens // 450), 1e6).astype(np.int64)
+        lengths += 1
+        tokens = draw.integers(EOS + 1, VOCAB_SIZE, int(lengths.sum()), np.uint16)
+        tokens[np.cumsum(lengths) - 1] = EOS
+        written += len(tokens)
+        yield tokens, lengths
+
+
+def write_tokenized(directory: Path, shards: Iterable[Documents]) -> SplitManifest:
+    """Writes documents as a tokenized corpus of one split, `train`."""
+    tokens_hasher, offsets_hasher = MerkleHasher(), MerkleHasher()
+    files: list[Shard] = []
+    counts = np.zeros(40, np.int64)
+    num_tokens, longest = 0, 0
+    for tokens, lengths in shards:
+        name = f"train-{len(files):05d}.arrow"
+        write_shard(directory / name, tokens, lengths)
+        files.append(Shard(name, len(lengths), len(tokens), 4 * len(tokens), "", ""))
+        tokens_hasher.update(tokens.data.cast("B"))
+        offsets_hasher.update((np.cumsum(lengths) + num_tokens).astype("<u8").data.cast("B"))
+        counts += np.bincount(np.log2(lengths).astype(np.int64), minlength=len(counts))
+        num_tokens, longest = num_tokens + len(tokens), max(longest, int(lengths.max()))
+    split = SplitManifest(
+        documents=sum(file.documents for file in files),
+        tokens=num_tokens,
+        text_bytes=4 * num_tokens,
+        shards=tuple(files),
+        token_leaves=tuple(leaf.hex() for leaf in tokens_hasher.leaves),
+        tokens_root=tokens_hasher.root(),
+        offsets_root=offsets_hasher.root(),
+        loss_mask_root=None,
+        longest_document=longest,
+        document_lengths=tuple(counts.tolist()),
+        unknown_tokens=None,
+    )
+    manifest = Manifest("uint16", VOCAB_SIZE, EOS, False, {"train": split})
+    write_durably(
+        directory / tokenized.MANIFEST_FILE, {"format": tokenized.FORMAT} | asdict(manifest)
+    )
+    return split
