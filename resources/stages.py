@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from modeling.artifacts import Workspace
 from modeling.experiment import ExperimentConfig, validate
 from resources import provenance
-from resources.store import programs_directory, scratch_directory
+from resources.scratch import programs_directory, scratch_directory
 from resources.tracker import Tracker, open_tracker
 from resources.worker import Channel
 

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe
 from resources import materializations, provenance
+from resources.scratch import scratch_directory
 
 
 class StoreLocationError(ValueError):
@@ -34,26 +35,6 @@ def store_url(configured: str | None = None, environ: Mapping[str, str] = os.env
         "no artifact store: neither LEVANTER_STORE nor DAGSTER_HOME is set. Set LEVANTER_STORE to "
         "a directory or an fsspec URL (gs://bucket/path), or DAGSTER_HOME to use its store."
     )
-
-
-def scratch_directory(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Returns the local directory for builds and copies of a remote store, if any is set."""
-    if scratch := environ.get("LEVANTER_SCRATCH"):
-        return Path(scratch)
-    home = environ.get("DAGSTER_HOME")
-    return Path(home) / "scratch" if home else None
-
-
-def programs_directory(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Returns where compiled programs are kept; None if nobody says, or `off` is said.
-
-    `LEVANTER_COMPILE_CACHE` names a directory or is `off`; else they lie beside other scratch work.
-    """
-    wanted = environ.get("LEVANTER_COMPILE_CACHE")
-    if wanted:
-        return None if wanted == "off" else Path(wanted).absolute()
-    scratch = scratch_directory(environ)
-    return scratch and scratch / "programs"
 
 
 def open_store(configured: str | None = None) -> ArtifactStore:

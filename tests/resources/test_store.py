@@ -6,7 +6,8 @@ import dagster as dg
 import pytest
 
 from modeling.artifacts import Artifact, Built, Recipe
-from resources.store import StoreLocationError, StoreResource, scratch_directory, store_url
+from resources.scratch import programs_directory, scratch_directory
+from resources.store import StoreLocationError, StoreResource, store_url
 
 
 def build(content):
@@ -54,6 +55,11 @@ def test_the_location_is_the_resources_then_the_variables_then_the_homes():
     assert store_url("gs://bucket/path", both) == "gs://bucket/path"
     assert store_url("here", both) == str(Path.cwd() / "here")
     assert str(scratch_directory({"DAGSTER_HOME": "/c"})) == "/c/scratch"
+    assert str(programs_directory({"DAGSTER_HOME": "/c"})) == "/c/scratch/programs"
+    cache = "LEVANTER_COMPILE_CACHE"
+    assert programs_directory({"DAGSTER_HOME": "/c", cache: "off"}) is None
+    assert str(programs_directory({"DAGSTER_HOME": "/c", cache: "/d"})) == "/d"
+    assert programs_directory({}) is None
 
 
 def test_without_a_location_the_remedy_is_told():
