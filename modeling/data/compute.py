@@ -24,8 +24,10 @@ from modeling.data.encoding import (
     DocumentEncoder,
     DocumentError,
     Encoded,
+    TextEncoder,
     document_encoder,
 )
+from modeling.data.pieces import PIECE_BYTES
 from modeling.data.tokenizer import load_tokenizer
 from modeling.data.units import Text, Unit
 
@@ -86,11 +88,15 @@ def encode_unit(
     while start < len(texts):
         stop = _end_of_batch(texts, start)
         try:
-            parts.append(encoder.encode([bytes(text) for text in texts[start:stop]]))
+            if isinstance(encoder, TextEncoder) and len(texts[start]) > PIECE_BYTES:
+                parts.append(encoder.encode_long(texts[start]))
+            else:
+                parts.append(encoder.encode([bytes(text) for text in texts[start:stop]]))
         except DocumentError as error:
             raise ValueError(f"{doc_ids[start + error.index]}: {error}") from error
         start = stop
-    return Encoded.join(parts), sum(map(len, texts))
+    encoded = parts[0] if len(parts) == 1 else Encoded.join(parts)
+    return encoded, sum(map(len, texts))
 
 
 Encode = Callable[[DocumentEncoder, list[str], list[Text]], tuple[Encoded, int]]
@@ -198,8 +204,14 @@ def _run_task(
 
 
 def _end_of_batch(texts: list[Text], start: int) -> int:
-    stop, num_bytes = start, 0
-    while stop < len(texts) and stop - start < _BATCH_DOCUMENTS and num_bytes < _BATCH_BYTES:
+    """Returns where a batch ends; a document of many pieces has one of its own."""
+    stop, num_bytes = start + 1, len(texts[start])
+    while (
+        stop < len(texts)
+        and stop - start < _BATCH_DOCUMENTS
+        and num_bytes < min(_BATCH_BYTES, PIECE_BYTES)
+        and len(texts[stop]) <= PIECE_BYTES
+    ):
         num_bytes += len(texts[stop])
         stop += 1
     return stop

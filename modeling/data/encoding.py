@@ -8,8 +8,9 @@ Any other tokenizer goes through the library as it is, and an artifact's facts s
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Protocol, runtime_checkable
 
@@ -29,6 +30,7 @@ from modeling.data.config import (
     TokenizationConfig,
 )
 from modeling.data.patterns import pattern_of, splitter
+from modeling.data.pieces import pieces
 from modeling.data.pretokens import SEPARATOR
 from modeling.data.records import COMPLETION, PROMPT
 from modeling.data.shards import token_dtype
@@ -221,6 +223,28 @@ class TextEncoder:
         """Returns the ids of each UTF-8 text, with what begins and ends it."""
         return self._bounds.added(self._encoder.encode(documents))
 
+    def encode_long(self, document: bytes | memoryview) -> Encoded:
+        """Returns the ids of one UTF-8 text, using little memory beside it and them.
+
+        Where each word is encoded by itself, this goes piece by piece; the library takes a text
+        whole, since it does not say where another tokenizer's ids part.
+        """
+        if not isinstance(self._encoder, WordEncoder):
+            return self.encode([bytes(document)])
+        parts = deque(self._encoder.encode([piece]).tokens for piece in pieces(document))
+        for end in (0, -1):  # bounds look at the first and the last id
+            length = np.array([len(parts[end])])
+            bounds = self._bounds.only(bos=end == 0, eos=end == -1)
+            parts[end] = bounds.added(Encoded(parts[end], length)).tokens
+        tokens = np.empty(sum(map(len, parts)), parts[0].dtype)
+        length = np.array([len(tokens)])
+        filled = 0
+        while parts:  # each is let go as soon as it is copied
+            part = parts.popleft()
+            tokens[filled : filled + len(part)] = part
+            filled += len(part)
+        return Encoded(tokens, length)
+
 
 class PieceEncoder:
     """Encodes documents that are rendered as pieces of text and special tokens.
@@ -322,6 +346,12 @@ class Bounds:
     eos_id: int | None
     eos_counts: bool = True
     """Whether an appended end is to be predicted, where there is a loss mask."""
+
+    def only(self, *, bos: bool, eos: bool) -> "Bounds":
+        """Returns these bounds without those that are not wanted."""
+        return replace(
+            self, bos_id=self.bos_id if bos else None, eos_id=self.eos_id if eos else None
+        )
 
     def added(self, encoded: Encoded) -> Encoded:
         """Returns the documents with their bounds."""
