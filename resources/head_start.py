@@ -53,6 +53,7 @@ class HeadStartResource(dg.ConfigurableResource):
         """Ends what still trains when the run ends; what it has saved is kept."""
         if self._running is not None:
             self._running.stop()
+        self._running = None
         self._release()
 
     def begin(
@@ -86,6 +87,8 @@ class HeadStartResource(dg.ConfigurableResource):
         Raises:
             ConfigError: this experiment cannot train before its cache is complete.
         """
+        from modeling.data import growing
+
         train_splits = [split for split in splits if split.split("/")[0] == "train"]
         require_on_demand(experiment, dataset)
         numerics = launcher.numerics(experiment)
@@ -93,8 +96,9 @@ class HeadStartResource(dg.ConfigurableResource):
         self._held = contextlib.ExitStack()
         space: Workspace = self._held.enter_context(store.open().begin(stand_in, numerics))
         self._handoff = space.progress.parent
-        for stale in self._handoff.glob("*.json"):
-            stale.unlink()
+        (self._handoff / growing.FINISHED_FILE).unlink(missing_ok=True)
+        # Training replaces it once it has started; until then it asks for nothing.
+        write_durably(self._handoff / growing.DEMAND_FILE, dict.fromkeys(train_splits, 0))
         job = launcher.job(
             "train", name, experiment, space,
             numerics=numerics, handoff=self._handoff, tokens_in_progress=progress,
@@ -107,9 +111,12 @@ class HeadStartResource(dg.ConfigurableResource):
 
     def tokenized(self, corpus: Path) -> None:
         """Tells training where the whole tokenized corpus is."""
+        from modeling.data import growing
+
         self._hear = None
         if self._handoff is not None:
-            write_durably(self._handoff / "finished.json", {"tokenized_corpus": str(corpus)})
+            where = {"tokenized_corpus": str(corpus)}
+            write_durably(self._handoff / growing.FINISHED_FILE, where)
 
     def finish(self, context: dg.AssetExecutionContext) -> None:
         """Waits until the training that was begun early has ended, well or not."""
@@ -138,17 +145,19 @@ class HeadStartResource(dg.ConfigurableResource):
     def _pace(
         self, context: dg.AssetExecutionContext, experiment: ExperimentConfig
     ) -> Callable[[Mapping[str, int]], None]:
+        from modeling.data import growing
+
         running, handoff = self._running, self._handoff
         assert running is not None
         assert handoff is not None
+        demand_file = handoff / growing.DEMAND_FILE
         most = self.max_eras_ahead * experiment.trainer.data_order.era_rows
 
         def rows_ahead(tokens: Mapping[str, int]) -> int:
-            with contextlib.suppress(FileNotFoundError):
-                demand = json.loads((handoff / "demand.json").read_text(encoding="utf-8"))
-                lengths = {split: tokens.get(split, 0) for split in demand}
-                return min(n // experiment.sequence_length - demand[s] for s, n in lengths.items())
-            return min(n for n in tokens.values()) // experiment.sequence_length
+            demand = json.loads(demand_file.read_text(encoding="utf-8"))
+            length = experiment.sequence_length
+            # A source that lags behind is made at once, however far ahead the others are.
+            return min(tokens[split] // length - wanted for split, wanted in demand.items())
 
         def pace(tokens: Mapping[str, int]) -> None:
             paused = False
