@@ -174,10 +174,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file.") from None
     except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        raise ConfigError(f"{path}{_problem(error)}") from None
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: expected a mapping of fields, found {type(value).__name__}.")
     return value
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    """Returns what is wrong and where; not the text around it, in which secrets may stand."""
+    mark = getattr(error, "problem_mark", None)
+    where = f":{mark.line + 1}:{mark.column + 1}" if mark is not None else ""
+    said = (getattr(error, name, None) for name in ("context", "problem"))
+    return f"{where}: not valid YAML: {', '.join(filter(None, said)) or error}"
 
 
 class _CoreLoader(yaml.SafeLoader):
@@ -280,7 +288,7 @@ def with_overrides(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, A
         try:
             change: Any = yaml.load(value, Loader=_CoreLoader)
         except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text}: the value is not valid YAML: {error}") from None
+            raise ConfigError(f"--set {text}{_problem(error)}") from None
         for key in reversed(field.split(".")):
             change = {key: change}
         raw = _merge(raw, _named_model(change))

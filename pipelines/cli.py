@@ -116,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(arguments)
     except (ValueError, FileNotFoundError) as error:
         # What a user got wrong is told in a line; anything else keeps its traceback.
-        sys.stderr.write(f"levanter {arguments.command}: {error}\n")
+        from resources.provenance import scrub
+
+        # An error may quote the command line, a log may keep it, and a URL may hold a password.
+        sys.stderr.write(f"levanter {arguments.command}: {scrub(str(error))}\n")
         return 2
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted. What was committed is kept; the same command resumes.\n")
