@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from modeling import recipes
-from modeling.data.config import DatasetConfig, PyStdlibSource
+from modeling.data.config import DatasetConfig, PyStdlibSource, TokenCacheConfig
 from modeling.experiment import ExperimentConfig
 
 NOTHING: frozenset[str] = frozenset()
@@ -36,10 +36,11 @@ RULES = [
     (r"dataset\.format\.(messages|prompt|completion|context)_fields?", CORPUS),
     (r"dataset\.format\.(field|separator_id|dtype)", CORPUS),
     (r"dataset\.format\.(template|variables|loss|separator)", TOKENS),
-    (r"dataset\.(compute|description)(\..*)?", NOTHING),
-    (r"dataset\.sequence_lengths", NOTHING),  # another length is another asset
+    (r"dataset\.(compute|unit_bytes|description)(\..*)?", NOTHING),
+    (r"dataset\.sequence_lengths\.layout", NOTHING),  # a copy is an asset beside the view
+    (r"dataset\.sequence_lengths\..*", CACHE),
     (r"experiment\.(dataset|description)", NOTHING),  # another dataset is another parent
-    (r"experiment\.sequence_length", NOTHING),  # likewise
+    (r"experiment\.(sequence_length|packing)", NOTHING),  # likewise
     (r"experiment\.trainer\.mp", CHECKPOINT | REPORT),
     (rf"experiment\.trainer\.({LAYOUT})", CHECKPOINT),
     (r"experiment\.trainer\.data_order\.max_epochs", NOTHING),  # a guard
@@ -124,6 +125,8 @@ def instance(owner, **given):
     for field in dataclasses.fields(owner):
         if field.name in given:
             value = given[field.name]
+        elif (owner, field.name) == (TokenCacheConfig, "packing"):
+            value = "documents"  # where all fields of a cache count
         elif field.default is not dataclasses.MISSING:
             value = field.default
         elif field.default_factory is not dataclasses.MISSING:
@@ -191,6 +194,8 @@ def versions(config) -> dict[str, str]:
             "tokenizer": recipes.tokenizer_params(config),
             "tokenized_corpus": recipes.tokenized_params(config),
         }
+        for cache in config.sequence_lengths:
+            params["token_cache"] = recipes.cache_params(cache)
     else:
         params = {
             "checkpoint": recipes.checkpoint_code_params(config),
