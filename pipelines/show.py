@@ -4,6 +4,7 @@ On a terminal every token has a background, two colours in turn, and what is not
 elsewhere bars, brackets and lines say the same (`modeling.data.examples`). `--html` writes a page.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
@@ -14,7 +15,7 @@ from rich.text import Text
 
 from modeling.experiment import Catalog
 from resources import materializations
-from resources.store import StoreResource
+from resources.store import open_store
 
 if TYPE_CHECKING:
     from modeling.data.cache import TokenCache
@@ -22,8 +23,9 @@ if TYPE_CHECKING:
     from modeling.data.examples import Document, Example
     from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
 
+# Both colours are given, since a terminal's own may be light or dark.
 _BACKGROUNDS = ("on #10335c", "on #4a3b0b")
-_KIND_STYLES = {"text": "", "id": "", "special": "bold magenta", "bytes": "red"}
+_INKS = {"text": "#ffffff", "id": "#ffffff", "special": "bold #e2b3ff", "bytes": "#ff9f99"}
 
 
 def show(
@@ -44,8 +46,8 @@ def show(
         catalog: where the dataset is.
         dataset: its name.
         stream: where to write.
-        length: tokens in a row; the first length of the dataset's file by default.
-        packing: `concat` or `documents`; the first in the file of that length by default.
+        length: tokens in a row; by default that of the first cache that is there.
+        packing: `concat` or `documents`; by default that of the first cache that is there.
         split: `train` by default, or the first of its sources.
         numbers: which rows, counted from 0.
         ids: whether to show each token's id.
@@ -56,7 +58,7 @@ def show(
     """
     from modeling.data.examples import read_example, to_html, to_text
 
-    cache, tokenizer = _open(catalog, dataset, _choose(catalog, dataset, length, packing))
+    cache, tokenizer = _open(catalog, dataset, _matching(catalog, dataset, length, packing))
     split = split or next(name for name in cache.splits if cache.num_rows(name))
     if split not in cache.splits:
         raise ValueError(f"--split {split}: {dataset} has {', '.join(cache.splits)}.")
@@ -76,9 +78,9 @@ def show(
     return 0
 
 
-def _choose(
+def _matching(
     catalog: Catalog, dataset: str, length: int | None, packing: str | None
-) -> "TokenCacheConfig":
+) -> "list[TokenCacheConfig]":
     if dataset not in catalog.datasets:
         raise ValueError(f"no dataset is named {dataset!r}; there are {sorted(catalog.datasets)}.")
     caches = catalog.datasets[dataset].sequence_lengths
@@ -92,25 +94,28 @@ def _choose(
             f"dataset {dataset!r} has no such rows; it has {', '.join(c.name for c in caches)}. "
             f"Add them to its `sequence_lengths`."
         )
-    return found[0]
+    return found
 
 
 def _open(
-    catalog: Catalog, dataset: str, config: "TokenCacheConfig"
+    catalog: Catalog, dataset: str, configs: "Sequence[TokenCacheConfig]"
 ) -> "tuple[TokenCache, Tokenizer | PassthroughTokenizer]":
+    """Opens the first of the caches that is materialized, and its tokenizer."""
     from modeling.data.cache import TokenCache
     from modeling.data.tokenizer import load_tokenizer
 
-    key = dg.AssetKey([dataset, "token_cache", config.name])
+    keys = [dg.AssetKey([dataset, "token_cache", config.name]) for config in configs]
     with dg.DagsterInstance.get() as instance:
-        made = materializations.latest(instance, key)
-    remedy = _remedy(catalog, dataset, config)
+        found = [materializations.latest(instance, key) for key in keys]
+    made = next((each for each in found if each is not None), None)
+    name, remedy = keys[0].to_user_string(), _remedy(catalog, dataset, configs[0])
     if made is None:
-        raise ValueError(f"{key.to_user_string()} is not materialized. {remedy}")
-    resource = StoreResource()
-    store = resource.open()
+        raise ValueError(f"{name} is not materialized. {remedy}")
+    store = open_store()
     if not store.contains(made.kind, made.content_id):
-        raise ValueError(f"{key.to_user_string()}: its bytes are gone from {store.url}. {remedy}")
+        raise ValueError(
+            f"{made.key.to_user_string()}: its bytes are gone from {store.url}. {remedy}"
+        )
     record = store.record(made.recipe_id, made.numerics)
     tokenized = record["recipe"]["inputs"]["tokenized_corpus"]
     opened = TokenCache.open(
@@ -146,8 +151,8 @@ def _print(console: Console, example: "Example", ids: bool) -> None:
 def _painted(document: "Document", ids: bool) -> Text:
     painted = Text()
     for place, token in enumerate(document.tokens):
-        background = _BACKGROUNDS[place % 2] if token.learned else "dim"
-        painted.append(token.text, f"{_KIND_STYLES[token.kind]} {background}".strip())
+        style = f"{_INKS[token.kind]} {_BACKGROUNDS[place % 2]}" if token.learned else "dim"
+        painted.append(token.text, style)
         if ids:
             painted.append(str(token.token_id), "dim italic")
     return painted
