@@ -141,7 +141,7 @@ def build(
         facts[name] = _facts(config, split, splits[name].rows, fate)
     is_packed = config.packing == "documents"
     index = Index(
-        _content_id(config, manifest, splits),
+        _content_id(config.length, config.packing, manifest, splits),
         "view",
         config.length,
         manifest.dtype,
@@ -240,13 +240,16 @@ class TokenCache:
                 f"{index.tokenized_corpus[:12]}, or take a copy of it (`layout: copy`)."
             )
         manifest = Manifest.read(tokenized_dir)
-        return cls(
-            index,
-            {
-                name: _viewed(cache_dir, index, name, tokenized_dir, manifest)
-                for name in index.splits
-            },
-        )
+        tables = {
+            name: _viewed(cache_dir, index, name, tokenized_dir, manifest) for name in index.splits
+        }
+        found = _content_id(index.sequence_length, index.packing, manifest, index.splits)
+        if found != index.content_id:
+            raise ValueError(
+                f"{cache_dir}: a view of other tokens, or of others that are learned, than those "
+                f"of {tokenized_dir}. Open it with tokenized corpus {index.tokenized_corpus[:12]}."
+            )
+        return cls(index, tables)
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -404,17 +407,17 @@ def _require_rows(name: str, split: SplitManifest, rows: int, config: TokenCache
 
 
 def _content_id(
-    config: TokenCacheConfig, manifest: Manifest, splits: Mapping[str, SplitIndex]
+    sequence_length: int, packing: Packing, manifest: Manifest, splits: Mapping[str, SplitIndex]
 ) -> str:
     identity: dict[str, Any] = {
-        "sequence_length": config.length,
+        "sequence_length": sequence_length,
         "dtype": manifest.dtype,
         "vocab_size": manifest.vocab_size,
         "eos_id": manifest.eos_id,
         "splits": {name: {"rows": s.rows, "root": s.root} for name, s in splits.items()},
     }
-    if config.packing == "documents":
-        identity["packing"] = config.packing
+    if packing == "documents":
+        identity["packing"] = packing
     elif manifest.has_loss_mask:
         # Of the whole stream, of which the rows hold all but the end.
         identity["loss_masks"] = {name: s.loss_mask_root for name, s in manifest.splits.items()}

@@ -1,5 +1,6 @@
 """Packed documents: what a row may hold, against a plain packer, a reader and `datasets`."""
 
+import dataclasses
 import json
 from collections import Counter
 from itertools import pairwise
@@ -13,8 +14,10 @@ from modeling.artifacts import Workspace
 from modeling.data import cache, packing
 from modeling.data.cache import TokenCache
 from modeling.data.config import TokenCacheConfig
+from modeling.data.ledger import Shard
 from modeling.data.packing import PackedRows, Packer, Pieces, map_pieces, write_pieces
 from modeling.data.shards import FlatTokens, write_shard
+from modeling.data.tokenized import FORMAT, Manifest, SplitManifest
 from modeling.merkle import MerkleHasher
 
 IDS = {"tokenized_id": "a" * 64, "tokenizer_id": "b" * 64}
@@ -308,6 +311,48 @@ def test_datasets_opens_a_copy_as_it_is(config, chain, make_workspace):
         if column is not None
     }
     assert found[:] == expected
+
+
+def masked_corpus(directory, mask):
+    """A tokenized corpus of two shards whose tokens count up, with this mask."""
+    directory.mkdir()
+    lengths = np.array([5, 20, 3, 9, 30, 13])
+    tokens = np.arange(1, 81, dtype=np.uint16)
+    roots = [MerkleHasher(), MerkleHasher()]
+    for root, stream in zip(roots, (tokens, mask), strict=True):
+        root.update(stream.tobytes())
+    shards = []
+    for name, here, at in (("a", slice(0, 3), slice(0, 28)), ("b", slice(3, 6), slice(28, 80))):
+        write_shard(directory / name, tokens[at], lengths[here], mask[at])
+        shards.append(Shard(name, 3, len(tokens[at]), 0, "", ""))
+    leaves = tuple(leaf.hex() for leaf in roots[0].leaves)
+    split = SplitManifest(
+        6, 80, 160, tuple(shards), leaves, roots[0].root(), "", roots[1].root(), 30, (6,), None
+    )
+    raw = {"format": FORMAT} | dataclasses.asdict(Manifest("uint16", 99, 0, True, {"train": split}))
+    (directory / "manifest.json").write_text(json.dumps(raw))
+    return directory
+
+
+@pytest.mark.parametrize("packing", ["concat", "documents"])
+def test_masks_of_tokens_come_with_their_rows(packing, tmp_path, make_workspace):
+    mask = np.random.default_rng(0).integers(0, 2, 80).astype(np.uint8)
+    corpus = masked_corpus(tmp_path / "corpus", mask)
+    config = TokenCacheConfig(length=16, packing=packing)
+    view, copy = make_workspace("view"), make_workspace("copy")
+    built = cache.build(config, corpus, view, **IDS)
+    cache.copy(view.output, corpus, copy)
+    for opened in (TokenCache.open(view.output, corpus), TokenCache.open(copy.output)):
+        assert opened.columns == (packing == "documents", True)
+        rows = opened.rows("train", np.arange(opened.num_rows("train")))
+        # Token t of the stream is t + 1, and 0 is padding.
+        expected = np.concatenate([[0], mask])[rows.tokens]
+        np.testing.assert_array_equal(rows.loss_mask, expected != 0)
+        assert sorted(rows.tokens[rows.tokens > 0].tolist()) == list(range(1, 81))
+    other = masked_corpus(tmp_path / "other", 1 - mask)
+    assert cache.build(config, other, make_workspace("o"), **IDS).content_id != built.content_id
+    with pytest.raises(ValueError, match="Open it with tokenized corpus aaaaaaaaaaaa"):
+        TokenCache.open(view.output, other)
 
 
 def test_a_copy_that_lost_a_file_is_refused(chain, make_workspace):
