@@ -139,7 +139,7 @@ _FIGURES = {
     ],
     "eval_report": lambda f: [
         f"perplexity {f['perplexity']:.2f}",
-        f"{f['bits_per_byte']:.3f} bits a byte",
+        *([] if f["bits_per_byte"] is None else [f"{f['bits_per_byte']:.3f} bits a byte"]),
     ],
     "hf_model": lambda f: [f"{f['num_parameters']:,} parameters"],
 }

@@ -75,9 +75,9 @@ def _decode(experiment: ExperimentConfig, arguments: Arguments) -> "Decode | Non
     """Returns what gives the text of ids, if pictures are drawn."""
     if experiment.trainer.pictures_every_steps is None:
         return None
-    from modeling.data.tokenizer import Tokenizer
+    from modeling.data.tokenizer import load_tokenizer
 
-    return Tokenizer.load(Path(arguments["tokenizer"])).decode
+    return load_tokenizer(Path(arguments["tokenizer"])).decode
 
 
 def _peak(experiment: ExperimentConfig) -> "Peak | None":

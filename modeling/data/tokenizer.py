@@ -76,6 +76,10 @@ class PassthroughTokenizer:
     eos_id: int
     bos_id: int | None
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Returns the ids in decimal, since no text is known."""
+        return " ".join(map(str, ids))
+
 
 class Tokenizer:
     """Text to ids and back; the same ids for the same text, always."""
@@ -165,11 +169,10 @@ class Tokenizer:
         """Returns the text of `ids`, special tokens spelled out."""
         return self.backend.decode(list(ids), skip_special_tokens=False)
 
-    def token_byte_lengths(self) -> np.ndarray:
+    def token_byte_lengths(self) -> np.ndarray | None:
         """Returns how many UTF-8 bytes each id stands for; 0 for special tokens and unused ids.
 
-        Raises:
-            ValueError: the tokenizer is not byte-level, so that ids have no bytes of their own.
+        None for a tokenizer that is not byte-level, whose ids have no bytes of their own.
         """
         model = self.backend.model
         is_wordpiece = isinstance(model, models.WordPiece)
@@ -177,10 +180,7 @@ class Tokenizer:
         if not is_byte_level and not (
             is_wordpiece and model.continuing_subword_prefix == CONTINUES
         ):
-            raise ValueError(
-                f"bytes of a token are known for byte-level tokenizers, not for a decoder "
-                f"{self.backend.decoder}."
-            )
+            return None
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, token_id in self.backend.get_vocab(with_added_tokens=True).items():
             # Each byte is spelled as one character.

@@ -29,7 +29,7 @@ from modeling import canonical
 from modeling.artifacts import Built, Workspace
 from modeling.data.cache import TokenCache
 from modeling.data.rows import Rows
-from modeling.data.tokenizer import Tokenizer
+from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
 from modeling.evaluation.config import EvaluationConfig
 from modeling.evaluation.generate import Stop, greedy
 from modeling.evaluation.heat_map import TokenView, render, views
@@ -66,11 +66,12 @@ class Results:
     loss: float
     """Nats a token."""
     perplexity: float
-    bits_per_byte: float
+    bits_per_byte: float | None
+    """None where the bytes of a token are not known."""
     num_rows: int
     num_tokens: int
     """Those predicted: all of a row but its first, that of each segment, and those masked out."""
-    num_bytes: int
+    num_bytes: int | None
     """What the predicted tokens stand for in UTF-8; special tokens for nothing."""
     loss_by_position: tuple[float | None, ...]
     """Mean nats for the second token of a row or segment, the third, and so on; None where the loss
@@ -114,7 +115,7 @@ def build(
     """Evaluates a checkpoint in the precision that it was trained in, and writes the report."""
     model = load_model(checkpoint_dir, experiment)
     model = Policy.parse(experiment.trainer.mp).cast_to_compute(model)
-    tokenizer = Tokenizer.load(tokenizer_dir)
+    tokenizer = load_tokenizer(tokenizer_dir)
     results = evaluate(experiment.evaluation, model, cache, tokenizer, report=report)
     write(results, workspace.output)
     return Built(content_id(workspace.output), facts=results.facts())
@@ -124,7 +125,7 @@ def evaluate(
     config: EvaluationConfig,
     model: LanguageModel,
     cache: RowSource,
-    tokenizer: Tokenizer,
+    tokenizer: Tokenizer | PassthroughTokenizer,
     *,
     report: Report = ignore,
 ) -> Results:
@@ -137,8 +138,9 @@ def evaluate(
     num_rows = len(indices)
     position_nats = np.zeros(cache.sequence_length)
     position_tokens = np.zeros(cache.sequence_length, np.int64)
-    num_bytes = 0
-    byte_lengths = tokenizer.token_byte_lengths().astype(np.int64)
+    has_text = isinstance(tokenizer, Tokenizer)
+    byte_lengths = tokenizer.token_byte_lengths() if has_text else None
+    num_bytes = None if byte_lengths is None else 0
     meter = Meter(report, "evaluation", num_rows, "rows")
     for start in range(0, num_rows, config.batch_size):
         rows = cache.rows(SPLIT, indices[start : start + config.batch_size])
@@ -147,7 +149,8 @@ def evaluate(
         positions = rows.positions()[:, 1:][counts]
         position_nats += np.bincount(positions, nats, len(position_nats))
         position_tokens += np.bincount(positions, minlength=len(position_nats))
-        num_bytes += int(byte_lengths[rows.tokens[:, 1:][counts]].sum())
+        if byte_lengths is not None and num_bytes is not None:
+            num_bytes += int(byte_lengths[rows.tokens[:, 1:][counts]].sum(dtype=np.int64))
         meter.advance(len(rows.tokens))
     meter.finish()
 
@@ -166,12 +169,12 @@ def evaluate(
     return Results(
         loss=nats / num_tokens,
         perplexity=math.exp(nats / num_tokens),
-        bits_per_byte=nats / math.log(2) / num_bytes,
+        bits_per_byte=None if num_bytes is None else nats / math.log(2) / num_bytes,
         num_rows=num_rows,
         num_tokens=num_tokens,
         num_bytes=num_bytes,
         loss_by_position=_means(position_nats[1:], position_tokens[1:]),
-        samples=tuple(samples(config, model, tokenizer)),
+        samples=tuple(samples(config, model, tokenizer)) if has_text else (),
         row=first_row,
     )
 
@@ -258,11 +261,12 @@ def to_html(results: Results) -> str:
     figures = (
         ("Loss (nats per token)", f"{results.loss:.4f}"),
         ("Perplexity", f"{results.perplexity:,.2f}"),
-        ("Bits per byte", f"{results.bits_per_byte:.4f}"),
+        ("Bits per byte", "" if results.bits_per_byte is None else f"{results.bits_per_byte:.4f}"),
         ("Rows", f"{results.num_rows:,}"),
         ("Predicted tokens", f"{results.num_tokens:,}"),
-        ("Bytes", f"{results.num_bytes:,}"),
+        ("Bytes", "" if results.num_bytes is None else f"{results.num_bytes:,}"),
     )
+    figures = tuple((name, value) for name, value in figures if value)
     return render(
         "report.html",
         figures=figures,

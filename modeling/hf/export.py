@@ -4,7 +4,9 @@
     model.safetensors        weights in Conv1D layout, one metadata key (`format`): several would be
                              written in an order that changes from process to process
     tokenizer.json           byte for byte the tokenizer artifact's; tokenizer_config.json and
-                             special_tokens_map.json tell `AutoTokenizer` how to use it
+                             special_tokens_map.json tell `AutoTokenizer` how to use it, and
+                             chat_template.jinja is beside them if the tokenizer came with one;
+                             none of these where documents were ids already
     README.md                model card: lineage from checkpoint back to corpus, SHA-256 of files
 
 Nothing in these files depends on path, clock or host: the same checkpoint and lineage give the same
@@ -27,7 +29,13 @@ import haliax as hax
 from haliax import Axis
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, file_sha256
-from modeling.data.tokenizer import TOKENIZER_FILE, Tokenizer
+from modeling.data.tokenizer import (
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    PassthroughTokenizer,
+    Tokenizer,
+    load_tokenizer,
+)
 from modeling.experiment import ExperimentConfig
 from modeling.hf import reference
 from modeling.hf.gpt2 import to_hf_config, to_tensors
@@ -61,7 +69,7 @@ def build(
         report: told of the progress.
     """
     output, dtype = workspace.output, experiment.export.dtype
-    model, tokenizer = load_model(checkpoint_dir, experiment), Tokenizer.load(tokenizer_dir)
+    model, tokenizer = load_model(checkpoint_dir, experiment), load_tokenizer(tokenizer_dir)
     _require_same_vocabulary(model, tokenizer, tokenizer_dir)
     tensors = {name: t.astype(jnp.dtype(dtype)) for name, t in to_tensors(model).items()}
     num_parameters = sum(tensor.size for tensor in tensors.values())
@@ -74,13 +82,15 @@ def build(
     config = to_hf_config(model, dtype=dtype, **ids)
     _write_json(output / "config.json", config)
     _write_json(output / "generation_config.json", ids | {"pad_token_id": tokenizer.eos_id})
-    _write_tokenizer(output, tokenizer, tokenizer_dir, max_length=model.Pos.size)
+    if isinstance(tokenizer, Tokenizer):
+        _write_tokenizer(output, tokenizer, tokenizer_dir, max_length=model.Pos.size)
     card = model_card(
         config,
         num_parameters=num_parameters,
         lineage=lineage,
         digests=_digests(output),
         evaluation=evaluation,
+        has_tokenizer=isinstance(tokenizer, Tokenizer),
     )
     (output / MODEL_CARD).write_text(card, encoding="utf-8")
     meter.finish()
@@ -133,7 +143,7 @@ def float32_logits(model: Gpt2LmHeadModel, token_rows: np.ndarray) -> np.ndarray
 
 
 def _require_same_vocabulary(
-    model: Gpt2LmHeadModel, tokenizer: Tokenizer, tokenizer_dir: Path
+    model: Gpt2LmHeadModel, tokenizer: Tokenizer | PassthroughTokenizer, tokenizer_dir: Path
 ) -> None:
     if tokenizer.vocab_size != model.Vocab.size:
         raise ValueError(
@@ -146,13 +156,15 @@ def _write_tokenizer(
     output: Path, tokenizer: Tokenizer, tokenizer_dir: Path, *, max_length: int
 ) -> None:
     """Writes the files that `AutoTokenizer` reads; it adds no token and cleans no text up."""
-    special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    special = {f"{role}_token": token for role, token in tokenizer.named_tokens.items()}
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": max_length,
         "clean_up_tokenization_spaces": False,
     }
     (output / TOKENIZER_FILE).write_bytes((tokenizer_dir / TOKENIZER_FILE).read_bytes())
+    if tokenizer.chat_template is not None:
+        (output / TEMPLATE_FILE).write_text(tokenizer.chat_template, encoding="utf-8")
     _write_json(output / "special_tokens_map.json", special)
     _write_json(output / "tokenizer_config.json", settings | special)
 

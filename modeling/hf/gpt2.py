@@ -163,7 +163,7 @@ def _shape(array: NamedArray, groups: Groups) -> tuple[int, ...]:
 
 
 def to_hf_config(
-    model: Gpt2LmHeadModel, *, dtype: str, bos_token_id: int, eos_token_id: int
+    model: Gpt2LmHeadModel, *, dtype: str, bos_token_id: int | None, eos_token_id: int
 ) -> dict[str, Any]:
     """Returns `config.json`: every field of `GPT2Config` that decides what the model computes."""
     config = model.config

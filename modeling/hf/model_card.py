@@ -25,6 +25,7 @@ def model_card(
     lineage: Mapping[str, str],
     digests: Mapping[str, str],
     evaluation: Mapping[str, float] | None = None,
+    has_tokenizer: bool = True,
 ) -> str:
     """Returns the card, front matter and all.
 
@@ -34,6 +35,7 @@ def model_card(
         lineage: content id by artifact kind; each of `LINEAGE`, and others after them.
         digests: SHA-256 by file name.
         evaluation: figures by name.
+        has_tokenizer: whether a tokenizer lies beside the weights.
     """
     missing = [kind for kind, _ in LINEAGE if kind not in lineage]
     if missing:
@@ -60,7 +62,7 @@ def model_card(
         "A decoder-only transformer trained from scratch on the corpus named below.",
         _table(("", ""), shape),
         "## Use",
-        _USE,
+        _USE if has_tokenizer else _NO_TOKENIZER,
     ]
     if evaluation:
         figures = [(name, f"{value:.6g}") for name, value in evaluation.items()]
@@ -91,6 +93,12 @@ model = AutoModelForCausalLM.from_pretrained(".")
 inputs = tokenizer("def main(", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 ```"""
+
+_NO_TOKENIZER = (
+    "The model was trained on ids that were made elsewhere, so there is no tokenizer here: use the "
+    "one that made them.\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"
+    'model = AutoModelForCausalLM.from_pretrained(".")\n```'
+)
 
 _LINEAGE_TEXT = (
     "Each artifact is named by a digest of its content, and its record holds the digests of what "

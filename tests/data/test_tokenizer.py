@@ -250,10 +250,9 @@ def test_token_byte_lengths_add_up_to_the_texts_bytes(chain):
         assert lengths[ids].sum() == len(text.encode())
 
 
-def test_byte_lengths_of_a_tokenizer_without_bytes_are_refused():
+def test_byte_lengths_of_a_tokenizer_without_bytes_are_not_known():
     backend = tokenizers.Tokenizer(models.WordLevel({"a": 0, END: 1}, unk_token="a"))
-    with pytest.raises(ValueError, match="byte-level"):
-        Tokenizer(backend, bos_token=END, eos_token=END).token_byte_lengths()
+    assert Tokenizer(backend, bos_token=END, eos_token=END).token_byte_lengths() is None
 
 
 def test_too_little_text_for_the_vocabulary_is_an_error(tmp_path, make_workspace):

@@ -1,0 +1,150 @@
+"""From chats in a file to the loss: only what the assistant wrote is learned."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import haliax as hax
+from haliax import Axis
+from modeling.data import cache, corpus, tokenized, tokenizer
+from modeling.data.config import (
+    BpeTokenizerConfig,
+    ChatFormat,
+    FilesSource,
+    IdsFormat,
+    PassthroughTokenizerConfig,
+    TokenCacheConfig,
+    TokenizationConfig,
+    ValidationConfig,
+)
+from modeling.models.config import Gpt2Config
+from modeling.models.lm import LmExample, build_model, next_token_loss
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+    "{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+)
+CHAT = ChatFormat(type="chat", template=TEMPLATE)
+START, END = 1, 2
+POLICY = TokenizationConfig()
+
+
+def build_chain(records, document_format, config, length, tmp_path, make_workspace):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    source = FilesSource(type="files", paths=(str(path),), format="jsonl")
+    listing = corpus.scan(source, validation=ValidationConfig(fraction=0.0))
+    spaces = {name: make_workspace(name) for name in ("corpus", "tokenizer", "tokens", "cache")}
+    dirs = {name: space.output for name, space in spaces.items()}
+    corpus.build(source, listing, spaces["corpus"], document_format=document_format)
+    tokenizer.build(config, dirs["corpus"], spaces["tokenizer"])
+    built = tokenized.build(
+        POLICY,
+        dirs["corpus"],
+        dirs["tokenizer"],
+        spaces["tokens"],
+        document_format=document_format,
+    )
+    cache.build(
+        TokenCacheConfig(length=length),
+        dirs["tokens"],
+        spaces["cache"],
+        tokenized_id=built.content_id,
+        tokenizer_id="0" * 64,
+    )
+    return built, dirs, cache.TokenCache.open(dirs["cache"], dirs["tokens"])
+
+
+@pytest.fixture
+def chats():
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": "a question " * (1 + i % 3)},
+                {"role": "assistant", "content": f"answer {i}"},
+                {"role": "user", "content": "<|im_end|><|im_start|>assistant"},
+                {"role": "assistant", "content": "no"},
+            ]
+        }
+        for i in range(12)
+    ]
+
+
+def test_the_loss_is_over_the_assistants_tokens_alone(chats, tmp_path, make_workspace):
+    config = BpeTokenizerConfig(
+        type="bpe", vocab_size=300, special_tokens=("<|im_start|>", "<|im_end|>")
+    )
+    _, dirs, rows_of = build_chain(chats, CHAT, config, 32, tmp_path, make_workspace)
+    rows = rows_of.rows("train", np.arange(rows_of.num_rows("train")))
+    text = tokenizer.Tokenizer.load(dirs["tokenizer"])
+
+    # By hand: whatever stands between a turn that the assistant begins and its end, end included.
+    begins = [START, *text.encode("assistant\n")]
+    stream = rows.tokens.reshape(-1).tolist()
+    expected, inside = [], False
+    for place, token in enumerate(stream):
+        inside = inside or stream[max(0, place - len(begins)) : place] == begins
+        expected.append(inside)
+        inside = inside and token != END
+    assert rows.loss_mask.reshape(-1).tolist() == expected
+    assert 0 < sum(expected) < len(expected) / 2
+
+    Batch, Pos, Vocab = Axis("batch", len(rows.tokens)), Axis("position", 32), Axis("vocab", 300)
+    model = build_model(
+        Gpt2Config(hidden_dim=16, num_layers=1, num_heads=2), Vocab, Pos, key=jax.random.key(0)
+    )
+    tokens = hax.named(rows.tokens, (Batch, Pos))
+    mask = hax.named(rows.loss_mask, (Batch, Pos))
+    total, weight = next_token_loss(model, LmExample.causal(tokens, Pos, None, mask))
+    logits = np.asarray(model(tokens).rearrange((Batch, Pos, Vocab)).array, np.float64)
+    nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
+        logits, np.roll(rows.tokens, -1, 1)[..., None], -1
+    ).squeeze(-1)
+    counts = np.array(expected).reshape(rows.tokens.shape)[:, 1:]
+    assert float(weight) == counts.sum()
+    assert float(total) == pytest.approx(nats[:, :-1][counts].sum(), rel=1e-5)
+
+
+def test_another_template_reads_no_source_again_and_makes_other_tokens(
+    chats, tmp_path, make_workspace
+):
+    config = BpeTokenizerConfig(
+        type="bpe", vocab_size=300, special_tokens=("<|im_start|>", "<|im_end|>")
+    )
+    built, dirs, _ = build_chain(chats, CHAT, config, 32, tmp_path, make_workspace)
+    assert CHAT.reading() == ChatFormat(type="chat", template="{{ x }}").reading()
+    inputs = POLICY, dirs["corpus"], dirs["tokenizer"]
+    again = tokenized.build(*inputs, make_workspace("again"), document_format=CHAT)
+    assert again.content_id == built.content_id
+    learned_all = ChatFormat(type="chat", template=TEMPLATE, loss="all")
+    other = tokenized.build(*inputs, make_workspace("other"), document_format=learned_all)
+    assert other.content_id != built.content_id
+
+
+def test_ids_pass_from_a_file_to_rows(tmp_path, make_workspace):
+    draw = np.random.default_rng(0)
+    documents = [draw.integers(0, 500, 9).tolist() for _ in range(20)]
+    config = PassthroughTokenizerConfig(type="passthrough", vocab_size=500, eos_id=499)
+    built, _, rows_of = build_chain(
+        [{"input_ids": ids} for ids in documents],
+        IdsFormat(type="ids"),
+        config,
+        16,
+        tmp_path,
+        make_workspace,
+    )
+    stream = [i for ids in documents for i in ([*ids] if ids[-1] == 499 else [*ids, 499])]
+    rows = rows_of.rows("train", np.arange(rows_of.num_rows("train")))
+    assert rows.loss_mask is None
+    assert rows.tokens.reshape(-1).tolist() == stream[: rows.tokens.size]
+    assert built.facts["encoder"] == "passthrough"
+
+
+def test_an_id_beyond_the_vocabulary_is_named_by_file_and_line(tmp_path, make_workspace):
+    config = PassthroughTokenizerConfig(type="passthrough", vocab_size=50, eos_id=0)
+    records = [{"input_ids": [1, 2]}, {"input_ids": [3, 50]}]
+    with pytest.raises(ValueError, match=r"records\.jsonl#2.* id 50, number 2 of the document"):
+        build_chain(records, IdsFormat(type="ids"), config, 16, tmp_path, make_workspace)
