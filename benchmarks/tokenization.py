@@ -1,17 +1,23 @@
 """Tokenization of the standard library: CPU seconds of our encoder and of the library's.
 
-    python benchmarks/tokenization.py [--rounds 3] [--vocab-size 8192]
+    python benchmarks/tokenization.py [--rounds 3] [--vocab-size 8192] [--peers PYTHON]
 
 Contenders take turns, each round from a cold start, and must agree on every id. CPU seconds are
 of the whole process, all threads. Prints JSON lines: the machine, each run, each contender's median
 and its ratio to `encode_batch_fast`.
+
+`--peers` names an interpreter that has `datasets` and `datatrove`. They run as subprocesses, from
+JSON lines to what they leave on disk, imports and their own worker processes included, and must
+make as many ids; one that is not installed there is reported as skipped.
 """
 
 import argparse
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--peers", type=Path, help="an interpreter with datasets and datatrove")
     arguments = parser.parse_args()
     print_line(
         benchmark="tokenization",
@@ -52,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         prepare(root, arguments.vocab_size)
-        measure(root, arguments.rounds)
+        measure(root, arguments.rounds, arguments.peers)
 
 
 def prepare(root: Path, vocab_size: int) -> None:
@@ -64,9 +71,11 @@ def prepare(root: Path, vocab_size: int) -> None:
     tokenizer.build(config, root / "corpus", workspace(root, "tokenizer"))
 
 
-def measure(root: Path, num_rounds: int) -> None:
+def measure(root: Path, num_rounds: int, interpreter: Path | None) -> None:
     """Runs every contender in every round and prints what each took."""
     texts = list(corpus.texts(root / "corpus", corpus.TRAIN))
+    peers = [] if interpreter is None else installed_peers(interpreter)
+    write_json_lines(root / "peers", texts)
     megabytes = sum(map(len, texts)) / 1e6
     reference = None
     seconds: dict[str, list[float]] = {}
@@ -78,6 +87,14 @@ def measure(root: Path, num_rounds: int) -> None:
             reference = ids if reference is None else reference
             if not np.array_equal(ids, reference):
                 raise SystemExit(f"{name} gives other ids than encode_batch.")
+            seconds.setdefault(name, []).append(cpu)
+            print_line(round=turn, contender=name, cpu_s=round(cpu, 3), wall_s=round(wall, 3))
+        for name in peers:
+            before, wall = children_cpu(), time.perf_counter()
+            num_ids = run_peer(str(interpreter), name, root, turn)
+            cpu, wall = children_cpu() - before, time.perf_counter() - wall
+            if reference is None or num_ids != len(reference):
+                raise SystemExit(f"{name} gives {num_ids} ids, other than encode_batch.")
             seconds.setdefault(name, []).append(cpu)
             print_line(round=turn, contender=name, cpu_s=round(cpu, 3), wall_s=round(wall, 3))
     baseline = statistics.median(seconds[BASELINE])
@@ -129,6 +146,77 @@ def contenders(root: Path, texts: list[bytes], turn: int) -> dict[str, Contender
         "distinct words": ours,
         "distinct words, stage with both splits, digests and files": whole_stage,
     }
+
+
+PEERS = {
+    "datasets": """
+import sys, datasets, tokenizers
+from pathlib import Path
+root, output = map(Path, sys.argv[1:])
+datasets.disable_progress_bars()
+backend = tokenizers.Tokenizer.from_file(str(root / "tokenizer" / "tokenizer.json"))
+backend.encode_special_tokens = True
+def encode(rows):
+    encodings = backend.encode_batch_fast(rows["text"], add_special_tokens=False)
+    return {"input_ids": [encoding.ids for encoding in encodings]}
+files = str(root / "peers" / "texts.jsonl")
+rows = datasets.load_dataset("json", data_files=files, cache_dir=str(output), split="train")
+mapped = rows.map(encode, batched=True, remove_columns=rows.column_names)
+print(sum(len(row.values) for row in mapped.data.column("input_ids").chunks))
+""",
+    "datatrove": """
+import sys
+from pathlib import Path
+from datatrove.executor import LocalPipelineExecutor
+from datatrove.pipeline.readers import JsonlReader
+from datatrove.pipeline.tokens import DocumentTokenizer
+root, output = map(Path, sys.argv[1:])
+reader = JsonlReader(str(root / "peers"), glob_pattern="*.jsonl")
+writer = DocumentTokenizer(
+    str(output / "ids"), tokenizer_name_or_path=str(root / "tokenizer" / "tokenizer.json"),
+    local_working_dir=str(output / "local"), shuffle_documents=False, eos_token=None,
+)
+LocalPipelineExecutor([reader, writer], tasks=1, logging_dir=str(output / "logs")).run()
+print(sum(path.stat().st_size for path in (output / "ids").glob("*.ds")) // 2)
+""",
+}
+
+
+def installed_peers(interpreter: Path) -> list[str]:
+    """Returns the peers that `interpreter` can import; prints a line for each that it cannot."""
+    found = []
+    for name in PEERS:
+        command = [str(interpreter), "-c", f"import {name}"]
+        if subprocess.run(command, check=False, capture_output=True).returncode == 0:
+            found.append(name)
+        else:
+            print_line(contender=name, skipped=f"not installed in {interpreter}")
+    return found
+
+
+def run_peer(interpreter: str, name: str, root: Path, turn: int) -> int:
+    """Tokenizes the texts by a peer and returns how many ids it wrote."""
+    output = root / f"{name}-{turn}"
+    output.mkdir()
+    command = [interpreter, "-c", PEERS[name], str(root), str(output)]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-2000:]}")
+    return int(done.stdout.split()[-1])
+
+
+def children_cpu() -> float:
+    """Returns the CPU seconds of all processes below this one that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def write_json_lines(directory: Path, texts: list[bytes]) -> None:
+    """Writes what the peers read."""
+    directory.mkdir()
+    with (directory / "texts.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps({"text": text.decode()}) + "\n" for text in texts)
 
 
 def batches(texts: list[bytes]) -> Iterator[list[bytes]]:

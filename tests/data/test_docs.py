@@ -23,6 +23,7 @@ def test_each_dataset_of_the_page_is_valid(text, tmp_path):
 @pytest.mark.parametrize("code", blocks("python"))
 def test_each_piece_of_code_on_the_page_runs(code, chain):
     places = {"cache_dir": chain.cache_dir, "tokenized_dir": chain.tokenized_dir, "eos_id": 0}
+    places["tokenization_dir"] = chain.tokenized_dir.parent / "progress"
     exec(compile(code, str(PAGE), "exec"), places)
 
 

@@ -1,6 +1,10 @@
 """Long texts in pieces: the same ids, wherever they are cut."""
 
+import json
 import random
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ PATTERNS = {
     "llama3": pre_tokenizers.Split(Regex(LLAMA3), "isolated"),
     "o200k": pre_tokenizers.Split(Regex(O200K), "isolated"),
 }
+SCALE = Path(__file__).parents[2] / "benchmarks" / "scale.py"
 HARD = "aZ9'stmdrevl \n\r\t.,/(-é\u0301日本。\u3000\u00a0\u2028²٣ǅʰक्ह🎉"
 
 
@@ -71,3 +76,17 @@ def test_a_long_document_has_the_ids_of_the_library(bos, eos, chain, monkeypatch
     ends = np.cumsum(encoded.lengths)[:-1]
     assert [part.tolist() for part in np.split(encoded.tokens, ends)] == expected
     assert num_bytes == sum(map(len, data))
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_corpus_and_little_with_a_document():
+    def peaks(*options):
+        command = [sys.executable, str(SCALE), "--gigabytes", "0.2", "--rounds-of", "0.05"]
+        done = subprocess.run([*command, *options], check=True, capture_output=True, text=True)
+        _, small, large = map(json.loads, done.stdout.splitlines())
+        return small["peak_anonymous_mb"], large["peak_anonymous_mb"]
+
+    small, large = peaks()
+    assert large < small + 200
+    small, large = peaks("--one-document")
+    assert large < 2.5 * 200 + 300
