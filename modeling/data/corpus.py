@@ -43,6 +43,7 @@ FILES_FILE = "files.json"
 SCHEMA = pa.schema([("doc_id", pa.string()), ("split", pa.string()), ("text", pa.large_string())])
 _BATCH_TEXT_BYTES = 32 * 1024 * 1024
 _BATCH_DOCUMENTS = 65536
+_LARGE_TEXT_BYTES = 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -189,12 +190,25 @@ def _write_documents(path: Path, kept: Iterable[Kept]) -> str:
     ):
         for batch in _batches(kept):
             rows = [(kept.doc_id.encode(), kept.split.encode(), kept.content) for kept in batch]
-            for row in rows:
-                for part in row:
-                    root.update(len(part).to_bytes(8, "big"))
-                    root.update(part)
+            for piece in _framed(rows):
+                root.update(piece)
             writer.write_batch(_record_batch(rows))
     return root.root()
+
+
+def _framed(rows: list[tuple[bytes, bytes, bytes]]) -> Iterator[bytes]:
+    """Yields (id, split, text) of each row, each behind its length; small ones many at a time."""
+    small: list[bytes] = []
+    for row in rows:
+        for text in row:
+            small.append(len(text).to_bytes(8, "big"))
+            if len(text) < _LARGE_TEXT_BYTES:
+                small.append(text)
+            else:  # joining it would copy it
+                yield b"".join(small)
+                yield text
+                small = []
+    yield b"".join(small)
 
 
 def _batches(documents: Iterable[Kept]) -> Iterator[list[Kept]]:
@@ -220,7 +234,11 @@ def _strings(values: list[bytes], kind: pa.DataType) -> pa.Array:
     """Makes a column from buffers, since `pa.array` imports pandas, which takes seconds."""
     offsets = np.zeros(len(values) + 1, np.int64 if kind == pa.large_string() else np.int32)
     np.cumsum([len(value) for value in values], out=offsets[1:])
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(b"".join(values))]
+    buffers = [
+        None,
+        pa.py_buffer(offsets),
+        pa.py_buffer(values[0] if len(values) == 1 else b"".join(values)),
+    ]
     return pa.Array.from_buffers(kind, len(values), buffers)
 
 

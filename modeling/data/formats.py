@@ -48,6 +48,8 @@ from modeling.data.sources import (
 ROWS_AT_ONCE = 1024
 _PIECE_BYTES = 1024 * 1024
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
+_BLANK = " \t\r\n"
+_raw_json = json.JSONDecoder().raw_decode
 _NO_FIELDS: Mapping[str, Any] = {}
 
 
@@ -111,7 +113,7 @@ class Reading:
                 doc_id = f"{self.prefix}{_own_id(record, self.id_field, where)}"
         except SourceError as error:
             return Found(doc_id, error, _NO_FIELDS)
-        return Found(doc_id, content, record)
+        return Found(doc_id, content, record if self.filter_fields else _NO_FIELDS)
 
     def bounded(self, data: bytes, where: str) -> bytes:
         """Refuses a document that a small compressed file, or a lost line end, has blown up."""
@@ -283,7 +285,7 @@ def _json_lines(file: FoundFile, stored: StoredFile, reading: Reading) -> Docume
         if isinstance(line, SourceError):
             yield Found(doc_id, line, _NO_FIELDS)
             continue
-        if not line.strip():
+        if line.isspace():
             continue
         where = f"{file.shown}:{number}"
         try:
@@ -432,6 +434,9 @@ def _decoded(data: bytes, where: str) -> str:
 def _parsed(data: bytes, where: str) -> Any:
     text = _decoded(data, where)
     try:
-        return json.loads(text)
+        # As `json.loads`, but for two searches and a copy that it spends on white space.
+        start = 0 if text.startswith("{") else len(text) - len(text.lstrip(_BLANK))
+        value, end = _raw_json(text, start)
+        return json.loads(text) if text[end:].strip(_BLANK) else value
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{where}: not JSON: {error}.", reason="not JSON") from error

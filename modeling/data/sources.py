@@ -49,6 +49,7 @@ _BRACES = re.compile(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MOST_ALTERNATIVES = 1_000_000
 _PIECE_BYTES = 1024 * 1024
+_SMALL_PIECE_BYTES = 64 * 1024  # making a larger buffer takes longer than reading a small file
 _SMALL_CONTENT_BYTES = 1024 * 1024
 
 
@@ -92,14 +93,14 @@ class FoundFile:
 
         Of a local file size, times and inode; of an object in Cloud Storage its generation.
         """
-        fs, path = fsspec.url_to_fs(self.location)
-        if isinstance(fs, LocalFileSystem):
+        if "://" not in self.location:
             try:
-                found = Path(path).stat()
+                found = Path(self.location).stat()
             except OSError:
                 return None  # opening it will say why
             times = f"{found.st_mtime_ns}-{found.st_ctime_ns}"
             return f"{found.st_size}-{times}-{found.st_dev}-{found.st_ino}"
+        fs, path = fsspec.url_to_fs(self.location)
         generation = fs.info(path).get("generation") if "gs" in fs.protocol else None
         return generation and f"generation-{generation}"
 
@@ -110,6 +111,8 @@ class FoundFile:
             SourceError: it cannot be opened.
         """
         try:
+            if "://" not in self.location:
+                return Path(self.location).open("rb", buffering=0)
             fs, path = fsspec.url_to_fs(self.location)
             return fs.open(path, "rb")
         except OSError as error:
@@ -167,7 +170,7 @@ class StoredFile(io.RawIOBase):
 
     def content(self) -> io.BufferedIOBase:
         """Returns the file's bytes, decompressed if their beginning says that they need it."""
-        buffered = io.BufferedReader(self, _PIECE_BYTES)
+        buffered = io.BufferedReader(self, _SMALL_PIECE_BYTES)
         content = _decompressed(buffered, buffered.peek(16)[:16])
         self._wrappers += [buffered, content]  # a wrapper that goes away closes what it wraps
         if content is buffered:
@@ -182,7 +185,7 @@ class StoredFile(io.RawIOBase):
 
     def drain(self) -> None:
         """Reads to the end, so that the digest covers the whole file."""
-        buffer = bytearray(_PIECE_BYTES)
+        buffer = bytearray(_SMALL_PIECE_BYTES)
         while self.readinto(buffer):
             pass
 
