@@ -434,9 +434,10 @@ def _decoded(data: bytes, where: str) -> str:
 def _parsed(data: bytes, where: str) -> Any:
     text = _decoded(data, where)
     try:
+        if not text.startswith("{"):
+            return json.loads(text)
         # As `json.loads`, but for two searches and a copy that it spends on white space.
-        start = 0 if text.startswith("{") else len(text) - len(text.lstrip(_BLANK))
-        value, end = _raw_json(text, start)
+        value, end = _raw_json(text)
         return json.loads(text) if text[end:].strip(_BLANK) else value
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{where}: not JSON: {error}.", reason="not JSON") from error
