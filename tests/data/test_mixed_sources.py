@@ -30,6 +30,7 @@ from modeling.data.config import (
     LengthFilter,
     PackageSource,
     RegexFilter,
+    TokenCacheConfig,
     TokenizationConfig,
     ValidationConfig,
     ValidationFiles,
@@ -123,7 +124,7 @@ class TestSeveralSources:
             split: corpus.num_documents(corpus_dir, split) for split in corpus.splits(corpus_dir)
         }
         cache.build(
-            16,
+            TokenCacheConfig(length=16),
             spaces["tokenized"].output,
             spaces["cache"],
             tokenized_id=built.content_id,
