@@ -143,7 +143,7 @@ def num_bytes(directory: Path, split: str) -> int:
 def record_batches(directory: Path) -> Iterator[pa.RecordBatch]:
     """Yields the record batches of a built corpus, one in memory at a time."""
     path = directory / DOCUMENTS_FILE
-    with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as reader:
+    with pa.OSFile(str(path), "rb") as opened, pa.ipc.open_file(opened) as reader:
         if reader.schema != SCHEMA:
             raise ValueError(f"{path}: expected columns {SCHEMA}, found {reader.schema}.")
         for index in range(reader.num_record_batches):
