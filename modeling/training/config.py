@@ -241,11 +241,11 @@ class TrainerConfig:
     elastic_shards: Positive = dataclasses.field(default=8, metadata=added_later(8))
     """Logical shards of an elastic batch, a power of two; their sums have one fixed order."""
     ema: EmaConfig | None = dataclasses.field(default=None, metadata=added_later(None))
-    """Weights that evaluation and export take where they say `weights: ema`."""
+    """Kept in checkpoints as `averages.ema`."""
     tail_average: TailAverageConfig | None = dataclasses.field(
         default=None, metadata=added_later(None)
     )
-    """Weights that evaluation and export take where they say `weights: tail_average`."""
+    """Kept in checkpoints as `averages.tail_average`."""
     skip_step: SkipStepConfig | None = dataclasses.field(default=None, metadata=added_later(None))
     sequence_length_schedule: (
         Annotated[tuple[LengthStage, ...], Field(min_length=1), AfterValidator(_in_order)] | None
