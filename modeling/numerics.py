@@ -50,7 +50,7 @@ _HARMLESS = (
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
 )
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
-_COLLECTIVES = "JAX_CPU_COLLECTIVES_IMPLEMENTATION"
+COLLECTIVES = "JAX_CPUCOLLECTIVES_IMPLEMENTATION"
 _ACCELERATORS = {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
 
 
@@ -99,7 +99,7 @@ def numerics_class(
 
 def _without_layout(variables: Mapping[str, str]) -> dict[str, str]:
     flags = re.sub(rf"{_DEVICE_COUNT}=\d+", "", variables["XLA_FLAGS"]).strip()
-    kept = {name: value for name, value in variables.items() if name != _COLLECTIVES}
+    kept = {name: value for name, value in variables.items() if name != COLLECTIVES}
     return kept | {"XLA_FLAGS": flags}
 
 
@@ -125,7 +125,7 @@ def environment(trainer: TrainerConfig, platform: str = "cpu") -> dict[str, str]
     if platform == "cpu":
         return (
             pinned
-            | ({_COLLECTIVES: "gloo"} if trainer.processes > 1 else {})
+            | ({COLLECTIVES: "gloo"} if trainer.processes > 1 else {})
             | {
                 "JAX_PLATFORMS": "cpu",
                 "NPROC": str(max(trainer.cpu_threads, num_devices, elastic_shards)),

@@ -14,6 +14,11 @@ and by KILL after `grace_s`; when the parent dies, even by `kill -9`, the kernel
 the child's own watchdog the KILL. An interrupt passes through here as the `BaseException` that it
 is, so Dagster's *Terminate* cannot become a retry. Only a crash (death by another signal than TERM,
 INT or HUP) asks for one: the retry resumes from what the child had committed to its workspace.
+
+A job of several processes (`trainer.processes`) starts that many children, each with a session of
+its own, that find each other at an address on the loopback. Only the first one has the messages and
+the result; what the others print is shown with their number. When one dies, the rest would wait for
+it for ever, so they are killed; the run resumes from its last checkpoint as after any crash.
 """
 
 import collections
@@ -21,12 +26,16 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
+import queue
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -42,6 +51,8 @@ from modeling.experiment import ExperimentConfig
 PLATFORMS = ("cpu", "gpu", "tpu")
 _ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LAST_LINES = 25
+_FALLING_S = 2.0
+"""Within which those that a dead process takes with it come to their end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +66,10 @@ class Job:
     environment: Mapping[str, str]
     """Variables set before Python starts."""
     workspace: Workspace | None = None
+    processes: int = 1
+    """That share one mesh."""
+    devices_per_process: int | None = None
+    """Accelerators of this host that each takes; None where `environment` makes its own."""
 
 
 class LauncherResource(dg.ConfigurableResource):
@@ -109,12 +124,18 @@ class LauncherResource(dg.ConfigurableResource):
             workspace: where it builds, if it builds.
             arguments: further JSON values; paths are passed as texts.
         """
+        trainer, platform = experiment.trainer, self.platform_name()
+        # Evaluation and export are for one process, whatever trained the model.
+        trainer = trainer if entry == "train" else dataclasses.replace(trainer, processes=1)
+        num_devices = math.prod(trainer.mesh.values()) // trainer.processes
         return Job(
             f"resources.stages:{entry}",
             {"name": name, "experiment": dataclasses.asdict(experiment)}
             | {key: str(v) if isinstance(v, Path) else v for key, v in arguments.items()},
-            numerics.environment(experiment.trainer, self.platform_name()),
+            numerics.environment(trainer, platform),
             workspace,
+            processes=trainer.processes,
+            devices_per_process=None if platform == "cpu" else num_devices,
         )
 
     def build(self, context: dg.AssetExecutionContext, job: Job) -> Built:
@@ -143,26 +164,34 @@ class LauncherResource(dg.ConfigurableResource):
         variables: Mapping[str, str],
         *,
         hear: Callable[[str], None] = lambda line: None,
-        begun: Callable[[subprocess.Popen[bytes]], None] = lambda child: None,
+        begun: "Callable[[list[_Child]], None]" = lambda children: None,
     ) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="levanter-job-") as directory:
             result_path = Path(directory) / "RESULT.json"
-            job_path = Path(directory) / "JOB.json"
-            job_path.write_text(json.dumps(self._job_file(job, result_path)))
-            command = [sys.executable, "-m", "resources.worker", str(job_path)]
             # A crash in native code tells where Python stood.
             environment = {"PYTHONFAULTHANDLER": "1", **job.environment, **variables}
-            code, last_lines = self._run_child(
-                command, {**numerics.inherited(os.environ), **environment}, hear, begun
-            )
+            environment = {**numerics.inherited(os.environ), **environment}
+            address = f"127.0.0.1:{_free_port()}"
+            commands = []
+            for index in range(job.processes):
+                job_path = Path(directory) / f"JOB-{index}.json"
+                job_path.write_text(json.dumps(self._job_file(job, result_path, index, address)))
+                commands.append([sys.executable, "-m", "resources.worker", str(job_path)])
+            code, last_lines = self._run_children(commands, environment, hear, begun)
             if code == 0 and result_path.exists():
                 return json.loads(result_path.read_text())
             raise self._failure(job, code, last_lines)
 
-    def _job_file(self, job: Job, result_path: Path) -> dict[str, Any]:
+    def _job_file(self, job: Job, result_path: Path, index: int, address: str) -> dict[str, Any]:
         workspace = job.workspace and {
             "progress": str(job.workspace.progress),
             "output": str(job.workspace.output),
+        }
+        seat = {
+            "index": index,
+            "count": job.processes,
+            "address": address,
+            "devices": job.devices_per_process,
         }
         return {
             "entry": job.entry,
@@ -171,59 +200,80 @@ class LauncherResource(dg.ConfigurableResource):
             "result": str(result_path),
             "parent": os.getpid(),
             "grace_s": self.grace_s,
+            "seat": seat if job.processes > 1 else None,
         }
 
-    def _run_child(
+    def _run_children(
         self,
-        command: list[str],
+        commands: list[list[str]],
         environment: dict[str, str],
         hear: Callable[[str], None],
-        begun: Callable[[subprocess.Popen[bytes]], None],
+        begun: "Callable[[list[_Child]], None]",
     ) -> tuple[int, list[str]]:
-        child = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        assert child.stdout is not None
-        tail: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
-        pump = threading.Thread(target=_pump, args=(child.stdout, tail, hear), daemon=True)
+        """Returns the exit code and last lines of the child that failed first, or of the first."""
+        ended: queue.SimpleQueue[_Child] = queue.SimpleQueue()
+        children: list[_Child] = []
         try:
-            pump.start()
-            begun(child)
-            code = child.wait()
+            for index, command in enumerate(commands):
+                children.append(_Child(command, environment, index, ended, hear))
+            begun(children)
+            told = self._wait(len(children), ended) or children[0]
+            if told.code:
+                for child in children:
+                    child.signal(signal.SIGKILL)
         except BaseException:
-            self.stop(child)
+            self.stop(children)
             raise
         finally:
-            # Something that the child started may hold the pipe open; its output is not waited for.
-            pump.join(timeout=5)
-        if code:
-            _signal_group(child, signal.SIGKILL)
-        return code, list(tail)
+            for child in children:
+                child.drain()
+        return told.code, list(told.last_lines)
 
-    def stop(self, child: subprocess.Popen[bytes]) -> None:
-        """Ends the child and all it started, whatever else interrupts this."""
+    def _wait(self, number: int, ended: "queue.SimpleQueue[_Child]") -> "_Child | None":
+        """Returns the child to blame soon after one has failed, or None once all have ended well.
+
+        One that was asked to end has time to save together with the others. One that dies takes
+        others down with it, so who died by a signal is looked for before an error is believed.
+        """
+        from modeling.training.preemption import EXIT_CODE
+
+        worst: _Child | None = None
+        for _ in range(number):
+            is_stopping = worst is not None and worst.code == EXIT_CODE
+            patience_s = self.grace_s if is_stopping else _FALLING_S
+            try:
+                child = ended.get(timeout=patience_s if worst else None)
+            except queue.Empty:
+                break
+            if child.code < 0:
+                return child
+            if child.code and (worst is None or is_stopping):
+                worst = child
+        return worst
+
+    def stop(self, children: "list[_Child]") -> None:
+        """Ends the children and all they started, whatever else interrupts this."""
         try:
-            _signal_group(child, signal.SIGTERM)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(self.grace_s)
+            for child in children:
+                child.signal(signal.SIGTERM)
+            deadline = time.monotonic() + self.grace_s
+            for child in children:
+                child.join(max(deadline - time.monotonic(), 0))
         finally:
-            _signal_group(child, signal.SIGKILL)
-            child.wait()
+            for child in children:
+                child.signal(signal.SIGKILL)
+            for child in children:
+                child.join(None)
 
     def _failure(self, job: Job, code: int, last_lines: list[str]) -> Exception:
-        from modeling.training.preemption import EXIT_CODE
+        from modeling.training.preemption import EXIT_AT_ONCE, EXIT_CODE
 
         output = "\n".join(last_lines) or "(it printed nothing)"
         metadata = {
             "exit_code": dg.MetadataValue.int(code),
             "last_lines": dg.MetadataValue.md(f"```\n{output}\n```"),
         }
-        if code == EXIT_CODE or -code in _ASKED_TO_STOP:
+        if code in (EXIT_CODE, EXIT_AT_ONCE) or -code in _ASKED_TO_STOP:
             return dg.Failure(
                 f"{job.entry} was asked to stop (exit code {code}). What it had committed is kept: "
                 f"materialize again to resume.\n{output}",
@@ -254,7 +304,7 @@ class Running:
     def __init__(self, launcher: LauncherResource, job: Job, hear: Callable[[str], None]) -> None:
         """See `LauncherResource.start`."""
         self._launcher = launcher
-        self._child: subprocess.Popen[bytes] | None = None
+        self._children: list[_Child] = []
         self._begun = threading.Event()
         self._result: dict[str, Any] | None = None
         self._error: Exception | None = None
@@ -279,13 +329,13 @@ class Running:
     def stop(self) -> None:
         """Asks it to end, and sees to it that it does."""
         self._begun.wait()
-        if self._child is not None and self.is_alive:
-            self._launcher.stop(self._child)
+        if self._children and self.is_alive:
+            self._launcher.stop(self._children)
         self._thread.join()
 
     def _run(self, job: Job, hear: Callable[[str], None]) -> None:
-        def begun(child: subprocess.Popen[bytes]) -> None:
-            self._child = child
+        def begun(children: list[_Child]) -> None:
+            self._children = children
             self._begun.set()
 
         try:
@@ -319,20 +369,72 @@ def _messages_to(
         yield dict(session.get_bootstrap_env_vars())
 
 
-def _pump(stream: IO[bytes], tail: collections.deque[str], hear: Callable[[str], None]) -> None:
+class _Child:
+    """One process of a job, its output, and its end."""
+
+    def __init__(
+        self,
+        command: list[str],
+        environment: dict[str, str],
+        index: int,
+        ended: "queue.SimpleQueue[_Child]",
+        hear: Callable[[str], None],
+    ) -> None:
+        self.last_lines: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
+        self.code = 0
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        assert self._process.stdout is not None
+        mark = f"[process {index}] ".encode() if index else b""
+        self._pump = threading.Thread(
+            target=_pump, args=(self._process.stdout, mark, self.last_lines, hear), daemon=True
+        )
+        self._waiter = threading.Thread(target=self._await_end, args=(ended,), daemon=True)
+        self._pump.start()
+        self._waiter.start()
+
+    def _await_end(self, ended: "queue.SimpleQueue[_Child]") -> None:
+        self.code = self._process.wait()
+        ended.put(self)
+
+    def join(self, timeout_s: float | None) -> None:
+        """Waits for its end, for so long."""
+        self._waiter.join(timeout_s)
+
+    def drain(self) -> None:
+        """Waits for its last lines."""
+        # Something that the child started may hold the pipe open; its output is not waited for.
+        self._pump.join(timeout=5)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to it and all it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+
+def _pump(
+    stream: IO[bytes], mark: bytes, tail: collections.deque[str], hear: Callable[[str], None]
+) -> None:
     """Copies the child's output to this process's own, where terminal and compute log see it."""
     with stream:
         for line in stream:
             tail.append(line.decode(errors="replace").rstrip("\n"))
             hear(tail[-1])
-            view = memoryview(line)
+            view = memoryview(mark + line)
             while view:
                 view = view[os.write(1, view) :]
 
 
-def _signal_group(child: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, number)
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @functools.cache

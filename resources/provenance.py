@@ -102,7 +102,7 @@ def collect(argv: Sequence[str]) -> dict[str, Any]:
     """Returns git state, package versions, host and arguments of this process."""
     return {
         "git": git_state(CHECKOUT),
-        "packages": _package_versions(),
+        "packages": package_versions(),
         "host": {
             "name": socket.gethostname(),
             "machine": platform.machine(),
@@ -181,7 +181,8 @@ def _git(directory: Path, *arguments: str) -> str | None:
 
 
 @functools.cache
-def _package_versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
+    """Returns the versions of what can touch a result, by name."""
     versions = {}
     for package in _PACKAGES:
         try:

@@ -40,9 +40,10 @@ def train(arguments: Arguments, workspace: Workspace | None, channel: Channel) -
         "experiment": arguments["experiment"],
         "numerics": arguments["numerics"],
         "git": provenance.git_state(provenance.CHECKOUT),
+        "packages": provenance.package_versions(),
     }
     with (
-        open_tracker(arguments["name"], config) as tracker,
+        open_tracker(arguments["name"], config, is_kept=channel.is_first) as tracker,
         programs(experiment) as compile_cache,
     ):
         built = trainer.train(

@@ -42,12 +42,20 @@ class Tracker:
 
 
 @contextlib.contextmanager
-def open_tracker(name: str, config: Mapping[str, Any]) -> Iterator[Tracker]:
-    """Opens a run of the experiment `name`; it ends with the block, as failed if that raises."""
+def open_tracker(
+    name: str, config: Mapping[str, Any], *, is_kept: bool = True
+) -> Iterator[Tracker]:
+    """Opens a run of the experiment `name`; it ends with the block, as failed if that raises.
+
+    Args:
+        name: of the experiment.
+        config: all that says what the run is.
+        is_kept: False in those of several processes that are not to tell of the run.
+    """
     mode = os.environ.get("WANDB_MODE") or "offline"
     if mode not in MODES:
         raise ValueError(f"WANDB_MODE: {mode!r} is not one of {list(MODES)}.")
-    if mode == "disabled":
+    if mode == "disabled" or not is_kept:
         yield Tracker(None)
         return
     # Read at import: without it, errors inside W&B are reported to its makers.

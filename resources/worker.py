@@ -2,6 +2,9 @@
 
 Order matters here. First the ties to the parent (death signal, watchdog), then the lock on the
 workspace, then the imports that take seconds. No Dagster is imported, only its small Pipes client.
+
+Of several processes on one mesh the first has the lock, the channel and the result; the others have
+a `seat` beside it.
 """
 
 import contextlib
@@ -28,9 +31,15 @@ _PR_SET_PDEATHSIG = 1
 class Channel:
     """Where an entry tells how it is getting on: the terminal and the run's event log, live."""
 
-    def __init__(self, log: Callable[[str], None]) -> None:
-        """Sends each message to `log` too."""
+    def __init__(self, log: Callable[[str], None], *, is_first: bool = True) -> None:
+        """Sends each message to `log` too.
+
+        Args:
+            log: takes each message.
+            is_first: of the processes of the job; the one that has a tracker.
+        """
         self._log = log
+        self.is_first = is_first
 
     def say(self, message: object) -> None:
         """Shows one message."""
@@ -53,17 +62,24 @@ def main(job_path: str) -> int:
     job = json.loads(Path(job_path).read_text())
     tie_to_parent(job["parent"], job["grace_s"])
     workspace = job["workspace"] and Workspace(**{k: Path(v) for k, v in job["workspace"].items()})
-    with _exclusive(workspace), _channel() as channel:
+    seat = job.get("seat")
+    is_first = seat is None or seat["index"] == 0
+    with _exclusive(workspace if is_first else None), _channel(is_first) as channel:
         from modeling.training.preemption import EXIT_CODE, Preempted
 
         module, _, function = job["entry"].partition(":")
         entry: Entry = getattr(importlib.import_module(module), function)
+        if seat is not None:
+            from modeling.training import processes
+
+            processes.join(seat)
         try:
             result = entry(job["arguments"], workspace, channel)
         except Preempted as stop:
             channel.say(f"Stopped: {stop}")
             return EXIT_CODE
-        write_durably(Path(job["result"]), result)
+        if is_first:
+            write_durably(Path(job["result"]), result)
     return 0
 
 
@@ -104,9 +120,9 @@ def _exclusive(workspace: Workspace | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _channel() -> Iterator[Channel]:
-    if dagster_pipes.DAGSTER_PIPES_CONTEXT_ENV_VAR not in os.environ:
-        yield Channel(lambda message: None)
+def _channel(is_first: bool) -> Iterator[Channel]:
+    if not is_first or dagster_pipes.DAGSTER_PIPES_CONTEXT_ENV_VAR not in os.environ:
+        yield Channel(lambda message: None, is_first=is_first)
         return
     with dagster_pipes.open_dagster_pipes() as pipes:
         yield Channel(pipes.log.info)

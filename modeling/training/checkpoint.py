@@ -12,6 +12,12 @@ Digests are taken from the arrays in memory, never from what was written, since 
 known ways: a missing chunk reads as zeros, and a file with a valid checksum may belong elsewhere.
 Reading back compares each file with the manifest, and the manifest with `COMMIT`, so every error
 names a file.
+
+Processes that share a mesh write together, each the chunks that it holds. They meet in the
+directory, which all must see: each says in `parts/` what it wrote, with digests from memory. An
+array whose chunks are of several processes is then read back whole by one of them, chunk by chunk
+compared with those digests, for the digest of the whole; so no array travels between processes, and
+each holds one at a time. The first process writes manifest and `COMMIT` when all have done so.
 """
 
 import dataclasses
@@ -21,6 +27,8 @@ import json
 import math
 import os
 import re
+import shutil
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -44,13 +52,14 @@ from modeling.training.manifest import (
     FileRecord,
     LeafRecord,
     Manifest,
+    chunk_from_json,
     from_json,
     to_json,
 )
 
 Tree = TypeVar("Tree")
 
-MANIFEST, COMMIT, ARRAYS = "manifest.json", "COMMIT", "arrays"
+MANIFEST, COMMIT, ARRAYS, PARTS = "manifest.json", "COMMIT", "arrays", "parts"
 
 _CRC_BYTES = 4
 _LEAF_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -89,12 +98,7 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any, tuple[str, ...] | None]]
 
 
 def snapshot(tree: Any) -> list[HostLeaf]:
-    """Copies every array of `tree` to host memory; the originals may be donated afterwards."""
-    if jax.process_count() > 1:
-        raise CheckpointError(
-            f"snapshot: {jax.process_count()} processes share this mesh, but a digest is taken "
-            "over whole arrays. Run one process per mesh."
-        )
+    """Copies what this process holds of every array; the originals may be donated afterwards."""
     for _, array, _ in named_leaves(tree):
         array.copy_to_host_async()
     return [_host_leaf(*leaf) for leaf in named_leaves(tree)]
@@ -140,19 +144,31 @@ def write(
     cursor: Mapping[str, int],
     config: Mapping[str, Any],
     files: Mapping[str, Mapping[str, Any]],
+    writers: "Writers | None" = None,
 ) -> Manifest:
-    """Writes a whole checkpoint into the new directory `directory` and commits it.
+    """Writes a checkpoint, or this process's part of it, and returns once it is committed.
 
     Args:
+        directory: of this attempt; new, and the same for all who write it.
+        leaves: a snapshot of the state.
+        step: the number of updates made.
+        cursor: where the data stream stands.
+        config: the resolved experiment.
         files: further JSON files of the state, by name.
+        writers: the processes that write together; this one alone by default.
     """
-    directory.mkdir(parents=True)
+    writers = writers or Writers()
+    directory.mkdir(parents=True, exist_ok=writers.count > 1)
     faults.reach("before-write", step)
     # TensorStore takes the arrays by reference, so half of them go first to give faults a middle.
     half = len(leaves) // 2
-    records = _write_arrays(directory, leaves[:half])
+    chunks = _write_arrays(directory, leaves[:half])
     faults.reach("during-write", step)
-    records += _write_arrays(directory, leaves[half:])
+    chunks |= _write_arrays(directory, leaves[half:])
+    records = _leaf_records(directory, leaves, chunks, writers)
+    if writers.index:
+        writers.wait_for(directory / COMMIT)
+        return read_manifest(directory)
     for name, content in files.items():
         write_durably(directory / name, content)
     manifest = Manifest(
@@ -160,11 +176,45 @@ def write(
         tuple(_file_record(directory, name) for name in sorted(files)),
     )  # fmt: skip
     write_durably(directory / MANIFEST, to_json(manifest))
+    if writers.count > 1:
+        shutil.rmtree(directory / PARTS)
     _sync_directories(directory)
     faults.reach("before-commit", step)
     _commit(directory)
     faults.reach("after-commit", step)
     return manifest
+
+
+@dataclasses.dataclass(frozen=True)
+class Writers:
+    """The processes that write one checkpoint together, and which of them this is."""
+
+    index: int = 0
+    count: int = 1
+    patience_s: float = 3600.0
+
+    def exchanged(self, directory: Path, stage: str, mine: Any) -> list[Any]:
+        """Returns what each process says at a stage, JSON values, in order; waits for all."""
+        if self.count == 1:
+            return [mine]
+        parts = directory / PARTS
+        parts.mkdir(exist_ok=True)
+        write_durably(parts / f"{stage}-{self.index}.json", {"said": mine})
+        paths = [parts / f"{stage}-{index}.json" for index in range(self.count)]
+        for path in paths:
+            self.wait_for(path)
+        return [json.loads(path.read_text())["said"] for path in paths]
+
+    def wait_for(self, path: Path) -> None:
+        """Waits until another process has written `path`."""
+        deadline = time.monotonic() + self.patience_s
+        while not path.exists():
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{path}: the process that should write it did not within "
+                    f"{self.patience_s:g} s; it died, or does not see this directory."
+                )
+            time.sleep(0.01)
 
 
 def _commit(directory: Path) -> None:
@@ -178,8 +228,13 @@ def _commit(directory: Path) -> None:
     _sync(directory.parent)
 
 
-def _write_arrays(directory: Path, leaves: Sequence[HostLeaf]) -> list[LeafRecord]:
-    stores = [tensorstore.open(_spec(directory, leaf), create=True) for leaf in leaves]
+_Chunks = dict[str, list[ChunkRecord]]
+
+
+def _write_arrays(directory: Path, leaves: Sequence[HostLeaf]) -> _Chunks:
+    """Writes this process's chunks and returns their records, by leaf."""
+    # Several processes may make one array; whoever comes first does.
+    stores = [tensorstore.open(_spec(directory, leaf), create=True, open=True) for leaf in leaves]
     writes = []
     for leaf, opening in zip(leaves, stores, strict=True):
         store = opening.result()
@@ -187,10 +242,10 @@ def _write_arrays(directory: Path, leaves: Sequence[HostLeaf]) -> list[LeafRecor
             if chunk.size:
                 part = store[_cells(start, chunk.shape)]
                 writes.append(part.write(chunk, can_reference_source_data_indefinitely=True))
-    records = [_leaf_record(directory, leaf) for leaf in leaves]
+    records = {leaf.path: _chunk_records(leaf) for leaf in leaves}
     for pending in writes:
         pending.result()
-    for chunk in itertools.chain.from_iterable(record.chunks for record in records):
+    for chunk in itertools.chain.from_iterable(records.values()):
         _require_size(directory, chunk.file)
     return records
 
@@ -219,7 +274,7 @@ def _spec(directory: Path, leaf: HostLeaf) -> dict[str, Any]:
     }
 
 
-def _leaf_record(directory: Path, leaf: HostLeaf) -> LeafRecord:
+def _chunk_records(leaf: HostLeaf) -> list[ChunkRecord]:
     chunks = []
     for start, chunk in sorted(leaf.chunks.items()):
         if chunk.size:
@@ -227,11 +282,44 @@ def _leaf_record(directory: Path, leaf: HostLeaf) -> LeafRecord:
             path = f"{ARRAYS}/{leaf.path}/" + ".".join(["c", *map(str, cells)])
             record = FileRecord(path, chunk.nbytes + _CRC_BYTES, sha256(chunk))
             chunks.append(ChunkRecord(record, start))
-    whole = chunks[0].file.sha256 if len(chunks) == 1 else sha256(leaf.assemble())
-    return LeafRecord(
-        leaf.path, leaf.dtype.name, leaf.shape, leaf.axes, whole, leaf.chunk_shape,
-        _file_record(directory, f"{ARRAYS}/{leaf.path}/zarr.json"), tuple(chunks),
-    )  # fmt: skip
+    return chunks
+
+
+def _leaf_records(
+    directory: Path, leaves: Sequence[HostLeaf], mine: _Chunks, writers: Writers
+) -> list[LeafRecord]:
+    """Returns the records of whole arrays, whoever holds their chunks."""
+    told = {path: [dataclasses.asdict(chunk) for chunk in chunks] for path, chunks in mine.items()}
+    parts = writers.exchanged(directory, "chunks", told)
+    records, whole = [], {}
+    for number, leaf in enumerate(leaves):
+        holders = [index for index, part in enumerate(parts) if part[leaf.path]] or [0]
+        chunks = [chunk_from_json(chunk) for index in holders for chunk in parts[index][leaf.path]]
+        chunks.sort(key=lambda chunk: chunk.start)
+        record = LeafRecord(
+            leaf.path, leaf.dtype.name, leaf.shape, leaf.axes, "", leaf.chunk_shape,
+            _file_record(directory, f"{ARRAYS}/{leaf.path}/zarr.json"), tuple(chunks),
+        )  # fmt: skip
+        records.append(record)
+        if holders == [writers.index]:
+            whole[leaf.path] = _digest_in_memory(leaf, record)
+        elif len(holders) > 1 and number % writers.count == writers.index:
+            whole[leaf.path] = _digest_read_back(directory, record)
+    told_digests = writers.exchanged(directory, "digests", whole)
+    digests = {path: digest for part in told_digests for path, digest in part.items()}
+    return [dataclasses.replace(record, sha256=digests[record.path]) for record in records]
+
+
+def _digest_in_memory(leaf: HostLeaf, record: LeafRecord) -> str:
+    return record.chunks[0].file.sha256 if len(record.chunks) == 1 else sha256(leaf.assemble())
+
+
+def _digest_read_back(directory: Path, record: LeafRecord) -> str:
+    """Returns the digest of an array whose chunks are, by their digests, what processes held."""
+    _require_covered(directory, record)
+    whole = _read(directory, record)
+    _require_chunks(directory, record, whole)
+    return sha256(whole)
 
 
 def _file_record(directory: Path, name: str) -> FileRecord:
@@ -303,24 +391,32 @@ def _verify_leaf(directory: Path, leaf: LeafRecord) -> None:
     _check_file(directory, leaf.metadata)
     for chunk in leaf.chunks:
         _require_size(directory, chunk.file)
+    _require_covered(directory, leaf)
+    whole = _read(directory, leaf)
+    if sha256(whole) == leaf.sha256:
+        return
+    _require_chunks(directory, leaf, whole)
+    raise CheckpointError(
+        f"{directory / MANIFEST}: the digest of `{leaf.path}` is not its chunks'."
+    )
+
+
+def _require_covered(directory: Path, leaf: LeafRecord) -> None:
     covered = len(leaf.chunks) * math.prod(leaf.chunk_shape)
     if covered != math.prod(leaf.shape):
         raise CheckpointError(
             f"{directory / MANIFEST}: the chunks of `{leaf.path}` hold {covered} elements, but its "
             f"shape is {leaf.shape}."
         )
-    whole = _read(directory, leaf)
-    if sha256(whole) == leaf.sha256:
-        return
+
+
+def _require_chunks(directory: Path, leaf: LeafRecord, whole: np.ndarray) -> None:
     for chunk in leaf.chunks:
         if sha256(whole[_cells(chunk.start, leaf.chunk_shape)]) != chunk.file.sha256:
             raise CheckpointError(
                 f"{directory / chunk.file.path} holds other values than were written: the file was "
                 f"changed or exchanged."
             )
-    raise CheckpointError(
-        f"{directory / MANIFEST}: the digest of `{leaf.path}` is not its chunks'."
-    )
 
 
 def _read(directory: Path, leaf: LeafRecord, index: Any = ...) -> np.ndarray:

@@ -275,6 +275,10 @@ class TrainerConfig:
     keep_checkpoints: Annotated[int, Field(ge=2)] = dataclasses.field(
         default=2, metadata=NOT_IDENTITY
     )
+    preemption_grace_s: Annotated[float, Field(gt=0)] = dataclasses.field(
+        default=50.0, metadata=NOT_IDENTITY
+    )
+    """From the signal that asks a process to end, to its end whether it has saved or not."""
     log_every_steps: Positive = dataclasses.field(default=10, metadata=NOT_IDENTITY)
     eval_every_steps: Positive | None = dataclasses.field(default=None, metadata=NOT_IDENTITY)
     """How often the loss on validation rows is taken during training, split by split."""

@@ -45,7 +45,7 @@ ShardProgram = Callable[..., Sums]
 """Takes operands on one device and the number of a logical shard; see `as_parts`."""
 
 
-def check(layout: Layout, trainer: TrainerConfig) -> None:
+def check(layout: Layout, trainer: TrainerConfig, batch_size: int) -> None:
     """Raises `ValueError` unless the layout can be one of those that give the same bits."""
     axis, num_shards = _data_axis(layout), trainer.elastic_shards
     ways = layout.mesh.shape[axis]

@@ -33,6 +33,7 @@ from modeling.training.config import TrainerConfig
 from modeling.training.mesh import Layout
 from modeling.training.observer import Observer
 from modeling.training.precision import Policy
+from modeling.training.processes import placed
 from modeling.training.state import Blueprint
 from modeling.training.step import example_of, row_shapes
 
@@ -115,6 +116,8 @@ class Hooks:
                 case _Evaluation() as evaluation:
                     with self._ledger.spending("evaluation"):
                         self._read(evaluation)
+                case _Picture() if jax.process_index() > 0:
+                    continue  # The first process draws it.
                 case _Picture(update, foreseen):
                     with self._ledger.spending("pictures"):
                         found = jax.device_get(foreseen)
@@ -233,7 +236,9 @@ def _compile_losses(setting: Setting) -> Callable[[list[Any], Rows], tuple[Array
             .lower(blueprint.arrays, row_shapes(Batch, Pos, columns))
             .compile()
         )
-    return lambda arrays, rows: compiled(arrays, jax.device_put(rows, split))
+    return lambda arrays, rows: compiled(
+        arrays, jax.tree_util.tree_map(lambda column: placed(column, split), rows)
+    )
 
 
 def _picture_rows(setting: Setting) -> Rows:

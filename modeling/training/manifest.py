@@ -102,12 +102,14 @@ def from_json(content: Mapping[str, Any]) -> Manifest:
             sha256=leaf["sha256"],
             chunk_shape=tuple(leaf["chunk_shape"]),
             metadata=FileRecord(**leaf["metadata"]),
-            chunks=tuple(
-                ChunkRecord(FileRecord(**chunk["file"]), tuple(chunk["start"]))
-                for chunk in leaf["chunks"]
-            ),
+            chunks=tuple(chunk_from_json(chunk) for chunk in leaf["chunks"]),
         )
         for leaf in content["leaves"]
     )
     files = tuple(FileRecord(**record) for record in content["files"])
     return Manifest(content["step"], content["cursor"], content["config"], leaves, files)
+
+
+def chunk_from_json(content: Mapping[str, Any]) -> ChunkRecord:
+    """Returns the record of one chunk."""
+    return ChunkRecord(FileRecord(**content["file"]), tuple(content["start"]))

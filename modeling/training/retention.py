@@ -10,6 +10,7 @@ been read back from disk.
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import re
@@ -20,8 +21,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from modeling.training import checkpoint
+from modeling.training import checkpoint, faults
 from modeling.training.manifest import CheckpointError, Manifest
+from modeling.training.processes import Crew
 
 _NAME = re.compile(r"step-(\d{6,})\.[0-9a-f]{12}")
 _log = logging.getLogger(__name__)
@@ -30,20 +32,33 @@ _log = logging.getLogger(__name__)
 class Checkpoints:
     """The checkpoints in one directory, held by this process; see `open_checkpoints`."""
 
-    def __init__(self, directory: Path, *, keep: int, executor: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, directory: Path, *, keep: int, executor: ThreadPoolExecutor, crew: Crew | None
+    ) -> None:
         self._directory = directory
         self._keep = keep
+        self._crew = crew
+        self._launch = _shared(crew, uuid.uuid4().hex)
         self._executor = executor
         self._verified: dict[Path, Manifest] = {}
         self._damaged: set[Path] = set()
         self._pending: Future[None] | None = None
 
     def newest(self) -> Path | None:
-        """Returns the verified checkpoint of the highest step; damaged ones are told aloud."""
-        for path in self._by_step():
-            if self._verifies(path):
-                return path
-        return None
+        """Returns the verified checkpoint of the highest step; damaged ones are told aloud.
+
+        The first process of a crew looks; the others believe it.
+        """
+        found = None
+        if self._is_first:
+            found = next((path for path in self._by_step() if self._verifies(path)), None)
+        name = _shared(self._crew, found.name if found else "")
+        if not name:
+            return None
+        path = self._directory / name
+        if not self._is_first:
+            self._verified[path] = checkpoint.read_manifest(path)
+        return path
 
     def manifest(self, path: Path) -> Manifest:
         """Returns the manifest of a verified checkpoint."""
@@ -78,12 +93,18 @@ class Checkpoints:
             done: called, from the writing thread, with the verified directory.
         """
         self.wait()
-        path = self._directory / f"step-{step:06d}.{uuid.uuid4().hex[:12]}"
+        # New for each attempt, and known to every process without asking.
+        attempt = hashlib.sha256(f"{self._launch} {step}".encode()).hexdigest()[:12]
+        path = self._directory / f"step-{step:06d}.{attempt}"
+        writers = self._crew and checkpoint.Writers(self._crew.index, self._crew.count)
 
         def write() -> None:
-            checkpoint.write(path, leaves, step=step, cursor=cursor, config=config, files=files)
-            self._verified[path] = checkpoint.verify(path)
-            self._retire()
+            written = checkpoint.write(
+                path, leaves, step=step, cursor=cursor, config=config, files=files, writers=writers
+            )
+            self._verified[path] = checkpoint.verify(path) if self._is_first else written
+            if self._is_first:
+                self._retire(step)
             done(path)
 
         self._pending = self._executor.submit(write)
@@ -93,6 +114,10 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    @property
+    def _is_first(self) -> bool:
+        return self._crew is None or self._crew.is_first
 
     def _by_step(self) -> list[Path]:
         """All attempts, complete or not, highest step first."""
@@ -113,23 +138,28 @@ class Checkpoints:
             return False
         return True
 
-    def _retire(self) -> None:
+    def _retire(self, step: int) -> None:
         """Removes what is older than the newest `keep` verified ones, and attempts that died."""
         kept = 0
         for path in self._by_step():
             if kept < self._keep:
                 if self._verifies(path):
                     kept += 1
-                elif not (path / checkpoint.COMMIT).exists():
+                # What is beyond this step is being written by the rest of the crew.
+                elif not (path / checkpoint.COMMIT).exists() and _step_of(path) <= step:
                     shutil.rmtree(path)
             else:
-                _remove(path)
+                _remove(path, step)
                 self._verified.pop(path, None)
 
 
 @contextlib.contextmanager
-def open_checkpoints(directory: Path, *, keep: int) -> Iterator[Checkpoints]:
+def open_checkpoints(
+    directory: Path, *, keep: int, crew: Crew | None = None
+) -> Iterator[Checkpoints]:
     """Holds `directory` for this process; leaving waits for the last save.
+
+    The lock of a crew is its first process's.
 
     Raises:
         CheckpointError: another trainer holds it.
@@ -139,6 +169,17 @@ def open_checkpoints(directory: Path, *, keep: int) -> Iterator[Checkpoints]:
             f"keep: {keep} checkpoints would leave none to fall back to; keep at least 2."
         )
     directory.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        if crew is None or crew.is_first:
+            stack.enter_context(_locked(directory))
+        executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
+        checkpoints = Checkpoints(directory, keep=keep, executor=executor, crew=crew)
+        yield checkpoints
+        checkpoints.wait()
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[None]:
     with (directory / "LOCK").open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -151,10 +192,11 @@ def open_checkpoints(directory: Path, *, keep: int) -> Iterator[Checkpoints]:
         lock.truncate(0)
         lock.write(str(os.getpid()))
         lock.flush()
-        with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as executor:
-            checkpoints = Checkpoints(directory, keep=keep, executor=executor)
-            yield checkpoints
-            checkpoints.wait()
+        yield
+
+
+def _shared(crew: Crew | None, text: str) -> str:
+    return text if crew is None else crew.said_by_first(text)
 
 
 def _step_of(path: Path) -> int:
@@ -163,7 +205,8 @@ def _step_of(path: Path) -> int:
     return int(match[1])
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, step: int) -> None:
     # Without its commit a half-removed checkpoint does not count.
     (path / checkpoint.COMMIT).unlink(missing_ok=True)
+    faults.reach("during-retention", step)
     shutil.rmtree(path)

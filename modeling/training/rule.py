@@ -60,9 +60,9 @@ class Rule:
         config = self._optimizer.config
         if not isinstance(config, _ELEMENTWISE):
             raise ValueError(
-                f"trainer.elastic_shards: {type(config).__name__} sums over whole matrices or rows "
-                f"of its own, in an order that hangs on the mesh. Take optimizer.type adamw or "
-                f"lion, or leave elastic_shards out."
+                f"trainer.reproducibility: elastic cannot be with {type(config).__name__}, which "
+                f"sums over whole matrices or rows in an order that hangs on the mesh. Take "
+                f"optimizer.type adamw or lion, or reproducibility: fast."
             )
 
     def apply(

@@ -15,6 +15,7 @@ from typing import Any
 import equinox as eqx
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int32, UInt32
 
@@ -24,6 +25,7 @@ from modeling.training.checkpoint import leaf_shardings, named_leaves
 from modeling.training.config import TrainerConfig
 from modeling.training.mesh import Layout
 from modeling.training.precision import Policy
+from modeling.training.processes import placed
 from modeling.training.spikes import SpikeHistory
 
 BuildModel = Callable[[Any], Any]
@@ -88,9 +90,10 @@ class Blueprint:
         If `elastic`, they are made on one device and then spread: one program for all layouts.
         """
         shardings = list(self.shardings.values())
+        key = np.asarray(key)  # Every process has it, and no device's alone.
         if elastic:
-            arrays = jax.jit(lambda key: self.flatten(make(key)))(key)
-            return [jax.device_put(a, s) for a, s in zip(arrays, shardings, strict=True)]
+            arrays = jax.device_get(jax.jit(lambda key: self.flatten(make(key)))(key))
+            return [placed(a, s) for a, s in zip(arrays, shardings, strict=True)]
         return jax.jit(lambda key: self.flatten(make(key)), out_shardings=shardings)(key)
 
     @property

@@ -134,7 +134,7 @@ def _compile_elastic(
     Pos: Axis,
 ) -> Step:
     """Compiles several programs instead of one, lest the mesh decide what is fused with what."""
-    elastic.check(layout, trainer)
+    elastic.check(layout, trainer, Batch.size)
     num_shards = trainer.elastic_shards
     rule.require_elementwise()
     policy = Policy.parse(trainer.mp)

@@ -34,7 +34,13 @@ from haliax import Axis
 from modeling import canonical, recipes
 from modeling.artifacts import Built, Workspace, numerics_digest, write_durably
 from modeling.data.cache import TokenCache
-from modeling.data.loader import BatchStream, TrainingData, TrainLoader
+from modeling.data.loader import (
+    BatchStream,
+    RowsOfBatch,
+    TrainingData,
+    TrainLoader,
+    rows_of_process,
+)
 from modeling.experiment import ExperimentConfig
 from modeling.models.lm import build_model
 from modeling.numerics import numerics_class
@@ -57,6 +63,7 @@ from modeling.training.mesh import Layout, build_layout, require_known_axes
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
 from modeling.training.peak import Peak
 from modeling.training.preemption import Preempted, PreemptionNotice
+from modeling.training.processes import Crew, placed_rows
 from modeling.training.profiling import Profiler, profiled_steps
 from modeling.training.program import Memory, memory_of, peak_bytes_in_use, product_flops
 from modeling.training.retention import Checkpoints, open_checkpoints
@@ -107,16 +114,22 @@ def train(
         loader.require_epochs(plan.num_steps, order.max_epochs)
     keep = experiment.trainer.keep_checkpoints
     directory = checkpoint_directory(workspace, experiment)
+    crew = Crew(plan.layout.mesh)
+    if not crew.is_first:
+        observer = None
     with (
-        PreemptionNotice() as notice,
-        open_checkpoints(directory, keep=keep) as checkpoints,
-        Ledger(directory / "time.jsonl") as ledger,
+        PreemptionNotice(experiment.trainer.preemption_grace_s) as notice,
+        open_checkpoints(directory, keep=keep, crew=crew) as checkpoints,
+        Ledger(directory / "time.jsonl" if crew.is_first else None) as ledger,
     ):
         told = observer or Silent()
         means = _Means(workspace.progress, cache, told, peak, compile_cache, decode)
-        run = _Run(plan, loader, checkpoints, notice, ledger, means)
+        run = _Run(plan, loader, checkpoints, notice, crew, ledger, means)
         last = run.to_the_end()
-        built = _publish(plan, last, workspace, run)
+        if crew.is_first:
+            _publish(plan, last, workspace)
+        built = _built(plan, last, run)
+        crew.wait_for_all("published")
     if observer is not None:
         observer.finished(built.facts)
     return built
@@ -208,6 +221,7 @@ class _Run:
         loader: TrainLoader,
         checkpoints: Checkpoints,
         notice: PreemptionNotice,
+        crew: Crew,
         ledger: Ledger,
         means: _Means,
     ) -> None:
@@ -217,6 +231,7 @@ class _Run:
         self._checkpoints = checkpoints
         self._observer = means.observer
         self._notice = notice
+        self._crew = crew
         self._written: deque[tuple[int, Path]] = deque()
         self._newest: Path | None = None
         self._ledger = ledger
@@ -410,10 +425,12 @@ class _Run:
         self._reported = first
         self._looping_since, host_began = self._ledger.elapsed_s, time.thread_time()
         steps = profiled_steps(trainer.profile_steps, self._plan.num_steps)
+        # One process of a crew shows what all of them do.
+        steps = steps if self._crew.is_first else range(0)
         profiler = Profiler(steps, self._means.progress / PROFILES, resumed_from=first)
         with (
             contextlib.closing(profiler),
-            self._loader.stream(first) as batches,
+            self._loader.stream(first, rows=self._own_rows()) as batches,
             self._ledger.stepping(),
         ):
             for update in range(first + 1, self._plan.num_steps + 1):
@@ -427,7 +444,7 @@ class _Run:
                     self._settle()
                     raise Preempted(update - 1)
                 rows = rows.first(self._plan.row_axis(update - 1).size)
-                on_device = jax.device_put(rows, step.batch_sharding)
+                on_device = placed_rows(rows, self._loader.size(update - 1), step.batch_sharding)
                 with profiler.step(update, arrays):
                     arrays, metrics = step.run(arrays, on_device)
                 hooks.after(update, arrays)
@@ -440,7 +457,7 @@ class _Run:
                 unread = metrics
                 is_last = update == self._plan.num_steps
                 # Asked once: a notice that comes later is acted on after the next update.
-                is_stopping = self._notice.given and not is_last
+                is_stopping = self._crew.any_asked(self._notice.given) and not is_last
                 if is_last or is_stopping or update % trainer.save_every_steps == 0:
                     self._read(step, unread)
                     hooks.collect(until=update, finish=is_last or is_stopping)
@@ -460,13 +477,21 @@ class _Run:
             self._ledger.stalled("profile", time.monotonic() - began)
             self._observer.wrote("profile", update, str(path))
 
+    def _own_rows(self) -> RowsOfBatch | None:
+        """Returns which rows of a batch this process needs; None: all of them."""
+        if self._crew.count == 1:
+            return None
+        sharding, length = self._step(self.resumed_from).batch_sharding, self._plan.Pos.size
+        return lambda size: rows_of_process(sharding, size, length)
+
     def _awaited(self, batches: BatchStream, running: Metrics | None) -> Any:
         """Returns the next batch; waiting for it costs nothing while the device is busy.
 
         None: the process was asked to end while it waited.
         """
         began = time.monotonic()
-        rows = batches.take(lambda: self._notice.given)
+        # One of a crew cannot stop here: the others may have rows already.
+        rows = batches.take(lambda: self._notice.given and self._crew.count == 1)
         loss: Any = running and running.loss
         if loss is None or loss.is_ready():
             self._ledger.stalled("loader", time.monotonic() - began)
@@ -591,7 +616,7 @@ def require_finite(update: int, metrics: Metrics, names: tuple[str, ...]) -> Non
     )
 
 
-def _publish(plan: Plan, last: Path, workspace: Workspace, run: _Run) -> Built:
+def _publish(plan: Plan, last: Path, workspace: Workspace) -> None:
     """Copies the last checkpoint, and files for people, to the output and says what it is."""
     output = workspace.output
     shutil.copytree(last, output, dirs_exist_ok=True)
@@ -608,7 +633,11 @@ def _publish(plan: Plan, last: Path, workspace: Workspace, run: _Run) -> Built:
             "sequence_length": plan.Pos.size,
         },
     )
-    manifest = checkpoint.verify(output)
+    checkpoint.verify(output)
+
+
+def _built(plan: Plan, last: Path, run: _Run) -> Built:
+    manifest = checkpoint.read_manifest(last)
     facts = {
         "steps": manifest.step,
         "loss_first": run.losses[0],

@@ -76,3 +76,25 @@ def stop_when_asked(arguments, workspace, channel):
     grandchild.wait()
     (notes / "saved").touch()
     raise Preempted(7)
+
+
+def crew_of_two(arguments, workspace, channel):
+    """In its first life the second process dies and the first one waits; then both meet."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    sleeper, died = workspace.progress / "pid", workspace.progress / "died"
+    index = jax.process_index()
+    channel.say(f"process {index} of {jax.process_count()}")
+    if index == 0 and not died.exists():
+        sleeper.write_text(str(os.getpid()))
+        time.sleep(600)
+    if index == 1 and not died.exists():
+        while not sleeper.exists():
+            time.sleep(0.02)
+        died.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    ranks = multihost_utils.process_allgather(jax.numpy.asarray(index)).tolist()
+    if index == 1:
+        return {"ranks": "the second process has no say"}
+    return {"ranks": ranks, "orphan": Path(f"/proc/{sleeper.read_text()}").exists()}

@@ -48,7 +48,7 @@ def workspace(tmp_path):
     return made
 
 
-def launch(entry, workspace=None, arguments=None, **options):
+def launch(entry, workspace=None, arguments=None, job=None, **options):
     """Runs `entry` in an asset; returns the run's result, its log messages, and what `run` gave."""
     results = []
 
@@ -56,13 +56,14 @@ def launch(entry, workspace=None, arguments=None, **options):
     def trained(
         context: dg.AssetExecutionContext, launcher: LauncherResource
     ) -> dg.MaterializeResult:
-        job = Job(
+        launched = Job(
             f"children:{entry}",
             arguments or {},
             {"PYTHONPATH": str(HERE), "NPROC": "3"},
             workspace,
+            **(job or {}),
         )
-        results.append(launcher.run(context, job))
+        results.append(launcher.run(context, launched))
         return dg.MaterializeResult()
 
     with dg.DagsterInstance.ephemeral() as instance:
@@ -254,3 +255,13 @@ def test_the_platform_is_what_is_asked_for(monkeypatch):
     assert LauncherResource().platform_name() == "cpu"
     with pytest.raises(ValueError, match="'abacus' is not one of"):
         LauncherResource(platform="abacus").platform_name()
+
+
+def test_one_dying_process_ends_its_crew_at_once_and_both_are_started_again(workspace, capfd):
+    """The first process sleeps for ten minutes when the second one is killed."""
+    done, _, results = launch("crew_of_two", workspace, job={"processes": 2}, max_retries=1)
+    assert done.success
+    assert results == [{"ranks": [0, 1], "orphan": False}]
+    printed = capfd.readouterr().out
+    assert "process 0 of 2\n" in printed
+    assert "[process 1] process 1 of 2\n" in printed

@@ -1,15 +1,20 @@
 """Runs training cases one after another in a process of their own, as the launcher would.
 
     python driver.py CASES.json    prints one JSON line a case; exits with 75 if preempted
+    python driver.py --nursery     imports JAX, touches no device, forks such processes on demand
 
-A case is `{"workspace": directory, "experiment": fields}`, perhaps with a `compile_cache`. The rows
-are made up by arithmetic, so that no corpus is needed: each one counts up from a start and a stride
-of its own, which a tiny model can learn.
+A case is `{"workspace": directory, "experiment": fields}`, perhaps with a `compile_cache` and with
+the `seat` of one process of several. The rows are made up by arithmetic, so that no corpus is
+needed: each one counts up from a start and a stride of its own, which a tiny model can learn.
+
+The nursery is there because Python and its imports cost most of a tiny run. A forked child is a
+process like any other: it has its own devices, flags, signals and death.
 """
 
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from modeling import numerics
 from modeling.artifacts import Workspace
 from modeling.data.cache import TokenCache
 from modeling.data.rows import TOKENS_ALONE, Columns, Rows
@@ -97,29 +103,62 @@ def run(case: Mapping[str, Any]) -> dict[str, Any]:
     from modeling.training import history, trainer
     from modeling.training.compile_cache import open_compile_cache
 
-    space, config = workspace(Path(case["workspace"])), experiment(**case["experiment"])
+    directory, config = Path(case["workspace"]), experiment(**case["experiment"])
+    is_first = case.get("seat", {}).get("index", 0) == 0
+    space = workspace(directory) if is_first else Workspace(directory / "progress", directory)
     with contextlib.ExitStack() as stack:
         cache = None
         if "compile_cache" in case:
             directory = Path(case["compile_cache"]) / trainer.class_here(config)
             cache = stack.enter_context(open_compile_cache(directory))
         built = trainer.train(config, counting_cache(), space, compile_cache=cache)
-    losses = history.read_losses(space.output)
+    losses = history.read_losses(space.output) if is_first else []
     return dataclasses.asdict(built) | {"losses": [loss.hex() for loss in losses]}
 
 
-def main() -> None:
+def run_cases(path: str) -> int:
+    from modeling.training import processes
     from modeling.training.preemption import EXIT_CODE, Preempted
 
-    for case in json.loads(Path(sys.argv[1]).read_text()):
+    for case in json.loads(Path(path).read_text()):
+        if "seat" in case:
+            processes.join(case["seat"])
         try:
             result = run(case)
         except Preempted as stop:
             sys.stderr.write(f"{stop}\n")
-            sys.exit(EXIT_CODE)
+            return EXIT_CODE
         sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.flush()
+    return 0
+
+
+def nursery() -> None:
+    """Answers each line of JSON on stdin with one on stdout: births, and deaths when asked."""
+    import jax
+
+    from modeling.training import compile_cache, trainer  # noqa: F401
+
+    for line in sys.stdin:
+        order = json.loads(line)
+        if "wait" in order:
+            flags = 0 if order["block"] else os.WNOHANG
+            pid, status = os.waitpid(order["wait"], flags)
+            answer = os.waitstatus_to_exitcode(status) if pid else None
+        else:
+            answer = os.fork()
+            if answer == 0:
+                os.setsid()
+                os.environ.update(order["environment"])
+                if (collectives := order["environment"].get(numerics.COLLECTIVES)) is not None:
+                    jax.config.update("jax_cpu_collectives_implementation", collectives)
+                for number, path in enumerate((os.devnull, order["out"], order["err"])):
+                    opened = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT)
+                    os.dup2(opened, number)
+                sys.exit(run_cases(order["cases"]))
+        sys.stdout.write(f"{json.dumps(answer)}\n")
         sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(nursery() if sys.argv[1] == "--nursery" else run_cases(sys.argv[1]))
