@@ -66,8 +66,9 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Removes every checkpoint: they are of no use to this run."""
-        for path in self._by_step():
-            _remove(path)
+        if self._is_first:
+            for path in self._by_step():
+                _remove(path, _step_of(path))
         self._verified.clear()
 
     def save(
