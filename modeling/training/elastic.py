@@ -22,7 +22,7 @@ bits hang on is held fixed too:
 
 The price is memory: weights are gathered whole on every device for the step, in the dtype of the
 computation, and gradients are whole until they are exchanged. State at rest is split as in any
-other run. `benchmarks/elastic.py` measures the price in time.
+other run.
 """
 
 import math

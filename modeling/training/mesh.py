@@ -1,8 +1,10 @@
 """The devices of a run, and who holds what: physical mesh, two mappings from logical axes to it.
 
 `compute` says how activations are split, `parameters` how weights and optimizer state are: the
-compute mapping with `parameter_axis_resources` on top. `docs/parallelism.md` has the layouts that
-these make (FSDP, tensor parallelism, sequences, slices), each a few lines of YAML.
+compute mapping with `parameter_axis_resources` on top. `{batch: data}` with `{embed: data}` is FSDP
+(each device holds a part of every weight, gathered layer by layer); with `{heads: model, mlp:
+model}` in both it is tensor parallelism; `batch: [replica, data]` is FSDP within each of several
+slices that hold the same weights.
 """
 
 import dataclasses
