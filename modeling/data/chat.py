@@ -52,6 +52,18 @@ class TemplateProblem(ValueError):
     """A template cannot be applied to a document, or not at all."""
 
 
+def free_mark(*texts: str) -> str:
+    """Returns a noncharacter that no text holds.
+
+    Raises:
+        TemplateProblem: together they hold all.
+    """
+    mark = next((mark for mark in _MARKS if not any(mark in text for text in texts)), None)
+    if mark is None:
+        raise TemplateProblem("the document holds every noncharacter from U+FDD0 to U+FDEF")
+    return mark
+
+
 class ChatTemplate:
     """Renders the documents of a chat format."""
 
@@ -108,11 +120,7 @@ class ChatTemplate:
 
     def _marked_for(self, document: str) -> "_Compiled":
         """Returns the template with a mark that neither it nor the document holds."""
-        texts = document, self._template
-        free = (mark for mark in _MARKS if not any(mark in text for text in texts))
-        mark = next(free, None)
-        if mark is None:
-            raise TemplateProblem("the document holds every noncharacter from U+FDD0 to U+FDEF")
+        mark = free_mark(document, self._template)
         if mark not in self._compiled:
             self._compiled[mark] = _Compiled(self, mark)
         return self._compiled[mark]

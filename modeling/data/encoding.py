@@ -29,6 +29,7 @@ from modeling.data.config import (
     TextFormat,
     TokenizationConfig,
 )
+from modeling.data.joint import JointEncoder
 from modeling.data.patterns import pattern_of, splitter
 from modeling.data.pieces import pieces
 from modeling.data.pretokens import SEPARATOR
@@ -249,8 +250,9 @@ class TextEncoder:
 class PieceEncoder:
     """Encodes documents that are rendered as pieces of text and special tokens.
 
-    Each piece is encoded apart, as the last one is when a model goes on from a prompt; so ids are
-    those of the whole where, as in byte-level BPE, a token never reaches over a pre-token.
+    Where a token never reaches over a pre-token, as in byte-level BPE, each piece is encoded apart,
+    as the last one is when a model goes on from a prompt. With any other tokenizer, and where a
+    special token swallows the spaces beside it, pieces are encoded together.
     """
 
     def __init__(
@@ -265,9 +267,14 @@ class PieceEncoder:
         self.has_loss_mask = has_loss_mask
         self._bounds = bounds
         self._render = render
-        self._encoder = encoder_for(tokenizer.backend, token_dtype(tokenizer.vocab_size))
-        if not isinstance(self._encoder, WordEncoder):
-            raise ValueError("not yet")
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        encoder = encoder_for(tokenizer.backend, self._dtype)
+        added = tokenizer.backend.get_added_tokens_decoder().values()
+        swallows = any(token.lstrip or token.rstrip for token in added)
+        if isinstance(encoder, WordEncoder) and not swallows:
+            self._encoder = encoder
+        else:
+            self._encoder = JointEncoder(tokenizer)
 
     @property
     def name(self) -> str:
@@ -277,9 +284,35 @@ class PieceEncoder:
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """Returns the ids of each document, with what begins and ends it."""
         rendered = [self._rendered(index, text) for index, text in enumerate(documents)]
+        if isinstance(self._encoder, JointEncoder):
+            encoded = self._encoded_together(self._encoder, rendered)
+        else:
+            encoded = self._encoded_apart(self._encoder, rendered)
+        if not self.has_loss_mask:
+            encoded = replace(encoded, loss_mask=None)
+        return self._bounds.added(encoded)
+
+    def _encoded_together(
+        self, encoder: JointEncoder, rendered: Sequence[Sequence[Piece]]
+    ) -> Encoded:
+        joined = []
+        for index, parts in enumerate(rendered):
+            try:
+                joined.append(encoder.join(parts))
+            except TemplateProblem as error:
+                raise DocumentError(index, str(error)) from error
+        found = encoder.encode(joined)
+        nothing = np.empty(0, self._dtype)
+        return Encoded(
+            np.concatenate([nothing, *(ids.astype(self._dtype) for ids, _ in found)]),
+            np.fromiter((len(ids) for ids, _ in found), np.int64, len(found)),
+            np.concatenate([np.empty(0, np.uint8), *(counts for _, counts in found)]),
+        )
+
+    def _encoded_apart(self, encoder: WordEncoder, rendered: Sequence[Sequence[Piece]]) -> Encoded:
         pieces = list(chain.from_iterable(rendered))
         texts = [piece.content.encode() for piece in pieces if isinstance(piece.content, str)]
-        encoded = self._encoder.encode(texts)
+        encoded = encoder.encode(texts)
 
         is_text = np.fromiter((isinstance(p.content, str) for p in pieces), np.bool_, len(pieces))
         lengths = np.ones(len(pieces), np.int64)
@@ -291,12 +324,10 @@ class PieceEncoder:
         tokens[~of_text] = special
         counts = np.fromiter((piece.counts for piece in pieces), np.uint8, len(pieces))
         document = np.repeat(np.arange(len(rendered)), [len(parts) for parts in rendered])
-        return self._bounds.added(
-            Encoded(
-                tokens,
-                np.bincount(document, lengths, len(rendered)).astype(np.int64),
-                np.repeat(counts, lengths) if self.has_loss_mask else None,
-            )
+        return Encoded(
+            tokens,
+            np.bincount(document, lengths, len(rendered)).astype(np.int64),
+            np.repeat(counts, lengths),
         )
 
     def _rendered(self, index: int, document: bytes) -> Sequence[Piece]:
