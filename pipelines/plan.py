@@ -1,11 +1,12 @@
 """The plan: which assets are not up to date, through all layers, and why.
 
-To what Dagster knows (`pipelines.staleness`) this adds what no orchestrator can: whether the
-source's files have changed, whether the bytes of a fresh asset are still in the store, and whether
-its checks have passed.
+To what Dagster knows (`pipelines.staleness`) this adds what no orchestrator can: whether the files
+have changed that a corpus or a tokenizer is taken from, whether the bytes of a fresh asset are
+still in the store, and whether its checks have passed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import dagster as dg
 
@@ -17,6 +18,9 @@ from pipelines.staleness import Staleness, stale_assets
 from resources import materializations
 from resources.digests import open_memo
 from resources.materializations import Materialization
+
+if TYPE_CHECKING:
+    from modeling.data.config import DatasetConfig
 
 _MOST_FILES = 5
 
@@ -60,42 +64,70 @@ def _changed_outside(
         return None
     if not store.contains(made.kind, made.content_id):
         return Staleness("MISSING", (f"its bytes are gone from {store.url}",))
-    if made.kind == "raw_corpus":
-        from modeling.data import corpus
-        from modeling.data.sources import SourceError
+    found = {"raw_corpus": _corpus_now, "tokenizer": _tokenizer_now}.get(made.kind)
+    if found is None:
+        return None
+    # Imported here, as all that reads data is: Dagster loads this module with its code.
+    from modeling.data.pretrained import PretrainedTokenizerError
+    from modeling.data.sources import SourceError
 
-        dataset = catalog.datasets[key.path[0]]
-        try:
-            listing = corpus.scan(
-                dataset.named_sources, validation=dataset.validation, memo=open_memo()
-            )
-        except SourceError as error:
-            return Staleness("STALE", (f"its source cannot be listed: {error}",))
-        if recipes.corpus_recipe(dataset, listing.root).id != made.recipe_id:
-            leaves = {f"files/{file.logical_path}": file.sha256 for file in listing.files}
-            return Staleness("STALE", _changed_files(store, made, leaves))
-    return None
+    try:
+        now = found(catalog.datasets[key.path[0]])
+    except (SourceError, PretrainedTokenizerError) as error:
+        return Staleness("STALE", (f"its files cannot be listed: {error}",))
+    if now is None or now.recipe_id == made.recipe_id:
+        return None
+    return Staleness("STALE", _changed_files(store, made, now.files))
+
+
+class _Outside(NamedTuple):
+    """What a root of the graph would be made of now."""
+
+    recipe_id: str
+    files: Mapping[str, str]
+    """The digest of each file, by name."""
+
+
+def _corpus_now(dataset: "DatasetConfig") -> _Outside:
+    from modeling.data import corpus
+
+    listing = corpus.scan(dataset.named_sources, validation=dataset.validation, memo=open_memo())
+    files = {file.logical_path: file.sha256 for file in listing.files}
+    return _Outside(recipes.corpus_recipe(dataset, listing.root).id, files)
+
+
+def _tokenizer_now(dataset: "DatasetConfig") -> _Outside | None:
+    """None where the tokenizer is not taken from files that a path names."""
+    from modeling.data import tokenizer
+
+    files = tokenizer.file_digests(dataset.tokenizer)
+    root = tokenizer.files_root(dataset.tokenizer)
+    return _Outside(recipes.tokenizer_recipe(dataset, None, root).id, files) if files else None
 
 
 def _changed_files(
-    store: ArtifactStore, made: Materialization, leaves: Mapping[str, str]
+    store: ArtifactStore, made: Materialization, files: Mapping[str, str]
 ) -> tuple[str, ...]:
-    """Returns which of the source's files are new, changed or gone since, the first few by name."""
-    on_record = store.record(made.recipe_id, made.numerics)["leaves"]
-    before = {name: leaf for name, leaf in on_record.items() if name.startswith("files/")}
+    """Returns which files are new, changed or gone since, the first few by name."""
+    leaves = store.record(made.recipe_id, made.numerics)["leaves"]
+    before = {
+        name.removeprefix("files/"): leaf
+        for name, leaf in leaves.items()
+        if name.startswith("files/")
+    }
     by_change = {
-        "new": [name for name in leaves if name not in before],
-        "gone": [name for name in before if name not in leaves],
-        "changed": [name for name in before if leaves.get(name, before[name]) != before[name]],
+        "new": [name for name in files if name not in before],
+        "gone": [name for name in before if name not in files],
+        "changed": [name for name in before if files.get(name, before[name]) != before[name]],
     }
     told = [
-        f"{len(names)} of the source's files {'is' if len(names) == 1 else 'are'} {change}: "
-        + ", ".join(name.removeprefix("files/") for name in sorted(names)[:_MOST_FILES])
+        f"{len(names)} of its files {'is' if len(names) == 1 else 'are'} {change}: "
+        + ", ".join(sorted(names)[:_MOST_FILES])
         + (", ..." if len(names) > _MOST_FILES else "")
         for change, names in by_change.items()
         if names
     ]
-    return tuple(told) or ("the source's files are ordered or split otherwise",)
+    return tuple(told) or ("its files are ordered or split otherwise",)
 
 
 def _unchecked(

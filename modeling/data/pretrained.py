@@ -35,17 +35,24 @@ class Pretrained:
     named_tokens: Mapping[str, str]
     """The token of each role that is known, `eos` at least."""
     chat_template: str | None
+    digests: Mapping[str, str]
+    """The digest of each file that was read."""
 
 
-def files_root(config: PretrainedTokenizerConfig) -> str | None:
-    """Returns the digest of files that a path names; None for a commit, which needs none."""
+def file_digests(config: PretrainedTokenizerConfig) -> dict[str, str]:
+    """Returns the digest of each file that a path names; none for a commit, which needs none.
+
+    Raises:
+        PretrainedTokenizerError: there is no tokenizer.
+    """
     if config.path is None:
-        return None
-    contents = _read(Path(config.path).expanduser())
-    return canonical.digest(
-        "tokenizer_files/1",
-        {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()},
-    )
+        return {}
+    return _digests(_read(Path(config.path).expanduser()))
+
+
+def files_root(digests: Mapping[str, str]) -> str:
+    """Returns the digest of files whose digests are given by name."""
+    return canonical.digest("tokenizer_files/1", dict(digests))
 
 
 def load_pretrained(config: PretrainedTokenizerConfig) -> Pretrained:
@@ -74,7 +81,12 @@ def load_pretrained(config: PretrainedTokenizerConfig) -> Pretrained:
                 f"{where}: {role}_token is {token!r}, which the vocabulary lacks; set "
                 f"`tokenizer.{role}_token` to a token that it has."
             )
-    return Pretrained(backend, named, _template(contents, settings[_CONFIG], where))
+    template = _template(contents, settings[_CONFIG], where)
+    return Pretrained(backend, named, template, _digests(contents))
+
+
+def _digests(contents: Mapping[str, bytes]) -> dict[str, str]:
+    return {name: hashlib.sha256(data).hexdigest() for name, data in contents.items()}
 
 
 def _fetched(config: PretrainedTokenizerConfig) -> Path:

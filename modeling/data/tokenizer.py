@@ -15,7 +15,7 @@ Nor does a post-processor add any: what begins and ends a document is said by `t
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +198,15 @@ def load_tokenizer(directory: Path) -> Tokenizer | PassthroughTokenizer:
     return PassthroughTokenizer(**json.loads(declared.read_text(encoding="utf-8")))
 
 
+def file_digests(config: TokenizerConfig) -> dict[str, str]:
+    """Returns the digest of each file that `config` names by a path, as found now."""
+    return pretrained.file_digests(config) if isinstance(config, PretrainedTokenizerConfig) else {}
+
+
 def files_root(config: TokenizerConfig) -> str | None:
     """Returns the digest of the files that `config` names by a path; None where it names none."""
-    return pretrained.files_root(config) if isinstance(config, PretrainedTokenizerConfig) else None
+    digests = file_digests(config)
+    return pretrained.files_root(digests) if digests else None
 
 
 def build(
@@ -223,7 +229,7 @@ def build(
     """
     match config:
         case PretrainedTokenizerConfig():
-            return save(_pretrained(config), workspace.output)
+            return _taken(config, workspace.output)
         case PassthroughTokenizerConfig():
             declared = PassthroughTokenizer(config.vocab_size, config.eos_id, config.bos_id)
             return _save_passthrough(declared, workspace.output)
@@ -240,16 +246,18 @@ def build(
     return save(tokenizer, workspace.output)
 
 
-def _pretrained(config: PretrainedTokenizerConfig) -> Tokenizer:
+def _taken(config: PretrainedTokenizerConfig, directory: Path) -> Built:
     found = pretrained.load_pretrained(config)
     named = dict(found.named_tokens)
-    return Tokenizer(
+    tokenizer = Tokenizer(
         found.backend,
         bos_token=named.pop("bos", None),
         eos_token=named.pop("eos"),
         named_tokens=named,
         chat_template=found.chat_template,
     )
+    leaves = {f"files/{name}": digest for name, digest in found.digests.items()}
+    return replace(save(tokenizer, directory), leaves=leaves)
 
 
 def save(tokenizer: Tokenizer, directory: Path) -> Built:

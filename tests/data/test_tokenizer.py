@@ -27,9 +27,9 @@ from modeling.data.config import (
     WordPieceTokenizerConfig,
 )
 from modeling.data.encoding import WordEncoder, encoder_for
-from modeling.data.pretrained import PretrainedTokenizerError, files_root
+from modeling.data.pretrained import PretrainedTokenizerError
 from modeling.data.reading import is_held_out
-from modeling.data.tokenizer import PROBE_TEXTS, Tokenizer, build, save
+from modeling.data.tokenizer import PROBE_TEXTS, Tokenizer, build, files_root, save
 from modeling.data.vocabularies import _Lattice, train_unigram, train_wordpiece
 from modeling.experiment import ConfigError, validate
 

@@ -157,7 +157,7 @@ class TestRun:
             finally:
                 added.unlink()
         printed = capfd.readouterr().out
-        assert "tales/raw_corpus: 1 of the source's files is new: " in printed
+        assert "tales/raw_corpus: 1 of its files is new: " in printed
         assert states(printed) == {"tales/raw_corpus": "stale"} | dict.fromkeys(
             DATA_STAGES[1:] + MODEL_STAGES, "upstream"
         )

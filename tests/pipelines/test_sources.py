@@ -86,7 +86,7 @@ def test_status_says_that_a_source_has_vanished(corpus_made, capsys):
         path.unlink()
     shown = status(corpus_made, capsys)
     assert "tales/raw_corpus stale" in shown
-    assert "its source cannot be listed" in shown
+    assert "its files cannot be listed" in shown
     assert "matches no file" in shown
 
 

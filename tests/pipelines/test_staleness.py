@@ -1,7 +1,11 @@
 """What is out of date, all the way down, and why."""
 
+import json
+
 import dagster as dg
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers
 
 from pipelines.plan import out_of_date
 from pipelines.staleness import describe, stale_assets
@@ -102,7 +106,44 @@ def test_changed_files_are_named(other_instance, tmp_path):
     with chain.instance() as instance:
         found = out_of_date(chain.defs(), instance, chain.store, catalog, [key])
     assert found[key].causes == (
-        "1 of the source's files is new: 99.txt",
-        "1 of the source's files is gone: 08.txt",
-        "1 of the source's files is changed: 07.txt",
+        "1 of its files is new: 99.txt",
+        "1 of its files is gone: 08.txt",
+        "1 of its files is changed: 07.txt",
     )
+
+
+def test_changed_files_of_a_tokenizer_are_named(empty_chain, tmp_path):
+    where = tmp_path / "made elsewhere"
+    where.mkdir()
+    backend = tokenizers.Tokenizer(models.WordLevel({"<end>": 0, "<unk>": 1, "<stop>": 2}, "<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.save(str(where / "tokenizer.json"))
+    (where / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    taken = json.dumps({"type": "pretrained", "path": str(where)})
+    changes = "dataset.tokenizer=null", f"dataset.tokenizer={taken}"  # else they would be merged
+    key = dg.AssetKey(["tales", "tokenizer"])
+
+    def found():
+        with empty_chain.instance() as instance:
+            catalog = empty_chain.catalog(*changes)
+            store = empty_chain.store
+            plan = out_of_date(empty_chain.defs(*changes), instance, store, catalog, [key])
+            return plan[key].causes if plan else ()
+
+    def make():
+        assert empty_chain.run(*changes, select=[("tales", "tokenizer")], job="tales__data").success
+
+    make()
+    assert found() == ()
+    (where / "tokenizer_config.json").write_text('{"eos_token": "<stop>"}')
+    (where / "chat_template.jinja").write_text("{{ 1 }}")
+    assert found() == (
+        "1 of its files is new: chat_template.jinja",
+        "1 of its files is changed: tokenizer_config.json",
+    )
+    make()
+    assert found() == ()
+    (where / "tokenizer.json").unlink()
+    (told,) = found()
+    assert "its files cannot be listed: " in told
+    assert "holds no tokenizer.json" in told
