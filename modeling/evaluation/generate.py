@@ -17,8 +17,8 @@ from jaxtyping import Array
 
 import haliax as hax
 from haliax import Axis, NamedArray
-from modeling.models.gpt2 import logits
 from modeling.models.lm import LanguageModel
+from modeling.models.loss import logits
 
 Stop = Literal["end", "limit", "context"]
 """The model ended the document; `num_tokens` were made; the row was full."""
@@ -96,7 +96,8 @@ def _continue(
     ) -> tuple[NamedArray, NamedArray, NamedArray]:
         buffer, lengths, ended = state
         last = model.activations(buffer)[Pos, lengths - 1]
-        token = hax.argmax(logits(last, model.head), axis=model.Vocab).astype(jnp.int32)
+        scores = logits(last, model.head, model.Vocab)
+        token = hax.argmax(scores, axis=model.Vocab.name).astype(jnp.int32)
         grows = ~ended & (lengths < ends)
         here = (positions.broadcast_axis(lengths.axes) == lengths) & grows
         buffer = hax.where(here, token, buffer)

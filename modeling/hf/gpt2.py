@@ -24,7 +24,7 @@ import numpy as np
 
 from haliax import Axis, NamedArray
 from modeling.models.config import Gpt2Config
-from modeling.models.gpt2 import Gpt2LmHeadModel
+from modeling.models.gpt2 import Gpt2LmHeadModel, with_vocab_rows
 
 _MASK = re.compile(r"(.*\.)?attn\.(bias|masked_bias)")
 """Buffers that `transformers` before 4.30 saved among the weights."""
@@ -65,8 +65,10 @@ def _outer(model: Gpt2LmHeadModel) -> Iterator[tuple[str, str, Groups]]:
 def to_tensors(model: Gpt2LmHeadModel) -> dict[str, np.ndarray]:
     """Returns the model's weights by Hugging Face name, in the dtype that they have.
 
-    The head is tied to the embedding, so it is not among them.
+    The head is tied to the embedding, so it is not among them; of its rows, those that are no ids
+    (`vocab_pad_multiple`) are left out.
     """
+    model = with_vocab_rows(model, model.Vocab.size)
     tensors = {name: _flat(_at(model, path), groups) for name, path, groups in _outer(model)}
     for name, groups in _BLOCK.items():
         stacked = _flat(_at(model, f"{BLOCKS}.{name}"), ((LAYERS,), *groups))
@@ -89,15 +91,19 @@ def from_tensors(
 ) -> Gpt2LmHeadModel:
     """Returns a model of these weights, in the dtype that they have.
 
+    The tensors have a row for each id of `Vocab`; `config` may ask for more (`vocab_pad_multiple`).
     Names may lack the prefix `transformer.`, as those of a `GPT2Model` do, and causal masks saved
     by older versions are passed over.
 
     Raises:
         ValueError: naming each tensor that is missing, unknown, or of another shape.
     """
-    template: Gpt2LmHeadModel = eqx.filter_eval_shape(
-        lambda: Gpt2LmHeadModel.init(Vocab, Pos, config, key=jax.random.key(0))
-    )
+
+    def unpadded() -> Gpt2LmHeadModel:
+        model = Gpt2LmHeadModel.init(Vocab, Pos, config, key=jax.random.key(0))
+        return with_vocab_rows(model, Vocab.size)
+
+    template: Gpt2LmHeadModel = eqx.filter_eval_shape(unpadded)
     given = {_full_name(name): t for name, t in tensors.items() if not _MASK.fullmatch(name)}
     _drop_tied_head(given)
     _check_tensors(given, template)
@@ -110,7 +116,8 @@ def from_tensors(
         stacked = np.stack([given[f"transformer.h.{i}.{name}"] for i in range(config.num_layers)])
         paths.append(path)
         arrays.append(_unflat(stacked, _at(template, path), ((LAYERS,), *groups)))
-    return eqx.tree_at(lambda model: [_at(model, path) for path in paths], template, arrays)
+    model = eqx.tree_at(lambda model: [_at(model, path) for path in paths], template, arrays)
+    return with_vocab_rows(model, config.vocab_rows(Vocab.size))
 
 
 def _full_name(name: str) -> str:

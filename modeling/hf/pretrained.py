@@ -7,6 +7,7 @@
 Only safetensors are read. The older `pytorch_model.bin` is a pickle, which can run any code.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +22,12 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 
 
-def load_pretrained(directory: Path) -> Gpt2LmHeadModel:
+def load_pretrained(directory: Path, *, vocab_pad_multiple: int = 1) -> Gpt2LmHeadModel:
     """Returns the model in `directory`, in the dtype that its weights have.
+
+    Args:
+        directory: with the files of a model.
+        vocab_pad_multiple: up to a multiple of how many rows to pad the embedding.
 
     Raises:
         FileNotFoundError: a file is missing; the message says which, and what to do.
@@ -30,9 +35,11 @@ def load_pretrained(directory: Path) -> Gpt2LmHeadModel:
     """
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{directory / CONFIG}: no such file. Give a model's directory.")
-    config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+    hf_config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     try:
-        return from_tensors(_tensors(directory), *from_hf_config(config))
+        config, Vocab, Pos = from_hf_config(hf_config)
+        config = dataclasses.replace(config, vocab_pad_multiple=vocab_pad_multiple)
+        return from_tensors(_tensors(directory), config, Vocab, Pos)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
 

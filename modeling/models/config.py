@@ -5,7 +5,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field
 
-from modeling.canonical import NOT_IDENTITY
+from modeling.canonical import NOT_IDENTITY, added_later
 
 STRICT = ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(ge=1)]
@@ -45,6 +45,10 @@ class Gpt2Config:
     )
     """Which program attends: cuDNN's fused one, which keeps no scores, or XLA's products. `auto` is
     cuDNN's on a GPU in 16 bits where it can do what is asked."""
+    vocab_pad_multiple: Positive = dataclasses.field(default=1, metadata=added_later(1))
+    """The embedding gets zero rows up to a multiple of this, so that devices can share it evenly.
+    No id changes: these rows are no ids, have the probability 0 and the gradient 0, and are left
+    out of exports."""
 
     identity_tag: ClassVar[str] = "model.gpt2/1"
     __pydantic_config__ = STRICT
@@ -55,6 +59,10 @@ class Gpt2Config:
                 f"hidden_dim {self.hidden_dim} is not a multiple of num_heads {self.num_heads}; "
                 f"each head takes hidden_dim / num_heads features."
             )
+
+    def vocab_rows(self, vocab_size: int) -> int:
+        """Returns how many rows the embedding of so many ids has."""
+        return -(-vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
 
     @property
     def execution(self) -> dict[str, Any]:

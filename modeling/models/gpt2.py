@@ -29,6 +29,7 @@ from haliax import Axis, AxisSpec, NamedArray
 from haliax.jax_utils import maybe_rng_split, named_call
 from haliax.nn import Embedding, LayerNorm, Linear, Stacked
 from modeling.models.config import Gpt2Config
+from modeling.models.loss import logits
 from modeling.models.segments import attendable, positions
 
 
@@ -257,17 +258,21 @@ class Gpt2LmHeadModel(eqx.Module):
     ) -> "Gpt2LmHeadModel":
         """Returns a model with random weights, the same whatever mesh it is made on."""
         embeddings_key, transformer_key = jax.random.split(key)
-        return cls(
+        model = cls(
             Gpt2Embeddings.init(Vocab, Pos, config, key=embeddings_key),
             Gpt2Transformer.init(config, key=transformer_key),
             Vocab,
             Pos,
             config,
         )
+        return with_vocab_rows(model, config.vocab_rows(Vocab.size))
 
     @property
     def head(self) -> NamedArray:
-        """The matrix `[Vocab, Embed]` whose product with an activation gives logits."""
+        """The matrix whose product with an activation gives logits.
+
+        Its axes are `Embed` and that of `Vocab`, of which it may have more rows than there are ids.
+        """
         return self.embeddings.token_embeddings.weight
 
     def activations(
@@ -291,7 +296,9 @@ class Gpt2LmHeadModel(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> NamedArray:
         """Returns float32 logits over `Vocab` for the id after each position."""
-        return logits(self.activations(input_ids, segment_ids=segment_ids, key=key), self.head)
+        activations = self.activations(input_ids, segment_ids=segment_ids, key=key)
+        of_all_rows = logits(activations, self.head, self.Vocab)
+        return _resized(of_all_rows, self.Vocab)
 
     def _row_axis(self, input_ids: NamedArray) -> Axis:
         Pos = input_ids.resolve_axis(self.Pos.name)
@@ -303,9 +310,22 @@ class Gpt2LmHeadModel(eqx.Module):
         return Pos
 
 
-def logits(activations: NamedArray, head: NamedArray) -> NamedArray:
-    """Returns the product of both over `Embed`, accumulated and left in float32."""
-    return hax.dot(activations, head, axis="embed", preferred_element_type=jnp.float32)
+def with_vocab_rows(model: Gpt2LmHeadModel, num_rows: int) -> Gpt2LmHeadModel:
+    """Returns the model with so many rows in its embedding: the last are cut off, zeros appended.
+
+    Zeros appended to what was drawn for the ids alone: no id's vector hangs on the padding.
+    """
+    old, Rows = model.embeddings.token_embeddings, model.Vocab.resize(num_rows)
+    new = Embedding(_resized(old.weight, Rows), Rows, old.Embed)
+    return eqx.tree_at(lambda model: model.embeddings.token_embeddings, model, new)
+
+
+def _resized(x: NamedArray, NewAxis: Axis) -> NamedArray:
+    """Returns `x` with the axis of this name cut, or grown by zeros, at its end."""
+    missing = NewAxis.size - x.axis_size(NewAxis.name)
+    if missing > 0:
+        return hax.pad(x, {NewAxis.name: (0, missing)})
+    return x if missing == 0 else hax.slice(x, NewAxis.name, NewAxis)
 
 
 def uses_cudnn(config: Gpt2Config, platform: str, dtype: Any, *, dropout: float) -> bool:

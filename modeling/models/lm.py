@@ -29,7 +29,10 @@ class LanguageModel(Protocol):
 
     @property
     def head(self) -> NamedArray:
-        """The matrix over `Vocab` whose product with an activation gives logits."""
+        """The matrix whose product with an activation gives logits.
+
+        It may have more rows than `Vocab`, which are no ids.
+        """
         ...
 
     def activations(

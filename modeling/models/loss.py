@@ -12,6 +12,10 @@ whatever splits a batch over devices splits every block alike.
 
 Logits, exponentials and sums are float32. The factor (softmax - target) is rounded to the dtype of
 the activations before it is multiplied, as every gradient of that dtype is.
+
+The head may have more rows than there are ids: `Vocab` says how many of them are, and the logits of
+the others are -inf. Their exponentials are exactly 0, and with them their part in every sum, their
+gradient, and the probability that one is drawn.
 """
 
 import functools
@@ -43,7 +47,7 @@ def summed_cross_entropy(
 
     Args:
         activations: what the head is applied to, with `Pos` among its axes.
-        head: a matrix over `Vocab` and the axes of the activations that it sums over.
+        head: a matrix over `Vocab`, or more rows, and the axes of the activations it sums over.
         targets: integer ids, one a token.
         weights: one a token.
         Vocab: what the targets are ids of.
@@ -67,7 +71,7 @@ def _forward(
     Pos: Axis,
 ) -> tuple[Float32[Array, ""], Residuals]:
     Block = _blocks(Pos)
-    summed_over = tuple(axis for axis in head.axes if axis != Vocab)
+    summed_over = tuple(axis for axis in head.axes if axis.name != Vocab.name)
 
     def add(
         carry: tuple[Array, NamedArray], h: NamedArray, y: NamedArray, w: NamedArray
@@ -75,7 +79,7 @@ def _forward(
         total, d_head = carry
         nats, excess = _losses(h, head, y, Vocab)
         excess = (excess * w).astype(h.dtype)
-        d_h = hax.dot(excess, head, axis=Vocab, preferred_element_type=jnp.float32)
+        d_h = hax.dot(excess, head, axis=Vocab.name, preferred_element_type=jnp.float32)
         tokens = tuple(axis for axis in h.axes if axis not in summed_over)
         d_head = d_head + hax.dot(
             excess, h, axis=tokens, preferred_element_type=jnp.float32, out_axes=head.axes
@@ -108,6 +112,19 @@ def _backward(
 summed_cross_entropy.defvjp(_forward, _backward)
 
 
+def logits(activations: NamedArray, head: NamedArray, Vocab: Axis) -> NamedArray:
+    """Returns the product of both, accumulated and left in float32, over all rows of the head.
+
+    Those of rows that are no ids of `Vocab` are -inf.
+    """
+    over = tuple(axis for axis in head.axes if axis.name != Vocab.name)
+    z = hax.dot(activations, head, axis=over, preferred_element_type=jnp.float32)
+    rows = z.resolve_axis(Vocab.name)
+    if rows == Vocab:
+        return z
+    return hax.where(hax.arange(rows) < Vocab.size, z, -jnp.inf)
+
+
 def token_cross_entropy(
     activations: NamedArray, head: NamedArray, targets: NamedArray, Vocab: Axis, Pos: Axis
 ) -> NamedArray:
@@ -123,15 +140,14 @@ def sampled_targets(
 ) -> NamedArray:
     """Returns an id for each activation, drawn with the probabilities softmax(h . head)."""
     Block = _blocks(Pos)
-    over = tuple(axis for axis in head.axes if axis != Vocab)
 
     def draw(h: NamedArray, block: NamedArray) -> NamedArray:
-        z = hax.dot(h, head, axis=over, preferred_element_type=jnp.float32)
-        return hax.random.categorical(jax.random.fold_in(key, block.array), z, Vocab)
+        z = logits(h, head, Vocab)
+        return hax.random.categorical(jax.random.fold_in(key, block.array), z, Vocab.name)
 
     (blocks,) = _cut(Pos, Block, jax.lax.stop_gradient(activations))
     ids = hax.map(draw, Block)(blocks, hax.arange(Block)).astype(jnp.int32)
-    tokens = tuple(axis for axis in activations.axes if axis not in over)
+    tokens = tuple(axis for axis in activations.axes if axis not in head.axes)
     return _join(Pos, Block, ids).rearrange(tokens)
 
 
@@ -139,14 +155,14 @@ def _losses(
     h: NamedArray, head: NamedArray, y: NamedArray, Vocab: Axis
 ) -> tuple[NamedArray, NamedArray]:
     """Returns each token's loss, and softmax less target: the gradient by its logits."""
-    over = tuple(axis for axis in head.axes if axis != Vocab)
-    z = hax.dot(h, head, axis=over, preferred_element_type=jnp.float32)
-    largest = hax.max(z, Vocab)
+    z = logits(h, head, Vocab)
+    rows = z.resolve_axis(Vocab.name)
+    largest = hax.max(z, rows)
     exponentials = hax.exp(z - largest)
-    total = hax.sum(exponentials, Vocab)
-    is_target = hax.arange(Vocab).broadcast_axis(y.axes) == y
+    total = hax.sum(exponentials, rows)
+    is_target = hax.arange(rows).broadcast_axis(y.axes) == y
     # Selecting instead of gathering splits over a split vocabulary, and is ordered on every device.
-    target = hax.sum(hax.where(is_target, z, 0.0), Vocab)
+    target = hax.sum(hax.where(is_target, z, 0.0), rows)
     return hax.log(total) + largest - target, exponentials / total - is_target
 
 

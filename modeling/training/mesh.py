@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from haliax.sharding import ResourceMapping
+from modeling.models.config import ModelConfig
 from modeling.training.config import TrainerConfig
 
 MAPPINGS = ("axis_resources", "parameter_axis_resources")
@@ -90,6 +91,21 @@ def require_known_axes(trainer: TrainerConfig, known: Collection[str]) -> None:
             raise ValueError(
                 f"trainer.{field}: no array of this model has an axis `{logical}`"
                 f"{_hint(logical, known)}; there are {sorted(known)}."
+            )
+
+
+def require_divisible_vocabulary(layout: Layout, model: ModelConfig, vocab_size: int) -> None:
+    """Raises `ValueError` if the vocabulary is split over devices that cannot share its rows."""
+    rows = model.vocab_rows(vocab_size)
+    for field, mapping in zip(MAPPINGS, (layout.compute, layout.parameters), strict=True):
+        axes = mesh_axes(mapping.get("vocab"))
+        ways = math.prod(layout.mesh.shape[axis] for axis in axes)
+        if rows % ways:
+            multiple = math.lcm(model.vocab_pad_multiple, ways)
+            raise ValueError(
+                f"trainer.{field}: `vocab: {' x '.join(axes)}` splits the {rows} rows of the "
+                f"embedding ({vocab_size} ids) over {ways} devices, which cannot share them "
+                f"evenly. Pad them with model.vocab_pad_multiple: {multiple}, which changes no id."
             )
 
 

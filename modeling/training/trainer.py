@@ -59,7 +59,12 @@ from modeling.training.memory import (
     is_out_of_memory,
     require_room,
 )
-from modeling.training.mesh import Layout, build_layout, require_known_axes
+from modeling.training.mesh import (
+    Layout,
+    build_layout,
+    require_divisible_vocabulary,
+    require_known_axes,
+)
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
 from modeling.training.peak import Peak
 from modeling.training.preemption import Preempted, PreemptionNotice
@@ -179,6 +184,7 @@ def make_plan(experiment: ExperimentConfig, cache: TrainingData) -> Plan:
     trainer = experiment.trainer
     layout = build_layout(trainer)
     optimizer = build_optimizer(experiment.optimizer, trainer.num_train_steps)
+    require_divisible_vocabulary(layout, experiment.model, cache.vocab_size)
     Vocab, Pos = Axis("vocab", cache.vocab_size), Axis("position", cache.sequence_length)
 
     def make_model(key: Any) -> Any:
@@ -592,11 +598,12 @@ def model_shape(plan: Plan) -> ModelShape:
 
 
 def num_parameters(blueprint: Blueprint) -> int:
-    """Returns how many numbers training adjusts."""
-    return sum(
-        math.prod(array.shape)
-        for _, array, _ in checkpoint.named_leaves(trainable(blueprint.template.model)[0])
-    )
+    """Returns how many numbers training adjusts; rows of the head that are no ids it does not."""
+    model = blueprint.template.model
+    arrays = [array for _, array, _ in checkpoint.named_leaves(trainable(model)[0])]
+    padding = model.head.axis_size(model.Vocab.name) - model.Vocab.size
+    row = math.prod(axis.size for axis in model.head.axes if axis.name != model.Vocab.name)
+    return sum(math.prod(array.shape) for array in arrays) - padding * row
 
 
 def require_finite(update: int, metrics: Metrics, names: tuple[str, ...]) -> None:

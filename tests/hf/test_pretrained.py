@@ -1,5 +1,6 @@
 """Models read back from Hugging Face directories: our own exports, and sharded ones."""
 
+import dataclasses
 import json
 import shutil
 
@@ -13,7 +14,9 @@ from modeling.hf import export
 from modeling.hf.model_card import LINEAGE
 from modeling.hf.pretrained import load_pretrained
 from modeling.hf.reference import read_tensors
+from modeling.models.gpt2 import with_vocab_rows
 from modeling.models.trained import load_model
+from modeling.training import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +57,31 @@ def test_an_export_comes_back_bit_for_bit(exported, trained):
     model = load_model(trained.checkpoint_dir, trained.experiment)
     assert_same(load_pretrained(exported), model)
     assert load_pretrained(exported).config == model.config
+
+
+def test_a_padded_vocabulary_is_left_out_and_comes_back(exported, trained, tmp_path):
+    config = dataclasses.replace(trained.experiment.model, vocab_pad_multiple=64)
+    experiment = dataclasses.replace(trained.experiment, model=config)
+    plain = load_model(trained.checkpoint_dir, trained.experiment)
+    leaves = checkpoint.snapshot({"model": with_vocab_rows(plain, 320)})
+    padded_dir = tmp_path / "checkpoint"
+    checkpoint.write(padded_dir, leaves, step=1, cursor={"rows": 2}, config={}, files={})
+    shutil.copy(trained.checkpoint_dir / "model.json", padded_dir)
+    padded = load_model(padded_dir, experiment)
+    assert padded.Vocab.size == 280
+    assert padded.head.axis_size("vocab") == 320
+
+    output = tmp_path / "export"
+    output.mkdir()
+    lineage = {kind: "0" * 64 for kind, _ in LINEAGE}
+    workspace = Workspace(tmp_path / "progress", output)
+    export.build(experiment, padded_dir, trained.tokenizer_dir, lineage, workspace)
+    for file in exported.iterdir():
+        assert (output / file.name).read_bytes() == file.read_bytes(), file.name
+    rows = np.arange(48).reshape(2, 24) % 280
+    found = export.logit_difference(output, padded_dir, experiment, rows)
+    assert 0 < found.max_abs < found.limit
+    assert_same(load_pretrained(output, vocab_pad_multiple=64), padded)
 
 
 def test_weights_in_several_files_are_joined(sharded, exported):

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from modeling.models.lm import build_model
+from modeling.models.trained import load_model
 from modeling.training import checkpoint, history, trainer
 from modeling.training.accounting import read_ledger
 from modeling.training.compile_cache import open_compile_cache
@@ -125,6 +126,29 @@ def test_the_weights_come_back_as_a_model_without_optimizer_or_mesh(finished):
     assert sum(array.size for _, array, _ in leaves) == built.facts["num_parameters"]
     for path, array, _ in leaves:
         assert built.leaves[f"model.{path}"] == checkpoint.sha256(np.asarray(array))
+
+
+def test_a_vocabulary_is_split_with_the_rows_that_it_lacks(finished, compile_cache, tmp_path):
+    """61 ids over two devices: as on one device, and never a change in the row that is no id."""
+    split = {"mesh": {"data": 2, "model": 2}, "eval_every_steps": 3, "pictures_every_steps": 6,
+             "axis_resources": {"batch": "data", "vocab": "model"}}  # fmt: skip
+    with pytest.raises(ValueError, match=r"61 rows .* over 2 .*model\.vocab_pad_multiple: 2,"):
+        trainer.make_plan(driver.experiment(trainer=split), driver.counting_cache())
+
+    experiment = driver.experiment(trainer=split, model={"vocab_pad_multiple": 2})
+    space = driver.workspace(tmp_path)
+    built = train(
+        experiment, driver.counting_cache(), space,
+        compile_cache=compile_cache, decode=lambda ids: str(list(ids)),
+    )  # fmt: skip
+    np.testing.assert_allclose(
+        history.read_losses(space.output), history.read_losses(finished[0].output), rtol=1e-5
+    )
+    assert built.facts["num_parameters"] == finished[1].facts["num_parameters"]
+    table = load_model(space.output, experiment).head.rearrange(("vocab", "embed")).array
+    assert table.shape[0] == driver.VOCAB + 1
+    assert not np.any(table[driver.VOCAB :])
+    assert np.all(np.any(table[: driver.VOCAB], axis=1))
 
 
 def test_the_observer_hears_it_in_order_and_in_its_own_thread(finished):
