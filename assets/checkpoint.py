@@ -52,6 +52,9 @@ def checkpoint_assets(
             "tokenized_corpus": store.files(tokenized),
             "tokenizer": store.files(store.inputs_above(token_cache)["tokenizer"]),
         }
+        if experiment.trainer.initialize_from is not None:
+            known = experiment.trainer.initialize_from.checkpoint
+            files["initial_checkpoint"] = store.open().local("checkpoint", known)
         numerics = launcher.numerics(experiment)
         head_start.finish(context)
         return store.materialize(

@@ -53,6 +53,15 @@ class ExperimentConfig:
     identity_tag: ClassVar[str] = "experiment/1"
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
+    def __post_init__(self) -> None:
+        for section in ("evaluation", "export"):
+            weights = getattr(self, section).weights
+            if weights != "last" and getattr(self.trainer, weights) is None:
+                raise ValueError(
+                    f"{section}.weights: {weights} needs trainer.{weights}, which keeps that "
+                    f"average; set it, or take the weights `last`."
+                )
+
     @property
     def cache_name(self) -> str:
         """The last part of the key of the token cache that it reads."""

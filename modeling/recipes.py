@@ -31,6 +31,13 @@ VERSIONS = {
 }
 """Transform versions by artifact kind."""
 
+WEIGHT_ROOTS = {
+    "last": "parameters",
+    "ema": "parameters.ema",
+    "tail_average": "parameters.tail_average",
+}
+"""Names of a checkpoint's roots, by the weights that a stage takes."""
+
 
 def code_version(kind: str, params: Any) -> str:
     """Returns what Dagster compares to see that a stage's own definition has changed."""
@@ -157,8 +164,12 @@ def checkpoint_code_params(experiment: ExperimentConfig) -> Any:
 
 
 def checkpoint_recipe(experiment: ExperimentConfig, token_cache: Artifact) -> Recipe:
-    """Depends on the rows of the cache."""
-    return _recipe("checkpoint", checkpoint_params(experiment), token_cache=token_cache.as_input())
+    """Depends on the rows of the cache, and on the checkpoint that it begins with, if any."""
+    inputs = {"token_cache": token_cache.as_input()}
+    if experiment.trainer.initialize_from is not None:
+        known = experiment.trainer.initialize_from.checkpoint
+        inputs["initial_checkpoint"] = Input("checkpoint", known, known)
+    return _recipe("checkpoint", checkpoint_params(experiment), **inputs)
 
 
 def checkpoint_stand_in(experiment: ExperimentConfig, tokenized_recipe_id: str) -> Recipe:
@@ -186,7 +197,7 @@ def evaluation_recipe(
     return _recipe(
         "eval_report",
         evaluation_params(experiment),
-        checkpoint=checkpoint.as_input("parameters"),
+        checkpoint=checkpoint.as_input(WEIGHT_ROOTS[experiment.evaluation.weights]),
         token_cache=token_cache,
         tokenizer=tokenizer,
     )
@@ -202,7 +213,7 @@ def export_recipe(experiment: ExperimentConfig, checkpoint: Artifact, tokenizer:
     return _recipe(
         "hf_model",
         export_params(experiment),
-        checkpoint=checkpoint.as_input("parameters"),
+        checkpoint=checkpoint.as_input(WEIGHT_ROOTS[experiment.export.weights]),
         tokenizer=tokenizer,
     )
 

@@ -54,6 +54,7 @@ def train(arguments: Arguments, workspace: Workspace | None, channel: Channel) -
             peak=_peak(experiment),
             compile_cache=compile_cache,
             decode=_decode(experiment, arguments),
+            initial=Path(initial) if (initial := arguments.get("initial_checkpoint")) else None,
         )
     return dataclasses.asdict(built)
 

@@ -5,6 +5,9 @@ from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field
 
+from modeling.canonical import added_later
+from modeling.training.config import WeightsChoice
+
 STRICT = ConfigDict(extra="forbid", strict=True)
 Positive = Annotated[int, Field(ge=1)]
 
@@ -19,6 +22,8 @@ class EvaluationConfig:
     prompts: tuple[str, ...] = ("def __init__(self", "class Test", "for i in range(")
     """None ends in a space: byte-level BPE begins a word with its space, so one alone is rare."""
     sample_tokens: Positive = 64
+    weights: WeightsChoice = dataclasses.field(default="last", metadata=added_later("last"))
+    """Of the last update, or the average that `trainer.ema` or `trainer.tail_average` keeps."""
 
     identity_tag: ClassVar[str] = "evaluation/1"
     __pydantic_config__ = STRICT

@@ -113,7 +113,7 @@ def build(
     report: Report = ignore,
 ) -> Built:
     """Evaluates a checkpoint in the precision that it was trained in, and writes the report."""
-    model = load_model(checkpoint_dir, experiment)
+    model = load_model(checkpoint_dir, experiment, experiment.evaluation.weights)
     model = Policy.parse(experiment.trainer.mp).cast_to_compute(model)
     tokenizer = load_tokenizer(tokenizer_dir)
     results = evaluate(experiment.evaluation, model, cache, tokenizer, report=report)

@@ -5,6 +5,9 @@ from typing import ClassVar, Literal
 
 from pydantic import ConfigDict
 
+from modeling.canonical import added_later
+from modeling.training.config import WeightsChoice
+
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
@@ -13,6 +16,8 @@ class ExportConfig:
     """The dtype of the exported weights; `float32` loses nothing."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
+    weights: WeightsChoice = dataclasses.field(default="last", metadata=added_later("last"))
+    """Of the last update, or the average that `trainer.ema` or `trainer.tail_average` keeps."""
 
     identity_tag: ClassVar[str] = "export/1"
     __pydantic_config__ = STRICT

@@ -69,7 +69,8 @@ def build(
         report: told of the progress.
     """
     output, dtype = workspace.output, experiment.export.dtype
-    model, tokenizer = load_model(checkpoint_dir, experiment), load_tokenizer(tokenizer_dir)
+    model = load_model(checkpoint_dir, experiment, experiment.export.weights)
+    tokenizer = load_tokenizer(tokenizer_dir)
     _require_same_vocabulary(model, tokenizer, tokenizer_dir)
     tensors = {name: t.astype(jnp.dtype(dtype)) for name, t in to_tensors(model).items()}
     num_parameters = sum(tensor.size for tensor in tensors.values())
@@ -126,7 +127,8 @@ def logit_difference(
     """
     dtype = jnp.dtype(experiment.export.dtype)
     model = jax.tree.map(
-        lambda x: x.astype(dtype).astype(jnp.float32), load_model(checkpoint_dir, experiment)
+        lambda x: x.astype(dtype).astype(jnp.float32),
+        load_model(checkpoint_dir, experiment, experiment.export.weights),
     )
     ours = float32_logits(model, token_rows)
     max_abs = reference.max_abs_logit_difference(export_dir, token_rows, ours)

@@ -11,20 +11,26 @@ from modeling.experiment import ExperimentConfig
 from modeling.models.gpt2 import Gpt2LmHeadModel
 from modeling.models.lm import build_model
 from modeling.training.checkpoint import restore_parameters
+from modeling.training.config import WeightsChoice
 from modeling.training.precision import Policy
 
 DESCRIPTION = "model.json"
 """Beside the arrays: `{"vocab_size": ..., "sequence_length": ..., ...}`."""
 
 
-def load_model(checkpoint_dir: Path, experiment: ExperimentConfig) -> Gpt2LmHeadModel:
-    """Returns the model of a checkpoint of `experiment`, verified, in the dtype it is stored in."""
+def load_model(
+    checkpoint_dir: Path, experiment: ExperimentConfig, weights: WeightsChoice = "last"
+) -> Gpt2LmHeadModel:
+    """Returns the model of a checkpoint of `experiment`, verified, in the trainer's dtype."""
     sizes = json.loads((checkpoint_dir / DESCRIPTION).read_text(encoding="utf-8"))
     Vocab = Axis("vocab", sizes["vocab_size"])
     Pos = Axis("position", sizes["sequence_length"])
 
     def build() -> Gpt2LmHeadModel:
         model = build_model(experiment.model, Vocab, Pos, key=jax.random.key(0))
-        return Policy.parse(experiment.trainer.mp).cast_to_param(model)
+        # Averages are kept in float32, whatever the weights are.
+        return policy.cast_to_param(model) if weights == "last" else model
 
-    return restore_parameters(checkpoint_dir, eqx.filter_eval_shape(build))
+    policy = Policy.parse(experiment.trainer.mp)
+    template = eqx.filter_eval_shape(build)
+    return policy.cast_to_param(restore_parameters(checkpoint_dir, template, weights=weights))

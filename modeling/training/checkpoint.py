@@ -45,6 +45,7 @@ from haliax.partitioning import ResourceMapping, sharding_for_axis
 from modeling.artifacts import file_sha256, write_durably
 from modeling.training import faults
 from modeling.training.manifest import (
+    AVERAGES_PREFIX,
     FORMAT,
     MODEL_PREFIX,
     CheckpointError,
@@ -468,9 +469,19 @@ def restore_parameters(
     *,
     mesh: Mesh | None = None,
     mapping: ResourceMapping | None = None,
+    weights: str = "last",
 ) -> Tree:
-    """Returns the model `template` with the weights of a checkpoint; see `restore`."""
-    return _restore(directory, template, MODEL_PREFIX, mesh, mapping or {})
+    """Returns the model `template` with the weights of a checkpoint; see `restore`.
+
+    Args:
+        directory: as of `restore`.
+        template: as of `restore`.
+        mesh: as of `restore`.
+        mapping: as of `restore`.
+        weights: `last`, or an average that the run has kept, in float32.
+    """
+    prefix = MODEL_PREFIX if weights == "last" else f"{AVERAGES_PREFIX}{weights}."
+    return _restore(directory, template, prefix, mesh, mapping or {})
 
 
 def _restore(

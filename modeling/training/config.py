@@ -219,6 +219,28 @@ class LengthSchedule:
         )
 
 
+WeightsChoice = Literal["last", "ema", "tail_average"]
+"""Those after the last update, or an average that the trainer keeps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InitializeFromConfig:
+    """Another run's checkpoint to go on from: its weights, optimizer, step and place in the data.
+
+    Everything must be as it was there but for the number of steps and what `allow_changed` names.
+    """
+
+    checkpoint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    """Its content id, which `levanter status` and the asset's metadata show."""
+    weights_only: bool = False
+    """Takes the weights alone, begins at step 0, and leaves everything else free to differ."""
+    allow_changed: tuple[str, ...] = ("trainer.num_train_steps",)
+    """Fields, or sections of them, such as `optimizer`; `data` for the rows."""
+
+    identity_tag: ClassVar[str] = "initialize_from/1"
+    __pydantic_config__ = STRICT
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
     """The run. Fields marked `NOT_IDENTITY` cannot change the science, only the bits or nothing."""
@@ -240,6 +262,10 @@ class TrainerConfig:
     divides `elastic_shards`, for more memory and some time: see `elastic`."""
     elastic_shards: Positive = dataclasses.field(default=8, metadata=added_later(8))
     """Logical shards of an elastic batch, a power of two; their sums have one fixed order."""
+    initialize_from: InitializeFromConfig | None = dataclasses.field(
+        default=None, metadata=added_later(None)
+    )
+    """A checkpoint to begin with, instead of random weights."""
     ema: EmaConfig | None = dataclasses.field(default=None, metadata=added_later(None))
     """Kept in checkpoints as `averages.ema`."""
     tail_average: TailAverageConfig | None = dataclasses.field(

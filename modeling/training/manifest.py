@@ -13,6 +13,7 @@ from modeling import canonical
 
 FORMAT = "levanter.checkpoint/1"
 MODEL_PREFIX = "model."
+AVERAGES_PREFIX = "averages."
 
 
 class CheckpointError(RuntimeError):
@@ -72,6 +73,17 @@ class Manifest:
         """The id of the model's weights alone."""
         model = [leaf for leaf in self.leaves if leaf.path.startswith(MODEL_PREFIX)]
         return canonical.digest("parameters/1", _identity(model))
+
+    @property
+    def roots(self) -> dict[str, str]:
+        """The ids of the weights and of each average that is kept of them."""
+        found = {"parameters": self.parameters}
+        for name in sorted({leaf.path.split(".")[1] for leaf in self.leaves
+                            if leaf.path.startswith(AVERAGES_PREFIX)}):  # fmt: skip
+            prefix = f"{AVERAGES_PREFIX}{name}."
+            average = [leaf for leaf in self.leaves if leaf.path.startswith(prefix)]
+            found[f"parameters.{name}"] = canonical.digest("parameters/1", _identity(average))
+        return found
 
     @property
     def digests(self) -> dict[str, str]:

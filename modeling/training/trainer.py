@@ -22,7 +22,7 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ import jax
 import numpy as np
 
 from haliax import Axis
-from modeling import canonical, recipes
 from modeling.artifacts import Built, Workspace, numerics_digest, write_durably
 from modeling.data.cache import TokenCache
 from modeling.data.loader import (
@@ -48,9 +47,14 @@ from modeling.optim.build import build_optimizer, parameter_groups
 from modeling.training import checkpoint, faults, history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
-from modeling.training.config import BatchSchedule, LengthSchedule
+from modeling.training.config import BatchSchedule, InitializeFromConfig, LengthSchedule
+from modeling.training.continuation import (
+    require_same_science,
+    science_of,
+    tell_other_numerics,
+)
 from modeling.training.hooks import Decode, Hooks, Setting
-from modeling.training.manifest import CheckpointError
+from modeling.training.manifest import CheckpointError, Manifest
 from modeling.training.memory import (
     DeviceMemoryError,
     StateMemory,
@@ -94,6 +98,7 @@ def train(
     peak: Peak | None = None,
     compile_cache: CompileCache | None = None,
     decode: Decode | None = None,
+    initial: Path | None = None,
 ) -> Built:
     """Trains `experiment` on the training rows of `cache` to its last step.
 
@@ -105,13 +110,17 @@ def train(
         peak: what the devices could do at most, to tell utilization by.
         compile_cache: keeps what is compiled, to start faster the next time.
         decode: gives the text of ids, for pictures.
+        initial: the files of the checkpoint that `trainer.initialize_from` names.
 
     Raises:
         Preempted: the process was asked to end; everything up to `.step` is saved.
         NonFiniteError: naming the step and the first leaf.
-        CheckpointError: another trainer is at work on this workspace.
+        CheckpointError: another trainer is at work on this workspace; or what is in it, or
+            `initial`, is of another experiment, naming what differs.
         DeviceMemoryError: saying what fills the memory and what to change.
     """
+    if (initial is None) != (experiment.trainer.initialize_from is None):
+        raise ValueError("trainer.initialize_from and `initial` go together; give both or neither.")
     plan = make_plan(experiment, cache)
     order = experiment.trainer.data_order
     loader = TrainLoader(cache, order, plan.batches)
@@ -128,7 +137,7 @@ def train(
         Ledger(directory / "time.jsonl" if crew.is_first else None) as ledger,
     ):
         told = observer or Silent()
-        means = _Means(workspace.progress, cache, told, peak, compile_cache, decode)
+        means = _Means(workspace.progress, cache, told, peak, compile_cache, decode, initial)
         run = _Run(plan, loader, checkpoints, notice, crew, ledger, means)
         last = run.to_the_end()
         if crew.is_first:
@@ -146,8 +155,8 @@ class Plan:
 
     experiment: ExperimentConfig
     vocab_size: int
-    science: str
-    """Digest of all that decides the result but the rows and the numerics class."""
+    science: Mapping[str, Any]
+    """All that decides the result but the rows and the numerics class."""
     layout: Layout
     make: Callable[[Any], Any]
     blueprint: Blueprint
@@ -196,7 +205,7 @@ def make_plan(experiment: ExperimentConfig, cache: TrainingData) -> Plan:
     return Plan(
         experiment=experiment,
         vocab_size=cache.vocab_size,
-        science=canonical.digest("training/2", recipes.checkpoint_params(experiment)),
+        science=science_of(experiment),
         layout=layout,
         make=make,
         blueprint=blueprint,
@@ -216,6 +225,7 @@ class _Means:
     peak: Peak | None
     compile_cache: CompileCache | None
     decode: Decode | None
+    initial: Path | None
 
 
 class _Run:
@@ -264,7 +274,9 @@ class _Run:
         with self._ledger.spending("restore"):
             self._newest = self._checkpoints.newest()
             if self._newest is not None:
-                self._recall(self._newest)
+                self._recall(self._newest, self._checkpoints.manifest(self._newest))
+            elif self._means.initial is not None:
+                self._begin_with(self._means.initial)
         self._ledger.launched(self.resumed_from)
         if self.resumed_from < self._plan.num_steps:
             try:
@@ -316,13 +328,40 @@ class _Run:
     def _devices(self) -> list[Any]:
         return self._plan.layout.mesh.local_devices
 
-    def _recall(self, directory: Path) -> None:
-        manifest = self._checkpoints.manifest(directory)
-        if manifest.config["science"] != self._plan.science:
+    def _begin_with(self, directory: Path) -> None:
+        """Goes on from another run's checkpoint, if what differs may."""
+        wanted, manifest = self._initialize_from, checkpoint.verify(directory)
+        if manifest.content_id != wanted.checkpoint:
             raise CheckpointError(
-                f"{directory} belongs to another experiment; give each its own workspace, or "
-                f"remove it to begin anew."
+                f"{directory} is {manifest.content_id}, but trainer.initialize_from names "
+                f"{wanted.checkpoint}."
             )
+        tell_other_numerics(directory, manifest, class_here(self._plan.experiment))
+        if wanted.weights_only:
+            return
+        if manifest.step >= self._plan.num_steps:
+            raise ValueError(
+                f"trainer.num_train_steps: {self._plan.num_steps}, but the checkpoint of "
+                f"trainer.initialize_from has made {manifest.step} updates already; ask for more."
+            )
+        require_same_science(directory, manifest, self._plan.science, wanted.allow_changed)
+        why = self._cache.refusal(manifest.config["data"])
+        if why is not None and DATA not in wanted.allow_changed:
+            raise CheckpointError(
+                f"{directory} belongs to other data: {why}. To go on with other rows, name "
+                f"`{DATA}` in trainer.initialize_from.allow_changed."
+            )
+        self._take_over(directory, manifest)
+
+    @property
+    def _initialize_from(self) -> InitializeFromConfig:
+        wanted = self._plan.experiment.trainer.initialize_from
+        assert wanted is not None
+        return wanted
+
+    def _recall(self, directory: Path, manifest: Manifest) -> None:
+        """Goes on from this run's own newest checkpoint."""
+        require_same_science(directory, manifest, self._plan.science)
         seen = manifest.config["data"]
         if (why := self._cache.refusal(seen)) is not None:
             if "token_cache" in seen:
@@ -337,6 +376,9 @@ class _Run:
             self._checkpoints.clear()
             self._newest = None
             return
+        self._take_over(directory, manifest)
+
+    def _take_over(self, directory: Path, manifest: Manifest) -> None:
         self.resumed_from = manifest.step
         self.losses = history.read_losses(directory)
         self.evaluations = history.read_evaluations(directory)
@@ -344,17 +386,23 @@ class _Run:
 
     def _arrays(self) -> list[Any]:
         blueprint, layout = self._plan.blueprint, self._plan.layout
-        if self._newest is None:
-            trainer = self._plan.experiment.trainer
-            return blueprint.initialize(
-                self._plan.make,
-                jax.random.PRNGKey(trainer.seed),
-                elastic=trainer.reproducibility == "elastic",
-            )
-        restored = checkpoint.restore(
-            self._newest, blueprint.template, mesh=layout.mesh, mapping=layout.parameters
+        initial = self._means.initial
+        place = {"mesh": layout.mesh, "mapping": layout.parameters}
+        whole = self._newest
+        if whole is None and initial is not None and not self._initialize_from.weights_only:
+            whole = initial
+        if whole is not None:
+            return blueprint.flatten(checkpoint.restore(whole, blueprint.template, **place))
+        trainer = self._plan.experiment.trainer
+        arrays = blueprint.initialize(
+            self._plan.make,
+            jax.random.PRNGKey(trainer.seed),
+            elastic=trainer.reproducibility == "elastic",
         )
-        return blueprint.flatten(restored)
+        if initial is None:
+            return arrays
+        model = checkpoint.restore_parameters(initial, blueprint.template.model, **place)
+        return blueprint.flatten(dataclasses.replace(blueprint.unflatten(arrays), model=model))
 
     def _step(self, updates: int) -> Step:
         """Returns the program of the update after `updates`; each size of batch has its own."""
@@ -563,6 +611,7 @@ class _Run:
                 "experiment": experiment,
                 "science": self._plan.science,
                 "data": self._cache.evidence(),
+                "numerics": class_here(self._plan.experiment),
             },
             files=self._files(),
             done=lambda path: self._written.append((update, path)),
@@ -655,8 +704,7 @@ def _built(plan: Plan, last: Path, run: _Run) -> Built:
         "num_parameters": num_parameters(plan.blueprint),
         "num_devices": plan.layout.mesh.size,
     } | run.figures
-    roots = {"parameters": manifest.parameters}
-    return Built(manifest.content_id, roots, facts, manifest.digests)
+    return Built(manifest.content_id, manifest.roots, facts, manifest.digests)
 
 
 def class_here(experiment: ExperimentConfig) -> str:

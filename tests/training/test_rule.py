@@ -1,6 +1,7 @@
 """Averages of weights, skipped updates, short rows, and each optimizer in a run that is resumed."""
 
 import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from haliax import Axis
 from modeling.experiment import ConfigError
+from modeling.models.trained import load_model
 from modeling.training.averages import initial_averages, next_averages
 from modeling.training.checkpoint import named_leaves
 from modeling.training.compile_cache import open_compile_cache
@@ -138,6 +140,13 @@ def test_everything_that_a_run_keeps_besides_its_weights_survives_a_death(tmp_pa
     assert resumed.facts["resumed_from"] == 4
     assert resumed.leaves == whole.leaves
     reports = watch.reports
+    assert set(whole.roots) == {"parameters", "parameters.ema", "parameters.tail_average"}
+    assert len(set(whole.roots.values())) == 3
+    for weights in ("ema", "tail_average"):
+        model = load_model(again.output, experiment, weights)
+        for path, array, _ in named_leaves(model):
+            found = hashlib.sha256(np.asarray(array).tobytes()).hexdigest()
+            assert found == whole.leaves[f"averages.{weights}.{path}"]
     kinds = {path.split(".")[0] for path in whole.leaves}
     assert kinds == {"step", "model", "opt_state", "key", "averages", "spikes"}
     name = "transformer.ln_f.weight"
@@ -282,6 +291,14 @@ def test_every_precision_learns(mp):
     assert losses[-1] < losses[0]
     stored = {x.dtype.name for x in jax.tree.leaves(plan.blueprint.unflatten(arrays).model)}
     assert stored == {"float32" if mp.startswith("p=f32") else "bfloat16"}
+
+
+@pytest.mark.parametrize("section", ["evaluation", "export"])
+def test_weights_of_an_average_that_nobody_keeps_are_refused(section):
+    kept = driver.experiment(trainer={"ema": {}}, **{section: {"weights": "ema"}})
+    assert getattr(kept, section).weights == "ema"
+    with pytest.raises(ConfigError, match=rf"{section}\.weights: ema needs trainer\.ema"):
+        driver.experiment(**{section: {"weights": "ema"}})
 
 
 def test_short_rows_are_the_beginnings_of_the_same_rows():

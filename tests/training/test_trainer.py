@@ -88,7 +88,7 @@ def test_the_output_is_a_checkpoint_with_its_experiment_model_and_losses(finishe
     manifest = checkpoint.verify(space.output)
     assert (manifest.step, manifest.cursor) == (6, {"rows": 48})
     assert built.content_id == manifest.content_id
-    assert built.roots == {"parameters": manifest.parameters}
+    assert built.roots == manifest.roots == {"parameters": manifest.parameters}
     assert built.leaves == manifest.digests
     assert len([path for path in built.leaves if path.startswith("opt_state.adam.mu.")]) == 16
 
@@ -217,7 +217,8 @@ def test_a_finished_run_trains_no_more(finished):
 def test_the_checkpoints_of_another_experiment_are_not_taken_for_ones_own(finished):
     space, _, _ = finished
     longer = driver.experiment(trainer={"num_train_steps": 8})
-    with pytest.raises(CheckpointError, match="belongs to another experiment"):
+    differs = r"of another experiment: trainer\.num_train_steps 6 -> 8\."
+    with pytest.raises(CheckpointError, match=differs):
         train(longer, driver.counting_cache(), space)
     how_told = driver.experiment(trainer={"log_every_steps": 1}, description="same science")
     assert train(how_told, driver.counting_cache(), space).facts["resumed_from"] == 6
@@ -272,6 +273,66 @@ def test_work_on_another_complete_cache_is_not_taken_for_ones_own(finished):
     other.content_id = "d1" * 32
     with pytest.raises(CheckpointError, match=r"belongs to other data: it read token cache c0c0"):
         train(driver.experiment(), other, finished[0])
+
+
+def continued(finished, tmp_path, compile_cache, cache=None, **fields):
+    """A run of its own that begins with the finished one's checkpoint."""
+    space, built, _ = finished
+    trainer = {
+        "num_train_steps": 8,
+        "initialize_from": {"checkpoint": built.content_id} | fields.pop("how", {}),
+    }
+    experiment = driver.experiment(**driver.merged({"trainer": trainer}, fields))
+    return train(
+        experiment, cache or driver.counting_cache(), driver.workspace(tmp_path),
+        compile_cache=compile_cache, initial=space.output,
+    )  # fmt: skip
+
+
+def test_a_run_goes_on_from_anothers_checkpoint_with_what_may_differ(
+    finished, tmp_path, compile_cache
+):
+    changed = {
+        "how": {"allow_changed": ["trainer.num_train_steps", "optimizer"]},
+        "optimizer": {"learning_rate": 2e-3},
+    }
+    built = continued(finished, tmp_path, compile_cache, **changed)
+    assert built.facts["resumed_from"] == 6
+    assert built.facts["steps"] == 8
+    first = finished[1].facts["loss_curve"]
+    assert built.facts["loss_curve"][:6] == first
+
+
+def test_what_differs_is_named_by_field_and_refused_unless_told(finished, tmp_path):
+    with pytest.raises(CheckpointError) as error:
+        continued(
+            finished, tmp_path, None, model={"num_layers": 3}, optimizer={"learning_rate": 2e-3}
+        )
+    assert "model.num_layers 2 -> 3; optimizer.learning_rate 0.01 -> 0.002." in str(error.value)
+    other = driver.counting_cache()
+    other.content_id = "d1" * 32
+    with pytest.raises(CheckpointError, match=r"belongs to other data: .*name\s+`data` in"):
+        continued(finished, tmp_path / "b", None, cache=other)
+    with pytest.raises(ValueError, match=r"num_train_steps: 6, .* has made 6 updates already"):
+        continued(finished, tmp_path / "c", None, trainer={"num_train_steps": 6})
+    with pytest.raises(CheckpointError, match=r"trainer\.initialize_from names e2e2"):
+        continued(finished, tmp_path / "d", None, how={"checkpoint": "e2" * 32})
+
+
+def test_a_checkpoint_of_another_numerics_class_is_said_and_allowed(
+    finished, tmp_path, compile_cache, caplog
+):
+    with caplog.at_level(logging.WARNING):
+        built = continued(
+            finished, tmp_path, compile_cache,
+            how={"weights_only": True},
+            optimizer={"type": "lion", "learning_rate": 1e-3},
+            trainer={"cpu_threads": 3, "num_train_steps": 2},
+        )  # fmt: skip
+    assert "was made in the numerics class" in caplog.text
+    assert (built.facts["resumed_from"], built.facts["steps"]) == (0, 2)
+    learned, untrained = finished[1].facts["loss_last"], finished[1].facts["loss_first"]
+    assert abs(built.facts["loss_first"] - learned) < 0.5 * (untrained - learned)
 
 
 def test_another_numerics_class_begins_anew_and_says_so(finished, caplog, tmp_path, compile_cache):
