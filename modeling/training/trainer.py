@@ -22,7 +22,7 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -275,7 +275,7 @@ class _Run:
             self._newest = self._checkpoints.newest()
             if self._newest is not None:
                 self._recall(self._newest, self._checkpoints.manifest(self._newest))
-            elif self._means.initial is not None:
+            if self._newest is None and self._means.initial is not None:
                 self._begin_with(self._means.initial)
         self._ledger.launched(self.resumed_from)
         if self.resumed_from < self._plan.num_steps:
