@@ -332,6 +332,8 @@ def _explain(problem: Any, config_type: type[Any]) -> str:
         return f"{field}: no such field; {hint}"
     if problem["type"] in ("missing", "missing_argument"):
         return f"{field}: this field is required."
+    if not path:  # Of several fields together, which the message names.
+        return problem["msg"].removeprefix("Value error, ")
     return f"{field}: {problem['msg']} (found {problem['input']!r})."
 
 
