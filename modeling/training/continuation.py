@@ -19,7 +19,6 @@ from modeling.training.manifest import CheckpointError, Manifest
 _log = logging.getLogger(__name__)
 DATA = "data"
 """What `allow_changed` calls the rows, of which the cache tells whether they are the same."""
-_OWN = "trainer.initialize_from"
 
 
 def science_of(experiment: ExperimentConfig) -> dict[str, Any]:
@@ -32,7 +31,7 @@ def require_same_science(
 ) -> None:
     """Raises `CheckpointError`, naming each field that differs and may not."""
     found = differences(manifest.config["science"], science)
-    refused = [d for d in found if not any(_within(d.path, a) for a in (*allowed, _OWN))]
+    refused = [d for d in found if not any(_within(d.path, a) for a in allowed)]
     if refused:
         raise CheckpointError(
             f"{directory} is of another experiment: {'; '.join(map(str, refused))}. Give each its "

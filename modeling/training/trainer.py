@@ -344,7 +344,8 @@ class _Run:
                 f"trainer.num_train_steps: {self._plan.num_steps}, but the checkpoint of "
                 f"trainer.initialize_from has made {manifest.step} updates already; ask for more."
             )
-        require_same_science(directory, manifest, self._plan.science, wanted.allow_changed)
+        allowed = ("trainer.initialize_from", *wanted.allow_changed)
+        require_same_science(directory, manifest, self._plan.science, allowed)
         why = self._cache.refusal(manifest.config["data"])
         if why is not None and DATA not in wanted.allow_changed:
             raise CheckpointError(
@@ -387,7 +388,7 @@ class _Run:
     def _arrays(self) -> list[Any]:
         blueprint, layout = self._plan.blueprint, self._plan.layout
         initial = self._means.initial
-        place = {"mesh": layout.mesh, "mapping": layout.parameters}
+        place: dict[str, Any] = {"mesh": layout.mesh, "mapping": layout.parameters}
         whole = self._newest
         if whole is None and initial is not None and not self._initialize_from.weights_only:
             whole = initial
