@@ -13,7 +13,7 @@ from assets.catalog import config_metadata
 from assets.checks import artifact_check
 from modeling import recipes
 from modeling.artifacts import Artifact
-from modeling.experiment import ExperimentConfig
+from modeling.experiment import ConfigError, ExperimentConfig
 from resources.head_start import HeadStartResource, stand_ins
 from resources.launcher import LauncherResource
 from resources.store import StoreResource
@@ -52,9 +52,7 @@ def checkpoint_assets(
             "tokenized_corpus": store.files(tokenized),
             "tokenizer": store.files(store.inputs_above(token_cache)["tokenizer"]),
         }
-        if experiment.trainer.initialize_from is not None:
-            known = experiment.trainer.initialize_from.checkpoint
-            files["initial_checkpoint"] = store.open().local("checkpoint", known)
+        files |= _initial_checkpoint(experiment, store)
         numerics = launcher.numerics(experiment)
         head_start.finish(context)
         return store.materialize(
@@ -83,6 +81,20 @@ def checkpoint_assets(
     return [checkpoint, leaves_verify, has_learned]
 
 
+def _initial_checkpoint(experiment: ExperimentConfig, store: StoreResource) -> dict[str, Path]:
+    """Returns the files of the checkpoint to begin with, if there is to be one."""
+    wanted = experiment.trainer.initialize_from
+    if wanted is None:
+        return {}
+    opened = store.open()
+    if not opened.contains("checkpoint", wanted.checkpoint):
+        raise ConfigError(
+            f"trainer.initialize_from.checkpoint: {opened.url} has no checkpoint "
+            f"{wanted.checkpoint}. Name the content id of one that it has, or copy it there."
+        )
+    return {"initial_checkpoint": opened.local("checkpoint", wanted.checkpoint)}
+
+
 def _leaf_faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:
     # Loads JAX here, but starts no device of it.
     from modeling.training import checkpoint
@@ -94,8 +106,9 @@ def _leaf_faults(artifact: Artifact, files: Path, store: StoreResource) -> Itera
         return
     if manifest.content_id != artifact.content_id:
         yield f"its leaves give the content id {manifest.content_id[:12]}."
-    if manifest.parameters != artifact.roots["parameters"]:
-        yield f"its weights give the root {manifest.parameters[:12]}."
+    for name, root in manifest.roots.items():
+        if root != artifact.roots.get(name):
+            yield f"its leaves give the root {root[:12]} for {name}."
 
 
 def _loss_faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:

@@ -197,6 +197,11 @@ def require_on_demand(experiment: ExperimentConfig, dataset: "DatasetConfig") ->
                 f"on demand: trainer.{field}: the rows held out are known when the whole corpus is "
                 f"tokenized. Leave it out, or run without --on-demand."
             )
+    if trainer.initialize_from is not None:
+        raise ConfigError(
+            "on demand: trainer.initialize_from: whether its checkpoint has seen the same rows is "
+            "known when the whole corpus is tokenized. Run without --on-demand."
+        )
     if dataset.format.type in ("chat", "supervised"):
         raise ConfigError(
             f"on demand: documents of format `{dataset.format.type}` have loss masks, which are "

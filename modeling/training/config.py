@@ -227,18 +227,25 @@ WeightsChoice = Literal["last", "ema", "tail_average"]
 class InitializeFromConfig:
     """Another run's checkpoint to go on from: its weights, optimizer, step and place in the data.
 
-    Everything must be as it was there but for the number of steps and what `allow_changed` names.
+    Everything must be as it was there but `num_train_steps` and what `allow_changed` names.
     """
 
     checkpoint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """Its content id, which `levanter status` and the asset's metadata show."""
     weights_only: bool = False
     """Takes the weights alone, begins at step 0, and leaves everything else free to differ."""
-    allow_changed: tuple[str, ...] = ("trainer.num_train_steps",)
-    """Fields, or sections of them, such as `optimizer`; `data` for the rows."""
+    allow_changed: tuple[str, ...] = dataclasses.field(default=(), metadata=NOT_IDENTITY)
+    """Fields, or sections of them, such as `optimizer`; `data` for the rows. A guard."""
 
     identity_tag: ClassVar[str] = "initialize_from/1"
     __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        if self.weights_only and self.allow_changed:
+            raise ValueError(
+                f"weights_only: true leaves everything free to differ, but allow_changed names "
+                f"{list(self.allow_changed)}; leave one of them out."
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

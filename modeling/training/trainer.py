@@ -47,12 +47,8 @@ from modeling.optim.build import build_optimizer, parameter_groups
 from modeling.training import checkpoint, faults, history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
-from modeling.training.config import BatchSchedule, InitializeFromConfig, LengthSchedule
-from modeling.training.continuation import (
-    require_same_science,
-    science_of,
-    tell_other_numerics,
-)
+from modeling.training.config import BatchSchedule, LengthSchedule
+from modeling.training.continuation import require_same_science, science_of, verified_beginning
 from modeling.training.hooks import Decode, Hooks, Setting
 from modeling.training.manifest import CheckpointError, Manifest
 from modeling.training.memory import (
@@ -329,36 +325,16 @@ class _Run:
         return self._plan.layout.mesh.local_devices
 
     def _begin_with(self, directory: Path) -> None:
-        """Goes on from another run's checkpoint, if what differs may."""
-        wanted, manifest = self._initialize_from, checkpoint.verify(directory)
-        if manifest.content_id != wanted.checkpoint:
-            raise CheckpointError(
-                f"{directory} is {manifest.content_id}, but trainer.initialize_from names "
-                f"{wanted.checkpoint}."
-            )
-        tell_other_numerics(directory, manifest, class_here(self._plan.experiment))
-        if wanted.weights_only:
-            return
-        if manifest.step >= self._plan.num_steps:
-            raise ValueError(
-                f"trainer.num_train_steps: {self._plan.num_steps}, but the checkpoint of "
-                f"trainer.initialize_from has made {manifest.step} updates already; ask for more."
-            )
-        allowed = ("trainer.initialize_from", *wanted.allow_changed)
-        require_same_science(directory, manifest, self._plan.science, allowed)
-        why = self._cache.refusal(manifest.config["data"])
-        if why is not None and DATA not in wanted.allow_changed:
-            raise CheckpointError(
-                f"{directory} belongs to other data: {why}. To go on with other rows, name "
-                f"`{DATA}` in trainer.initialize_from.allow_changed."
-            )
-        self._take_over(directory, manifest)
+        """Goes on from another run's checkpoint, or from its weights alone."""
+        experiment = self._plan.experiment
+        manifest = verified_beginning(directory, experiment, self._cache, class_here(experiment))
+        if not self._takes_weights_alone:
+            self._take_over(directory, manifest)
 
     @property
-    def _initialize_from(self) -> InitializeFromConfig:
+    def _takes_weights_alone(self) -> bool:
         wanted = self._plan.experiment.trainer.initialize_from
-        assert wanted is not None
-        return wanted
+        return wanted is not None and wanted.weights_only
 
     def _recall(self, directory: Path, manifest: Manifest) -> None:
         """Goes on from this run's own newest checkpoint."""
@@ -390,7 +366,7 @@ class _Run:
         initial = self._means.initial
         place: dict[str, Any] = {"mesh": layout.mesh, "mapping": layout.parameters}
         whole = self._newest
-        if whole is None and initial is not None and not self._initialize_from.weights_only:
+        if whole is None and not self._takes_weights_alone:
             whole = initial
         if whole is not None:
             return blueprint.flatten(checkpoint.restore(whole, blueprint.template, **place))

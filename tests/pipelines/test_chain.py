@@ -7,6 +7,7 @@ import shutil
 
 import dagster as dg
 
+from pipelines.lineage import lineage
 from resources.launcher import LauncherResource
 
 DATA = [("tales", "raw_corpus"), ("tales", "tokenizer"), ("tales", "tokenized_corpus"),
@@ -156,3 +157,39 @@ def test_the_record_tells_where_an_artifact_comes_from(chain, first_run):
     assert provenance["times"]["seconds"] > 0
     assert len(provenance["git"]["commit"]) == 40
     assert str(chain.texts) not in json.dumps(record["recipe"])
+
+
+def test_a_run_begins_with_another_checkpoint_and_reports_an_average(chain, other_instance):
+    known = chain.artifact("tiny", "checkpoint")
+    begun = {"checkpoint": known.content_id, "weights_only": True}
+    changes = (
+        f"trainer.initialize_from={json.dumps(begun)}", "trainer.num_train_steps=3",
+        "trainer.ema={}", "evaluation.weights=ema",
+    )  # fmt: skip
+    made = [*DATA, ("tiny", "checkpoint"), ("tiny", "eval_report")]
+    result = other_instance.run(*changes, select=made)
+    assert result.success
+    built = {key for key, was in chain.was(result).items() if was == "built"}
+    assert built == {"tiny/checkpoint", "tiny/eval_report"}
+    own, report = (other_instance.artifact("tiny", name) for name in ("checkpoint", "eval_report"))
+    record = chain.store.record(own.recipe_id, own.numerics)
+    assert record["recipe"]["inputs"]["initial_checkpoint"]["content_id"] == known.content_id
+    inputs = {child.role: child.record for child in lineage(chain.store, own.content_id).inputs}
+    assert inputs["initial_checkpoint"]["content_id"] == known.content_id
+    assert inputs["token_cache"]["kind"] == "token_cache"
+    used = chain.store.record(report.recipe_id, report.numerics)["recipe"]["inputs"]["checkpoint"]
+    assert used["used"] == own.roots["parameters.ema"] != own.roots["parameters"]
+    assert own.facts["loss_first"] < known.facts["loss_first"]
+
+
+def test_a_checkpoint_to_begin_with_that_is_not_there_is_named(chain, other_instance):
+    unknown = "e2" * 32
+    changes = (
+        f'trainer.initialize_from={{"checkpoint": "{unknown}"}}',
+        "trainer.num_train_steps=20",
+    )
+    result = other_instance.run(*changes, select=[*DATA, ("tiny", "checkpoint")])
+    assert not result.success
+    (failure,) = result.get_step_failure_events()
+    said = failure.event_specific_data.error.to_string()
+    assert f"initialize_from.checkpoint: {chain.store.url} has no checkpoint {unknown}." in said

@@ -137,3 +137,7 @@ def test_what_cannot_be_read_before_its_end_is_refused():
     mixture = 'trainer.data_order.mixture={"weights": {"a": 1, "b": 2}}'
     catalog = load_catalog(CATALOG, {"tiny": [*several, mixture]})
     require_on_demand(catalog.experiments["tiny"], catalog.datasets["tales"])
+    begun = f'trainer.initialize_from={{"checkpoint": "{"e2" * 32}"}}'
+    catalog = load_catalog(CATALOG, {"tiny": [begun]})
+    with pytest.raises(ConfigError, match=r"trainer\.initialize_from: whether its checkpoint"):
+        require_on_demand(catalog.experiments["tiny"], catalog.datasets["tales"])

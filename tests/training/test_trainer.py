@@ -12,11 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from modeling.experiment import ConfigError
 from modeling.models.lm import build_model
 from modeling.models.trained import load_model
 from modeling.training import checkpoint, history, trainer
 from modeling.training.accounting import read_ledger
 from modeling.training.compile_cache import open_compile_cache
+from modeling.training.continuation import require_same_science, science_of
 from modeling.training.manifest import CheckpointError
 from modeling.training.peak import Peak
 from modeling.training.retention import open_checkpoints
@@ -293,7 +295,7 @@ def test_a_run_goes_on_from_anothers_checkpoint_with_what_may_differ(
     finished, tmp_path, compile_cache
 ):
     changed = {
-        "how": {"allow_changed": ["trainer.num_train_steps", "optimizer"]},
+        "how": {"allow_changed": ["optimizer"]},
         "optimizer": {"learning_rate": 2e-3},
     }
     built = continued(finished, tmp_path, compile_cache, **changed)
@@ -308,15 +310,43 @@ def test_what_differs_is_named_by_field_and_refused_unless_told(finished, tmp_pa
         continued(
             finished, tmp_path, None, model={"num_layers": 3}, optimizer={"learning_rate": 2e-3}
         )
-    assert "model.num_layers 2 -> 3; optimizer.learning_rate 0.01 -> 0.002." in str(error.value)
+    assert "model.num_layers 2 -> 3; optimizer.learning_rate 0.01 -> 0.002. " in str(error.value)
+    assert "num_train_steps" not in str(error.value), "which may always differ"
     other = driver.counting_cache()
     other.content_id = "d1" * 32
     with pytest.raises(CheckpointError, match=r"belongs to other data: .*name\s+`data` in"):
         continued(finished, tmp_path / "b", None, cache=other)
-    with pytest.raises(ValueError, match=r"num_train_steps: 6, .* has made 6 updates already"):
+    with pytest.raises(CheckpointError, match=r"num_train_steps: 6, .* 6 updates already"):
         continued(finished, tmp_path / "c", None, trainer={"num_train_steps": 6})
     with pytest.raises(CheckpointError, match=r"trainer\.initialize_from names e2e2"):
         continued(finished, tmp_path / "d", None, how={"checkpoint": "e2" * 32})
+    with pytest.raises(ConfigError, match=r"allow_changed names \['data'\]; leave one of them out"):
+        continued(finished, tmp_path, None, how={"weights_only": True, "allow_changed": ["data"]})
+
+
+def test_a_run_that_goes_on_unchanged_is_the_run_it_goes_on_from(finished, tmp_path, compile_cache):
+    space, whole, _ = finished
+    (step_4,) = space.progress.glob("checkpoints/*/step-000004.*")
+    content_id = checkpoint.verify(step_4).content_id
+    experiment = driver.experiment(trainer={"initialize_from": {"checkpoint": content_id}})
+    own = driver.workspace(tmp_path)
+    built = train(
+        experiment, driver.counting_cache(), own, compile_cache=compile_cache, initial=step_4
+    )
+    assert built.facts["resumed_from"] == 4
+    assert built.leaves == whole.leaves
+    assert built.content_id == whole.content_id
+    again = train(experiment, driver.counting_cache(), own, initial=step_4)
+    assert again.facts["resumed_from"] == 6, "its own checkpoints come first"
+    with pytest.raises(ValueError, match="go together"):
+        train(experiment, driver.counting_cache(), own)
+
+
+def test_a_checkpoint_that_kept_no_fields_of_its_experiment_is_refused(finished):
+    manifest = checkpoint.verify(finished[0].output)
+    old = dataclasses.replace(manifest, config=manifest.config | {"science": "5c" * 32})
+    with pytest.raises(CheckpointError, match="written by an earlier version"):
+        require_same_science(finished[0].output, old, science_of(driver.experiment()))
 
 
 def test_a_checkpoint_of_another_numerics_class_is_said_and_allowed(
@@ -326,11 +356,10 @@ def test_a_checkpoint_of_another_numerics_class_is_said_and_allowed(
         built = continued(
             finished, tmp_path, compile_cache,
             how={"weights_only": True},
-            optimizer={"type": "lion", "learning_rate": 1e-3},
-            trainer={"cpu_threads": 3, "num_train_steps": 2},
+            trainer={"cpu_threads": 3, "num_train_steps": 6, "seed": 1},
         )  # fmt: skip
     assert "was made in the numerics class" in caplog.text
-    assert (built.facts["resumed_from"], built.facts["steps"]) == (0, 2)
+    assert (built.facts["resumed_from"], built.facts["steps"]) == (0, 6)
     learned, untrained = finished[1].facts["loss_last"], finished[1].facts["loss_first"]
     assert abs(built.facts["loss_first"] - learned) < 0.5 * (untrained - learned)
 
