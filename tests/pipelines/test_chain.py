@@ -163,7 +163,7 @@ def test_a_run_begins_with_another_checkpoint_and_reports_an_average(chain, othe
     known = chain.artifact("tiny", "checkpoint")
     begun = {"checkpoint": known.content_id, "weights_only": True}
     changes = (
-        f"trainer.initialize_from={json.dumps(begun)}", "trainer.num_train_steps=3",
+        f"trainer.initialize_from={json.dumps(begun)}",
         "trainer.ema={}", "evaluation.weights=ema",
     )  # fmt: skip
     made = [*DATA, ("tiny", "checkpoint"), ("tiny", "eval_report")]
