@@ -303,11 +303,24 @@ def _start_cased(kinds: Kinds, is_word: Mask, starts_word: Mask, is_start: Mask)
     """Starts a pre-token wherever letter case ends a word."""
     is_upper = kinds == _UPPER
     inner = np.flatnonzero(is_upper & ~starts_word)
-    before = kinds[inner - 1]
-    is_start[inner[before == _LOWER]] = True
-    is_uncased = is_word & ((kinds == _UNCASED) | (kinds == _MARK))
-    if not is_uncased.any():
+    is_start[inner[kinds[inner - 1] == _LOWER]] = True
+    # The rest concerns the few runs with a letter without case, which are looked at apart.
+    first, end = _runs(is_word)
+    uncased = np.flatnonzero(is_word & ((kinds == _UNCASED) | (kinds == _MARK)))
+    if not uncased.size:
         return
+    runs = np.unique(np.searchsorted(first, uncased, side="right") - 1)
+    chosen = _inside(first[runs], end[runs] + 1, len(kinds))  # and what ends each
+    places = np.flatnonzero(chosen)
+    begun = np.zeros(len(places), np.bool_)
+    _start_uncased(kinds[places], is_word[places], starts_word[places], begun)
+    is_start[places[begun]] = True
+
+
+def _start_uncased(kinds: Kinds, is_word: Mask, starts_word: Mask, is_start: Mask) -> None:
+    """Starts a pre-token where letter case ends a word among whose letters are some without."""
+    is_upper = kinds == _UPPER
+    is_uncased = is_word & ((kinds == _UNCASED) | (kinds == _MARK))
     place = np.arange(len(kinds), dtype=np.int32)
 
     def last(mask: Mask) -> np.ndarray:
@@ -316,7 +329,8 @@ def _start_cased(kinds: Kinds, is_word: Mask, starts_word: Mask, is_start: Mask)
     last_upper, last_lower = last(is_upper), last(kinds == _LOWER)
     last_uncased, word_start = last(is_uncased), last(starts_word)
 
-    inner = inner[before >= _UNCASED]
+    inner = np.flatnonzero(is_upper & ~starts_word)
+    inner = inner[kinds[inner - 1] >= _UNCASED]
     lower, upper = last_lower[inner - 1], last_upper[inner - 1]
     is_start[inner[(lower >= word_start[inner]) & (lower > upper)]] = True
 
