@@ -1,10 +1,11 @@
 """Tokenization of the standard library: CPU seconds of our encoder and of the library's.
 
-    python benchmarks/tokenization.py [--rounds 3] [--vocab-size 8192] [--peers PYTHON]
+    python benchmarks/tokenization.py [--rounds 3] [--vocab-size 8192] [--megabytes 12]
+                                      [--patterns gpt2 llama3 o200k] [--peers PYTHON]
 
-Contenders take turns, each round from a cold start, and must agree on every id. CPU seconds are
-of the whole process, all threads. Prints JSON lines: the machine, each run, each contender's median
-and its ratio to `encode_batch_fast`.
+Each pattern has a tokenizer of its own. Contenders take turns, each round from a cold start, and
+must agree on every id. CPU seconds are of the whole process, all threads. Prints JSON lines: the
+machine, each run, each contender's median and its ratio to `encode_batch_fast`.
 
 `--peers` names an interpreter that has `datasets` and `datatrove`. They run as subprocesses, from
 JSON lines to what they leave on disk, imports and their own worker processes included, and must
@@ -31,6 +32,7 @@ from modeling.artifacts import Workspace
 from modeling.data import corpus, encoding, tokenized, tokenizer
 from modeling.data.config import (
     BpeTokenizerConfig,
+    Pattern,
     PyStdlibSource,
     TokenizationConfig,
     ValidationConfig,
@@ -38,6 +40,8 @@ from modeling.data.config import (
 
 BATCH_BYTES = 4 * 1024 * 1024
 BASELINE = "encode_batch_fast"
+STAGE = "distinct words, stage with both splits, digests and files"
+PATTERNS: tuple[Pattern, ...] = ("gpt2", "llama3", "o200k")
 Contender = Callable[[], np.ndarray]
 
 
@@ -46,6 +50,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=8192)
+    parser.add_argument("--megabytes", type=float, help="take no more of the text than this")
+    parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=PATTERNS)
     parser.add_argument("--peers", type=Path, help="an interpreter with datasets and datatrove")
     arguments = parser.parse_args()
     print_line(
@@ -58,22 +64,30 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        prepare(root, arguments.vocab_size)
-        measure(root, arguments.rounds, arguments.peers)
+        source = PyStdlibSource(type="pystdlib")
+        listing = corpus.scan(source, validation=ValidationConfig())
+        corpus.build(source, listing, workspace(root, "corpus"))
+        for pattern in arguments.patterns:
+            of_pattern = root / pattern
+            of_pattern.mkdir()
+            (of_pattern / "corpus").symlink_to(root / "corpus")
+            config = BpeTokenizerConfig(
+                type="bpe", vocab_size=arguments.vocab_size, pattern=pattern
+            )
+            tokenizer.build(config, root / "corpus", workspace(of_pattern, "tokenizer"))
+            measure(of_pattern, arguments)
 
 
-def prepare(root: Path, vocab_size: int) -> None:
-    """Writes corpus and tokenizer below `root`."""
-    source = PyStdlibSource(type="pystdlib")
-    listing = corpus.scan(source, validation=ValidationConfig())
-    corpus.build(source, listing, workspace(root, "corpus"))
-    config = BpeTokenizerConfig(type="bpe", vocab_size=vocab_size)
-    tokenizer.build(config, root / "corpus", workspace(root, "tokenizer"))
+def measure(root: Path, arguments: argparse.Namespace) -> None:
+    """Runs every contender in every round and prints what each took; `root` is named as a pattern.
 
-
-def measure(root: Path, num_rounds: int, interpreter: Path | None) -> None:
-    """Runs every contender in every round and prints what each took."""
+    The stage goes over all of the text, and is left out where that is cut short.
+    """
+    num_rounds, interpreter = arguments.rounds, arguments.peers
     texts = list(corpus.texts(root / "corpus", corpus.TRAIN))
+    if arguments.megabytes is not None:
+        sizes = np.cumsum(list(map(len, texts)))
+        texts = texts[: int(np.searchsorted(sizes, arguments.megabytes * 1e6)) + 1]
     peers = [] if interpreter is None else installed_peers(interpreter)
     write_json_lines(root / "peers", texts)
     megabytes = sum(map(len, texts)) / 1e6
@@ -81,6 +95,8 @@ def measure(root: Path, num_rounds: int, interpreter: Path | None) -> None:
     seconds: dict[str, list[float]] = {}
     for turn in range(num_rounds):
         for name, run in contenders(root, texts, turn).items():
+            if name == STAGE and arguments.megabytes is not None:
+                continue
             wall, cpu = time.perf_counter(), time.process_time()
             ids = run()
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -88,7 +104,13 @@ def measure(root: Path, num_rounds: int, interpreter: Path | None) -> None:
             if not np.array_equal(ids, reference):
                 raise SystemExit(f"{name} gives other ids than encode_batch.")
             seconds.setdefault(name, []).append(cpu)
-            print_line(round=turn, contender=name, cpu_s=round(cpu, 3), wall_s=round(wall, 3))
+            print_line(
+                pattern=root.name,
+                round=turn,
+                contender=name,
+                cpu_s=round(cpu, 3),
+                wall_s=round(wall, 3),
+            )
         for name in peers:
             before, wall = children_cpu(), time.perf_counter()
             num_ids = run_peer(str(interpreter), name, root, turn)
@@ -96,11 +118,18 @@ def measure(root: Path, num_rounds: int, interpreter: Path | None) -> None:
             if reference is None or num_ids != len(reference):
                 raise SystemExit(f"{name} gives {num_ids} ids, other than encode_batch.")
             seconds.setdefault(name, []).append(cpu)
-            print_line(round=turn, contender=name, cpu_s=round(cpu, 3), wall_s=round(wall, 3))
+            print_line(
+                pattern=root.name,
+                round=turn,
+                contender=name,
+                cpu_s=round(cpu, 3),
+                wall_s=round(wall, 3),
+            )
     baseline = statistics.median(seconds[BASELINE])
     for name, values in seconds.items():
         median = statistics.median(values)
         print_line(
+            pattern=root.name,
             contender=name,
             megabytes=round(megabytes, 1),
             tokens=len(reference) if reference is not None else 0,
@@ -144,7 +173,7 @@ def contenders(root: Path, texts: list[bytes], turn: int) -> dict[str, Contender
         "encode_batch": library("encode_batch"),
         "encode_batch_fast": library("encode_batch_fast"),
         "distinct words": ours,
-        "distinct words, stage with both splits, digests and files": whole_stage,
+        STAGE: whole_stage,
     }
 
 
