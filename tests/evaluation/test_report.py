@@ -16,7 +16,7 @@ import haliax as hax
 from modeling.artifacts import Workspace
 from modeling.data.cache import TokenCache
 from modeling.data.rows import Rows
-from modeling.data.tokenizer import Tokenizer
+from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
 from modeling.evaluation import report
 from modeling.evaluation.config import EvaluationConfig
 from modeling.models.trained import load_model
@@ -116,6 +116,21 @@ def test_the_batch_size_changes_nothing_but_rounding(batch_size, model, tokenize
     nats -= np.take_along_axis(logits, rows[:, 1:, None], -1)[..., 0]
     assert results.loss == pytest.approx(nats.mean(), rel=1e-6)
     assert (results.num_rows, results.num_tokens) == (7, 7 * 23)
+
+
+def test_documents_of_ids_have_a_loss_but_neither_bytes_nor_samples(model, tokenizer, tmp_path):
+    rows = np.random.default_rng(0).integers(0, 280, (3, 24))
+    config = EvaluationConfig(batch_size=2, prompts=("a prompt",))
+    ids = PassthroughTokenizer(vocab_size=280, eos_id=0, bos_id=None)
+    found = report.evaluate(config, model, Given(rows), ids)
+    with_text = report.evaluate(config, model, Given(rows), tokenizer)
+    assert (found.loss, found.num_tokens) == (with_text.loss, with_text.num_tokens)
+    assert (found.bits_per_byte, found.num_bytes, found.samples) == (None, None, ())
+    assert with_text.samples
+    # The row is shown as ids.
+    assert [view.text for view in found.row][:3] == [str(i) for i in rows[0, :3]]
+    report.write(found, tmp_path)
+    assert json.loads((tmp_path / "report.json").read_text())["bits_per_byte"] is None
 
 
 def test_a_model_that_knows_nothing_needs_the_log_of_the_vocabulary(model, tokenizer):

@@ -16,7 +16,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from modeling.artifacts import Workspace
+from modeling.data import tokenizer
 from modeling.data.cache import TokenCache
+from modeling.data.config import PassthroughTokenizerConfig
 from modeling.hf import export, reference
 from modeling.hf.config import ExportConfig
 from modeling.hf.gpt2 import from_hf_config, from_tensors, to_tensors
@@ -62,6 +64,26 @@ def rows(trained):
 
 def test_the_export_has_the_files_that_transformers_reads(exported):
     assert {path.name for path in exported[0].iterdir()} == FILES
+
+
+def test_a_model_of_ids_is_exported_without_a_tokenizer(exported, trained, tmp_path):
+    workspace = Workspace(tmp_path, tmp_path / "tokenizer")
+    workspace.output.mkdir()
+    declared = PassthroughTokenizerConfig(type="passthrough", vocab_size=280, eos_id=7)
+    tokenizer.build(declared, None, workspace)
+    of_ids = dataclasses.replace(trained, tokenizer_dir=workspace.output)
+    built = build(of_ids, tmp_path / "output")
+    assert {path.name for path in (tmp_path / "output").iterdir()} == FILES - {
+        "special_tokens_map.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert built.leaves == exported[1].leaves
+    config = json.loads((tmp_path / "output" / "config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"]) == (7, None)
+    card = (tmp_path / "output" / "README.md").read_text()
+    assert "AutoTokenizer" in (exported[0] / "README.md").read_text()
+    assert "AutoTokenizer" not in card
 
 
 def test_exporting_again_gives_the_same_bytes(exported, trained, tmp_path):
