@@ -27,8 +27,8 @@ check: $(VENV)/.dev ## Format, lint, types, import contracts
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-soak: $(VENV)/.dev ## Runs the long fault-injection and scale tests
-	$(BIN)/pytest -m slow $(ARGS)
+soak: $(VENV)/.dev ## Runs the long fault-injection and scale tests; SOAK_SEEDS=2 for fewer kills
+	SOAK_SEEDS=$(or $(SOAK_SEEDS),20) $(BIN)/pytest -m slow $(ARGS)
 
 bench: $(VENV)/.dev ## Prints the benchmarks as JSON lines
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
