@@ -8,7 +8,8 @@ For the activation h, target y and weight w of each token, with logits z = h . h
 Both gradients need nothing but z, so they are made in the forward pass while a block of logits is
 at hand, and the backward pass only scales them: no logits are stored, and none are computed twice
 (as in Hsu et al. 2024, "Liger Kernel", arXiv:2410.10989). Rows are cut along their positions, so
-whatever splits a batch over devices splits every block alike.
+whatever splits a batch over devices splits every block alike. Where positions are split themselves,
+each device's share is cut, and block b is the b-th piece of every share: no token moves.
 
 Logits, exponentials and sums are float32. The factor (softmax - target) is rounded to the dtype of
 the activations before it is multiplied, as every gradient of that dtype is.
@@ -166,16 +167,30 @@ def _losses(
     return hax.log(total) + largest - target, exponentials / total - is_target
 
 
+def _shares(Pos: Axis) -> Axis:
+    """Returns the axis of the shares that the mapping in force splits `Pos` into."""
+    return Axis("share", hax.partitioning.physical_axis_size(Pos) or 1)
+
+
 def _blocks(Pos: Axis) -> Axis:
-    """Returns the axis of blocks: the most of them, up to the limit, that cut `Pos` evenly."""
-    most = max(n for n in range(1, MAX_BLOCKS + 1) if Pos.size % n == 0)
-    return Axis("block", most)
+    """Returns the axis of blocks: the most of them, up to the limit, that cut each share evenly."""
+    share = Pos.size // _shares(Pos).size
+    return Axis("block", max(n for n in range(1, MAX_BLOCKS + 1) if share % n == 0))
 
 
 def _cut(Pos: Axis, Block: Axis, *arrays: NamedArray) -> tuple[NamedArray, ...]:
-    piece: AxisSpec = (Block, Pos.resize(Pos.size // Block.size))
-    return tuple(hax.unflatten_axis(array, Pos, piece) for array in arrays)
+    Share, Here = _shares(Pos), Pos.resize(Pos.size // Block.size)
+    if Share.size == 1:
+        return tuple(hax.unflatten_axis(array, Pos, (Block, Here)) for array in arrays)
+    piece: AxisSpec = (Share, Block, Axis("piece", Here.size // Share.size))
+    pieces = (hax.unflatten_axis(array, Pos, piece) for array in arrays)
+    return tuple(hax.flatten_axes(array, ("share", "piece"), Here) for array in pieces)
 
 
 def _join(Pos: Axis, Block: Axis, array: NamedArray) -> NamedArray:
-    return hax.flatten_axes(array, (Block, Pos.name), Pos)
+    Share = _shares(Pos)
+    if Share.size == 1:
+        return hax.flatten_axes(array, (Block, Pos.name), Pos)
+    Piece = Axis("piece", Pos.size // Block.size // Share.size)
+    pieces = hax.unflatten_axis(array, Pos.name, (Share, Piece))
+    return hax.flatten_axes(pieces, (Share, Block, Piece), Pos)
