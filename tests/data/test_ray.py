@@ -17,6 +17,8 @@ from modeling.data.config import DatasetConfig, LocalCompute, RayCompute, Tokeni
 from modeling.data.units import cut_units
 from modeling.experiment import validate
 
+# Where JAX is loaded, which the process that starts Ray for a run never does, it warns of forks.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
 UNIT = 4000
 DEFAULT = TokenizationConfig()
 RAY = RayCompute(type="ray", max_workers=2)

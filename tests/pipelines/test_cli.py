@@ -57,7 +57,7 @@ class TestCommandLine:
         from pipelines import run
 
         called = []
-        monkeypatch.setattr(run, "run", lambda *what: called.append(what) or 0)
+        monkeypatch.setattr(run, "run", lambda *what, **how: called.append(what) or 0)
         words = ["run", "nano", "--set", "trainer.seed=3", "--profile-steps", "5..10"]
         arguments = make_parser().parse_args(words)
         assert arguments.call(arguments) == 0
@@ -81,7 +81,7 @@ class TestCommandLine:
         [
             (["run", "nowhere"], "no experiment is named 'nowhere'; there are ['tiny']"),
             (["run", "tiny", "--set", "trainer.stps=3"], "trainer.stps: no such field"),
-            (["run", "tiny", "--set", "trainer.mesh={data: 2"], "the value is not valid YAML"),
+            (["run", "tiny", "--set", "trainer.mesh={data: 2"], "not valid YAML"),
             (["lineage", "tiny/nothing"], "no such asset has been materialized"),
             (["lineage", "ffffffff"], "names no artifact"),
             (["train", "--model", "gpt9", "--dataset", "tales"], "--model gpt9: not one of"),
@@ -258,7 +258,8 @@ class TestTrain:
     @pytest.fixture
     def small(self):
         return [
-            "--trainer.num_train_steps", "2", "--trainer.train_batch_size", "2",
+            "--trainer.num_train_steps", "8", "--trainer.train_batch_size", "4",
+            "--optimizer.learning_rate", "0.01",
             "--model.num_layers", "1", "--model.hidden_dim", "16", "--sequence_length", "32",
             "--evaluation.max_rows", "2", "--evaluation.sample_tokens", "2",
             "--dataset.tokenizer.vocab_size", "300",
@@ -274,7 +275,7 @@ class TestTrain:
         [experiment] = (empty_chain.home / "catalog" / "experiments").glob("*.yaml")
         written = yaml.safe_load(experiment.read_text())
         assert written["model"] == {"preset": "gpt2-nano", "num_layers": 1, "hidden_dim": 16}
-        assert written["trainer"]["num_train_steps"] == 2
+        assert written["trainer"]["num_train_steps"] == 8
 
         [dataset] = (empty_chain.home / "catalog" / "datasets").glob("*.yaml")
         assert yaml.safe_load(dataset.read_text())["tokenizer"]["vocab_size"] == 300

@@ -19,7 +19,7 @@ Batch, Pos, Vocab, Embed = (
     Axis("batch", 2), Axis("position", 4), Axis("vocab", 5), Axis("embed", 3)
 )  # fmt: skip
 HUTCHINSON, BARTLETT = SophiaHConfig(type="sophia_h"), SophiaGConfig(type="sophia_g")
-DRAWS = 2500
+DRAWS = 3000
 
 
 class Tiny(eqx.Module):

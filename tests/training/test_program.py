@@ -66,7 +66,8 @@ def tiny_step(*, remat=True, num_microbatches=1, devices=1):
     )
     plan = make_plan(experiment, driver.counting_cache())
     config = experiment.optimizer, experiment.trainer
-    return compile_step(plan.blueprint, *config, plan.layout, Pos=plan.Pos).compiled
+    Batch = plan.batch_axis(0)
+    return compile_step(plan.blueprint, *config, plan.layout, Batch=Batch, Pos=plan.Pos).compiled
 
 
 def test_a_whole_update_makes_the_products_of_the_formula_and_of_recomputation():
