@@ -29,7 +29,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ WORKER_LOCK = "worker.lock"
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_PIECE_BYTES = 1 << 20
 _CHECKED_COPIES: dict[Path, list[tuple[str, int, int]]] = {}
 
 
@@ -342,6 +343,10 @@ class ArtifactStore:
         for path in sorted(self.filesystem.glob(f"{self.root}/recipes/*/*/artifact.json")):
             yield json.loads(self.filesystem.cat_file(path))
 
+    def records_by_object(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
+        """Returns the records of each artifact, by kind and content id."""
+        return by_object(self.records())
+
     def record(self, recipe_id: str, numerics: str = EXACT) -> dict[str, Any]:
         """Returns the record of one recipe, provenance included."""
         return json.loads(self.filesystem.cat_file(self.record_path(recipe_id, numerics)))
@@ -354,12 +359,9 @@ class ArtifactStore:
 
     def resolve(self, reference: str) -> str:
         """Returns the content id meant by an alias, or by six or more of its first digits."""
-        if _ALIAS.fullmatch(reference) and self.filesystem.exists(
-            f"{self.root}/aliases/{reference}"
-        ):
-            return json.loads(self.filesystem.cat_file(f"{self.root}/aliases/{reference}"))[
-                "content_id"
-            ]
+        alias = f"{self.root}/aliases/{reference}"
+        if _ALIAS.fullmatch(reference) and self.filesystem.exists(alias):
+            return json.loads(self.filesystem.cat_file(alias))["content_id"]
         known = sorted({record["content_id"] for record in self.records()})
         matches = [
             known_id for known_id in known if len(reference) >= 6 and known_id.startswith(reference)
@@ -480,6 +482,14 @@ class ArtifactStore:
             self.filesystem.pipe_file(path, _json_bytes(value))
 
 
+def by_object(records: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Returns records by the kind and content id that they are about, in the order given."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        found.setdefault((record["kind"], record["content_id"]), []).append(record)
+    return found
+
+
 def numerics_digest(numerics: Mapping[str, Any] | None) -> str:
     """Returns the id of a numerics class; `exact` for products that no rounding can change."""
     return EXACT if numerics is None else canonical.digest("numerics/1", dict(numerics))
@@ -528,22 +538,48 @@ def verify_files(directory: Path) -> None:
         DamagedArtifactError: names each file that is missing, changed, or not in the inventory.
     """
     inventory = json.loads((directory / INVENTORY).read_text())
-    faults = []
-    for entry in inventory["files"]:
-        path = directory / entry["path"]
-        if not path.is_file():
-            faults.append(f"{entry['path']} is missing")
-        elif path.stat().st_size != entry["size"]:
-            faults.append(f"{entry['path']} has {path.stat().st_size} bytes, not {entry['size']}")
-        elif file_sha256(path) != entry["sha256"]:
-            faults.append(f"{entry['path']} has other bytes than were published")
-    known = {entry["path"] for entry in inventory["files"]} | {INVENTORY}
-    extra = sorted(p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file())
-    faults += [f"{name} was not published" for name in extra if name not in known]
-    if faults:
+    found = inventory_faults(LocalFileSystem(), str(directory), inventory["files"])
+    if faults := [f"{name} {what}" for name, what in found]:
         raise DamagedArtifactError(
             f"{directory}: " + "; ".join(faults) + ". Remove it and materialize it again."
         )
+
+
+def inventory_faults(
+    filesystem: Any, root: str, entries: Sequence[Mapping[str, Any]]
+) -> Iterator[tuple[str, str]]:
+    """Yields name and fault of each file of an object that is not as published.
+
+    Args:
+        filesystem: that of fsspec where the object is.
+        root: its directory there.
+        entries: the files of its inventory.
+    """
+    present = {name.removeprefix(root).lstrip("/") for name in filesystem.find(root)}
+    for entry in entries:
+        name = entry["path"]
+        path = f"{root}/{name}"
+        if name not in present:
+            yield name, "is missing"
+        elif (size := filesystem.size(path)) != entry["size"]:
+            yield name, f"has {size} bytes, not {entry['size']}"
+        elif _stream_sha256(filesystem, path) != entry["sha256"]:
+            yield name, "has other bytes than were published"
+    for name in sorted(present - {entry["path"] for entry in entries} - {INVENTORY}):
+        yield name, "was not published"
+
+
+def _stream_sha256(filesystem: Any, path: str) -> str:
+    with filesystem.open(path, "rb") as stream:
+        digest = hashlib.sha256()
+        while piece := stream.read(_PIECE_BYTES):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def differing_leaves(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Returns the sorted names of the parts that two records do not have in common."""
+    return [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
 
 
 def write_durably(path: Path, value: Mapping[str, Any]) -> None:
@@ -590,10 +626,9 @@ def _sync_tree(root: Path) -> None:
 def _refuse_other_content(on_record: Mapping[str, Any], record: Mapping[str, Any]) -> None:
     if on_record["content_id"] == record["content_id"]:
         return
-    before, after = on_record["leaves"], record["leaves"]
-    differing = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
+    differing = differing_leaves(on_record["leaves"], record["leaves"])
     where = (
-        f" First difference: `{differing[0]}` ({len(differing)} of {len(after)} differ)."
+        f" First difference: `{differing[0]}` ({len(differing)} of {len(record['leaves'])} differ)."
         if differing
         else ""
     )

@@ -15,16 +15,20 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from modeling.artifacts import INVENTORY, ArtifactStore, numerics_digest
+from modeling.artifacts import (
+    INVENTORY,
+    ArtifactStore,
+    by_object,
+    inventory_faults,
+    numerics_digest,
+)
 from modeling.progress import Meter, Report, ignore
 
-_PIECE_BYTES = 1 << 20
 _DAY_S = 86400.0
 _GRACE_S = _DAY_S
 """What is younger may belong to a build that has not put it on record yet."""
@@ -59,22 +63,24 @@ class Garbage:
 def check(store: ArtifactStore, *, report: Report = ignore) -> list[Damage]:
     """Reads every object, record and alias, and returns what is wrong, in the order of paths."""
     records, found = _records(store)
-    by_object = _by_object(records)
+    known = by_object(records)
     objects = list(_objects(store))
     meter = Meter(report, "checking objects", len(objects), "objects")
     damaged: dict[Key, list[tuple[str, str]]] = {}
     for key in objects:
-        promised = {record["inventory"] for record in by_object.get(key, [])}
+        promised = {record["inventory"] for record in known.get(key, [])}
         if faults := list(_faults(store, key, promised)):
             damaged[key] = faults
         meter.advance(1)
     meter.finish()
     whole = set(objects) - set(damaged)
     for key, faults in damaged.items():
-        remedy = _how_to_rebuild(by_object.get(key, []), whole)
+        remedy = "No record says how it was made: remove it, or restore it from a copy."
+        if key in known:
+            remedy = f"Set it aside and run again: {_how_to_rebuild(known[key][0], whole)}"
         found += [Damage(path, what, remedy, key) for path, what in faults]
     for record in records:
-        found += _broken_links(store, record, set(objects), whole, by_object)
+        found += _broken_links(store, record, set(objects), whole, known)
     found += _broken_aliases(store, set(objects))
     return sorted(found, key=lambda one: one.path)
 
@@ -110,16 +116,17 @@ def garbage(
     records, unreadable = _records(store)
     if unreadable:
         raise ValueError(f"nothing is collected while a record is damaged: {unreadable[0]}")
-    pinned = _reached(_pins(store), _by_object(records))
+    known = by_object(records)
+    pinned = _reached(_pins(store), known)
     kept, expired = [], []
     for record in records:
         is_old = (
             expire_records_after_days is not None
             and _age_s(record, moment) > expire_records_after_days * _DAY_S
         )
-        is_expired = is_old and (record["kind"], record["content_id"]) not in pinned
+        is_expired = is_old and _key(record) not in pinned
         (expired if is_expired else kept).append(record)
-    reached = _reached({_key(record) for record in kept}, _by_object(records)) | pinned
+    reached = _reached({_key(record) for record in kept}, known) | pinned
     # What is reached keeps its records too: a lineage with holes proves nothing.
     expired = [record for record in expired if _key(record) not in reached]
     found = [
@@ -176,7 +183,7 @@ def _faults(store: ArtifactStore, key: Key, promised: set[str]) -> Iterator[tupl
     path = f"{root}/{INVENTORY}"
     try:
         inventory = json.loads(fs.cat_file(path))
-        files = {entry["path"]: (entry["size"], entry["sha256"]) for entry in inventory["files"]}
+        str([(entry["path"], entry["size"], entry["sha256"]) for entry in inventory["files"]])
         published = inventory["kind"], inventory["content_id"]
     except FileNotFoundError:
         yield path, "missing: this object was never wholly stored, or has lost its inventory"
@@ -189,39 +196,19 @@ def _faults(store: ArtifactStore, key: Key, promised: set[str]) -> Iterator[tupl
         return
     if promised - {store.inventory_sha256(*key)}:
         yield path, "other bytes than the record says"
-    present = {name.removeprefix(root).lstrip("/") for name in fs.find(root)}
-    for name, expected in files.items():
-        if name not in present:
-            yield f"{root}/{name}", "missing"
-        elif (found := _digest(store, f"{root}/{name}")) != expected:
-            same_size = found[0] == expected[0]
-            what = "other bytes than" if same_size else f"{found[0]} bytes, not the {expected[0]}"
-            yield f"{root}/{name}", f"{what} that were published"
-    for name in sorted(present - set(files) - {INVENTORY}):
-        yield f"{root}/{name}", "not published with this object"
+    for name, what in inventory_faults(fs, root, inventory["files"]):
+        yield f"{root}/{name}", what
 
 
-def _digest(store: ArtifactStore, path: str) -> tuple[int, str]:
-    sha256, size = hashlib.sha256(), 0
-    with store.filesystem.open(path, "rb") as stream:
-        while piece := stream.read(_PIECE_BYTES):
-            sha256.update(piece)
-            size += len(piece)
-    return size, sha256.hexdigest()
-
-
-def _how_to_rebuild(records: list[dict[str, Any]], whole: set[Key]) -> str:
-    """Returns what making an object again would take."""
-    if not records:
-        return "No record says how it was made: remove it, or restore it from a copy."
-    record = records[0]
+def _how_to_rebuild(record: Mapping[str, Any], whole: set[Key]) -> str:
+    """Returns what making an object again takes."""
     inputs = [
         f"{name}: {given['kind']} {given['content_id'][:12]} "
-        f"({'whole' if (given['kind'], given['content_id']) in whole else 'lost as well'})"
+        f"({'whole' if _key(given) in whole else 'lost as well'})"
         for name, given in sorted(record["recipe"]["inputs"].items())
     ]
     needs = ", ".join(inputs) or "its source alone"
-    return f"Set it aside and run again: recipe {record['recipe_id'][:12]} makes it from {needs}."
+    return f"recipe {record['recipe_id'][:12]} makes it from {needs}."
 
 
 def _broken_links(
@@ -229,17 +216,17 @@ def _broken_links(
     record: Mapping[str, Any],
     objects: set[Key],
     whole: set[Key],
-    by_object: Mapping[Key, list[dict[str, Any]]],
+    known: Mapping[Key, list[dict[str, Any]]],
 ) -> Iterator[Damage]:
     path = store.record_path(record["recipe_id"], record["numerics"]["id"])
     if _key(record) not in objects:
         yield Damage(
             path,
             f"names {record['kind']} {record['content_id'][:12]}, which is not stored",
-            _how_to_rebuild([dict(record)], whole).replace("Set it aside and run", "Run"),
+            f"Run again: {_how_to_rebuild(record, whole)}",
         )
     for name, given in sorted(record["recipe"]["inputs"].items()):
-        if (given["kind"], given["content_id"]) not in by_object:
+        if _key(given) not in known:
             yield Damage(
                 path,
                 f"its input `{name}`, {given['kind']} {given['content_id'][:12]}, has no record",
@@ -273,7 +260,7 @@ def _pins(store: ArtifactStore) -> set[Key]:
     return pins
 
 
-def _reached(roots: set[Key], by_object: Mapping[Key, list[dict[str, Any]]]) -> set[Key]:
+def _reached(roots: set[Key], known: Mapping[Key, list[dict[str, Any]]]) -> set[Key]:
     """Returns the roots and all that they were made of, by any recipe on record."""
     reached: set[Key] = set()
     waiting = list(roots)
@@ -281,9 +268,8 @@ def _reached(roots: set[Key], by_object: Mapping[Key, list[dict[str, Any]]]) -> 
         key = waiting.pop()
         if key not in reached:
             reached.add(key)
-            for record in by_object.get(key, []):
-                inputs = record["recipe"]["inputs"].values()
-                waiting += [(given["kind"], given["content_id"]) for given in inputs]
+            for record in known.get(key, []):
+                waiting += map(_key, record["recipe"]["inputs"].values())
     return reached
 
 
@@ -314,13 +300,6 @@ def _unless_held(lock: Path) -> Iterator[bool]:
             yield False
         else:
             yield True
-
-
-def _by_object(records: list[dict[str, Any]]) -> dict[Key, list[dict[str, Any]]]:
-    by_object: dict[Key, list[dict[str, Any]]] = {}
-    for record in records:
-        by_object.setdefault(_key(record), []).append(record)
-    return by_object
 
 
 def _key(record: Mapping[str, Any]) -> Key:

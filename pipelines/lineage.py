@@ -6,7 +6,7 @@ and says how many there are; what it was made of is followed through the record'
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from modeling.artifacts import ArtifactStore
@@ -35,7 +35,7 @@ class LineageError(ValueError):
 
 def lineage(store: ArtifactStore, reference: str) -> Node:
     """Returns the tree of inputs of the artifact meant by a content id, a prefix, or an alias."""
-    index = _index(store)
+    index = store.records_by_object()
     content_id = store.resolve(reference)
     kind = next(kind for kind, known in index if known == content_id)
     return _node("", kind, content_id, index, set())
@@ -77,7 +77,7 @@ def _node(
     role: str,
     kind: str,
     content_id: str,
-    index: Mapping[tuple[str, str], list[Record]],
+    index: Mapping[tuple[str, str], Sequence[Record]],
     above: set[tuple[str, str]],
 ) -> Node:
     found = index.get((kind, content_id))
@@ -93,13 +93,6 @@ def _node(
     inputs = sorted(record["recipe"]["inputs"].items())
     children = [_node(name, i["kind"], i["content_id"], index, above) for name, i in inputs]
     return Node(role, record, len(found), False, tuple(children))
-
-
-def _index(store: ArtifactStore) -> dict[tuple[str, str], list[Record]]:
-    index: dict[tuple[str, str], list[Record]] = {}
-    for record in store.records():
-        index.setdefault((record["kind"], record["content_id"]), []).append(record)
-    return index
 
 
 def as_json(node: Node) -> str:

@@ -19,7 +19,15 @@ from typing import Any
 
 import dagster as dg
 
-from modeling.artifacts import INVENTORY, Artifact, ArtifactStore, file_sha256, write_durably
+from modeling.artifacts import (
+    INVENTORY,
+    Artifact,
+    ArtifactStore,
+    differing_leaves,
+    file_sha256,
+    link_or_copy,
+    write_durably,
+)
 from modeling.difference import differences
 from modeling.experiment import Catalog
 from pipelines.build import build_defs
@@ -87,7 +95,7 @@ def verify(
     return Verdict(
         record["content_id"],
         new["content_id"],
-        _differing(record["leaves"], new["leaves"]),
+        tuple(differing_leaves(record["leaves"], new["leaves"])),
         tuple(map(str, differences(record["numerics"]["class"], new["numerics"]["class"]))),
     )
 
@@ -134,7 +142,7 @@ def _copy_inputs(
     store: ArtifactStore, record: Mapping[str, Any], scratch: ArtifactStore
 ) -> dict[str, Artifact]:
     """Puts all that an artifact was made of into another store, and returns its own inputs."""
-    by_object = {(one["kind"], one["content_id"]): one for one in store.records()}
+    known = store.records_by_object()
     own = [*record["recipe"]["inputs"].values()]
     waiting, copied = [*own], {}
     while waiting:
@@ -142,12 +150,13 @@ def _copy_inputs(
         key = given["kind"], given["content_id"]
         if key in copied:
             continue
-        if (above := by_object.get(key)) is None:
+        if key not in known:
             raise UnverifiableError(
                 f"its input {key[0]} {key[1][:12]} has no record in {store.url}; see "
                 f"`levanter fsck`."
             )
-        shutil.copytree(store.local(*key), scratch.object_path(*key), copy_function=_link_or_copy)
+        above = known[key][-1]
+        shutil.copytree(store.local(*key), scratch.object_path(*key), copy_function=_linked)
         path = Path(scratch.record_path(above["recipe_id"], above["numerics"]["id"]))
         path.parent.mkdir(parents=True)
         write_durably(path, above)
@@ -156,11 +165,8 @@ def _copy_inputs(
     return {given["kind"]: copied[given["kind"], given["content_id"]] for given in own}
 
 
-def _link_or_copy(source: str, target: str) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # another file system
-        shutil.copy2(source, target)
+def _linked(source: str, target: str) -> None:
+    link_or_copy(Path(source), Path(target))
 
 
 def _make_again(
@@ -182,8 +188,3 @@ def _make_again(
             why = "; ".join(str(error.message).strip() for error in errors if error)
             raise UnverifiableError(f"{key.to_user_string()} could not be made again: {why}")
     return store.record(again.recipe_id, again.numerics)
-
-
-def _differing(before: Mapping[str, str], after: Mapping[str, str]) -> tuple[str, ...]:
-    names = sorted({*before, *after})
-    return tuple(name for name in names if before.get(name) != after.get(name))

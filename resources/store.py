@@ -123,14 +123,14 @@ class StoreResource(dg.ConfigurableResource):
     def inputs_above(self, artifact: Artifact) -> dict[str, Artifact]:
         """Returns everything that `artifact` was made from, directly or not, by kind."""
         store = self.open()
-        known = {(record["kind"], record["content_id"]): record for record in store.records()}
+        known = store.records_by_object()
         above: dict[str, Artifact] = {}
         waiting = [artifact]
         while waiting:
             child = waiting.pop(0)
             for wanted in _inputs(store, child).values():
-                record = known.get((wanted["kind"], wanted["content_id"]))
-                if record is None:
+                records = known.get((wanted["kind"], wanted["content_id"]))
+                if not records:
                     raise ValueError(
                         f"{child.kind} {child.content_id[:12]} was made from {wanted['kind']} "
                         f"{wanted['content_id'][:12]}, of which {store.url} has no record. "
@@ -138,7 +138,7 @@ class StoreResource(dg.ConfigurableResource):
                     )
                 # The nearest counts: a tokenizer may be of an older corpus that gave the same one.
                 if wanted["kind"] not in above:
-                    above[wanted["kind"]] = store.from_record(record)
+                    above[wanted["kind"]] = store.from_record(records[-1])
                     waiting.append(above[wanted["kind"]])
         return above
 
