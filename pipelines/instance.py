@@ -5,6 +5,7 @@ directory is made on first use and gets the `dagster.yaml` that ships with the r
 follows the shipped file until somebody edits the copy: from then on it is theirs.
 """
 
+import fcntl
 import hashlib
 import os
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 CHECKOUT = Path(__file__).resolve().parent.parent
 SHIPPED = CHECKOUT / "dagster.yaml"
 _STAMP = ".dagster.yaml.sha256"
+_MADE = ".storage-made"
 
 
 def ensure_home() -> Path:
@@ -26,7 +28,21 @@ def ensure_home() -> Path:
     os.environ["DAGSTER_HOME"] = str(home)
     # The file stops telemetry; this stops the upload thread of processes that have not read it yet.
     os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
+    _make_storage(home)
     return home
+
+
+def _make_storage(home: Path) -> None:
+    """Makes the instance's databases: two processes that make them at once leave them broken."""
+    if (home / _MADE).exists():
+        return
+    with (home / f"{_MADE}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (home / _MADE).exists():
+            import dagster as dg
+
+            with dg.DagsterInstance.get():
+                (home / _MADE).touch()
 
 
 def _ship(home: Path) -> None:
