@@ -83,8 +83,8 @@ def test_the_command_tells_the_verdict(chain, first_run, capfd):
     assert "Verified: made again" in capfd.readouterr().out
 
 
-def test_a_run_can_check_itself(chain, first_run, capfd):
-    with chain.instance():
+def test_a_run_can_check_itself(other_instance, capfd):
+    with other_instance.instance():
         command = ["run", "tiny", "--set", "evaluation.sample_tokens=3", "--check-reproducible"]
         assert main(command) == 0
     said = capfd.readouterr().out
