@@ -63,8 +63,9 @@ def listening(pids: list[int]) -> set[str]:
 @pytest.fixture(scope="module")
 def cluster():
     """A cluster of this module's, of which nothing is left afterwards."""
+    before = set(descendants(os.getpid()))
     with compute.ray_cluster(RAY) as ray:
-        processes = descendants(os.getpid())
+        processes = set(descendants(os.getpid())) - before
         yield ray
     assert not ray.is_initialized()
     deadline = time.monotonic() + 60

@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -133,11 +134,24 @@ def run_cases(path: str) -> int:
     return 0
 
 
+def fork() -> int:
+    """Forks, if need be once others have ended: a machine may limit how many threads it has."""
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            return os.fork()
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise
+            sys.stderr.write(f"nursery: {error}; trying again\n")
+            time.sleep(1)
+
+
 def nursery() -> None:
     """Answers each line of JSON on stdin with one on stdout: births, and deaths when asked."""
     import jax
 
-    from modeling.training import compile_cache, trainer  # noqa: F401
+    from modeling.training import compile_cache, trainer  # noqa: F401  children find them loaded
 
     for line in sys.stdin:
         order = json.loads(line)
@@ -146,7 +160,7 @@ def nursery() -> None:
             pid, status = os.waitpid(order["wait"], flags)
             answer = os.waitstatus_to_exitcode(status) if pid else None
         else:
-            answer = os.fork()
+            answer = fork()
             if answer == 0:
                 os.setsid()
                 os.environ.update(order["environment"])

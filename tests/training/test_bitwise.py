@@ -93,23 +93,29 @@ class Nursery:
     def __init__(self, directory):
         self.directory = directory
         self._number = 0
-        self._process = subprocess.Popen(
-            [sys.executable, driver.__file__, "--nursery"],
-            env=bare_environment() | numerics.environment(driver.experiment().trainer, "cpu"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._said = directory / "nursery.err"
+        with self._said.open("w") as said:
+            self._process = subprocess.Popen(
+                [sys.executable, driver.__file__, "--nursery"],
+                env=bare_environment() | numerics.environment(driver.experiment().trainer, "cpu"),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=said,
+                text=True,
+            )
 
     def ask(self, order):
-        self._process.stdin.write(json.dumps(order) + "\n")
-        self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        try:
+            self._process.stdin.write(json.dumps(order) + "\n")
+            self._process.stdin.flush()
+            return json.loads(self._process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError):
+            pytest.fail(f"the nursery has ended: {self._said.read_text()[-4000:]}")
 
     def close(self):
         self._process.stdin.close()
         self._process.stdout.close()
-        assert self._process.wait() == 0
+        assert self._process.wait() == 0, self._said.read_text()[-4000:]
 
     def cases(self, experiment, workspaces, **more):
         self._number += 1
