@@ -36,7 +36,7 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from modeling import canonical
+from modeling import canonical, faults
 
 _LOG = logging.getLogger(__name__)
 INVENTORY = "INVENTORY.json"
@@ -217,6 +217,7 @@ class ArtifactStore:
             output.mkdir()
             built = build(Workspace(progress, output))
             artifact = self.publish(recipe, output, built, numerics=numerics, provenance=provenance)
+            faults.reach("after-record", recipe.kind)
             shutil.rmtree(work)
             return artifact, True
 
@@ -250,6 +251,7 @@ class ArtifactStore:
         if self.filesystem.exists(record_path):
             _refuse_other_content(json.loads(self.filesystem.cat_file(record_path)), record)
         self._store_object(recipe.kind, built.content_id, output)
+        faults.reach("before-record", recipe.kind)
         self._write_last(
             record_path,
             record | {"inventory": self.inventory_sha256(recipe.kind, built.content_id)},
@@ -452,13 +454,16 @@ class ArtifactStore:
             for path in sorted(output.rglob("*"))
             if path.is_file()
         ]
+        faults.reach("before-inventory", kind)
         write_durably(
             output / INVENTORY, {"kind": kind, "content_id": content_id, "files": inventory}
         )
+        faults.reach("before-sync", kind)
         if self.contains(kind, content_id):
             shutil.rmtree(output)
         elif self.is_local:
             _sync_tree(output)
+            faults.reach("before-store", kind)
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             try:
                 output.rename(target)
@@ -471,6 +476,7 @@ class ArtifactStore:
             for name in [*(entry["path"] for entry in inventory), INVENTORY]:
                 self.filesystem.makedirs(f"{target}/{name}".rsplit("/", 1)[0], exist_ok=True)
                 self.filesystem.put_file(str(output / name), f"{target}/{name}")
+                faults.reach("during-upload", kind)
             shutil.rmtree(output)
 
     def _write_last(self, path: str, value: Mapping[str, Any]) -> None:

@@ -42,8 +42,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from haliax.core import NamedArray
 from haliax.partitioning import ResourceMapping, sharding_for_axis
+from modeling import faults
 from modeling.artifacts import file_sha256, write_durably
-from modeling.training import faults
 from modeling.training.manifest import (
     AVERAGES_PREFIX,
     FORMAT,

@@ -21,7 +21,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from modeling.training import checkpoint, faults
+from modeling import faults
+from modeling.training import checkpoint
 from modeling.training.manifest import CheckpointError, Manifest
 from modeling.training.processes import Crew
 

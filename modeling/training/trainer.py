@@ -31,6 +31,7 @@ import jax
 import numpy as np
 
 from haliax import Axis
+from modeling import faults
 from modeling.artifacts import Built, Workspace, numerics_digest, write_durably
 from modeling.data.cache import TokenCache
 from modeling.data.loader import (
@@ -44,7 +45,7 @@ from modeling.experiment import ExperimentConfig
 from modeling.models.lm import build_model
 from modeling.numerics import numerics_class
 from modeling.optim.build import build_optimizer, parameter_groups
-from modeling.training import checkpoint, faults, history
+from modeling.training import checkpoint, history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
 from modeling.training.config import BatchSchedule, LengthSchedule

@@ -20,8 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeling import numerics
-from modeling.training import faults
+from modeling import faults, numerics
 from modeling.training.preemption import EXIT_AT_ONCE, EXIT_CODE
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -255,7 +254,7 @@ def test_a_run_killed_over_and_over_ends_with_the_same_bits(nursery, uninterrupt
 
 def test_every_named_point_is_died_at():
     reached = {fault.split("@")[0] for chain in CHAINS.values() for fault, _ in chain}
-    assert reached == set(faults.POINTS)
+    assert reached == set(faults.TRAINING)
 
 
 def test_layouts_agree_on_losses_closely_but_are_told_apart(uninterrupted):
@@ -372,6 +371,12 @@ def test_an_unknown_point_is_refused(monkeypatch):
     monkeypatch.setenv(faults.VARIABLE, "half-way@3")
     with pytest.raises(ValueError, match=r"half-way@3.*after-step"):
         faults.reach("after-step", 3)
+    monkeypatch.setenv(faults.VARIABLE, "after-step@4:EMPTY")
+    with pytest.raises(ValueError, match="EMPTY"):
+        faults.reach("after-step", 3)
+    monkeypatch.setenv(faults.VARIABLE, "after-step@4:ENOSPC")
+    with pytest.raises(OSError, match="No space left"):
+        faults.reach("after-step", 4)
     monkeypatch.setenv(faults.VARIABLE, "after-step@4")
     faults.reach("after-step", 3)
     faults.reach("before-write", 4)
@@ -385,7 +390,7 @@ def test_soak(nursery, uninterrupted, layout, seed):
     draw, space = random.Random(seed), f"soak-{layout}-{seed}"
     for _ in range(6):
         step = draw.randrange(1, STEPS + 1)
-        fault = f"{draw.choice(faults.POINTS)}@{step}"
+        fault = f"{draw.choice(faults.TRAINING)}@{step}"
         life = nursery.start(fields(layout), space, fault=fault)
         if life.wait() == 0:
             break
