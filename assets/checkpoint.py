@@ -96,12 +96,12 @@ def _initial_checkpoint(experiment: ExperimentConfig, store: StoreResource) -> d
 
 
 def _leaf_faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:
-    # Loads JAX here, but starts no device of it.
-    from modeling.training import checkpoint
+    from modeling.training.manifest import CheckpointError
+    from modeling.training.reading import verify
 
     try:
-        manifest = checkpoint.verify(files)
-    except checkpoint.CheckpointError as error:
+        manifest = verify(files)
+    except CheckpointError as error:
         yield str(error)
         return
     if manifest.content_id != artifact.content_id:

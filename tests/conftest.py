@@ -113,6 +113,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     from modeling.models.lm import build_model
     from modeling.training import checkpoint
     from modeling.training.config import TrainerConfig
+    from modeling.training.leaves import snapshot
 
     root = tmp_path_factory.mktemp("trained")
 
@@ -156,7 +157,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     model = jax.tree.map(
         lambda x: jax.numpy.asarray(draw.normal(0.1, 0.3, x.shape), x.dtype), abstract
     )
-    leaves = checkpoint.snapshot({"model": model})
+    leaves = snapshot({"model": model})
     step = {"step": 1, "cursor": {"rows": 2}, "config": {}, "files": {}}
     checkpoint.write(root / "checkpoint", leaves, **step)
     sizes = {"vocab_size": Vocab.size, "sequence_length": Pos.size}

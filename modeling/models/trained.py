@@ -10,9 +10,9 @@ from haliax import Axis
 from modeling.experiment import ExperimentConfig
 from modeling.models.gpt2 import Gpt2LmHeadModel
 from modeling.models.lm import build_model
-from modeling.training.checkpoint import restore_parameters
 from modeling.training.config import WeightsChoice
 from modeling.training.precision import Policy
+from modeling.training.restoring import restore_parameters
 
 DESCRIPTION = "model.json"
 """Beside the arrays: `{"vocab_size": ..., "sequence_length": ..., ...}`."""

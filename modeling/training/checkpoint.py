@@ -10,8 +10,8 @@
 
 Digests are taken from the arrays in memory, never from what was written, since storage lies in
 known ways: a missing chunk reads as zeros, and a file with a valid checksum may belong elsewhere.
-Reading back compares each file with the manifest, and the manifest with `COMMIT`, so every error
-names a file.
+Reading back (`reading`, `restoring`) compares each file with the manifest, and the manifest with
+`COMMIT`, so every error names a file.
 
 Processes that share a mesh write together, each the chunks that it holds. They meet in the
 directory, which all must see: each says in `parts/` what it wrote, with digests from memory. An
@@ -21,120 +21,43 @@ each holds one at a time. The first process writes manifest and `COMMIT` when al
 """
 
 import dataclasses
-import hashlib
 import itertools
 import json
-import math
 import os
-import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import equinox as eqx
-import jax
-import jax.numpy as jnp
-import numpy as np
 import tensorstore
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from haliax.core import NamedArray
-from haliax.partitioning import ResourceMapping, sharding_for_axis
 from modeling import faults
 from modeling.artifacts import file_sha256, write_durably
+from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import (
-    AVERAGES_PREFIX,
-    FORMAT,
-    MODEL_PREFIX,
+    ARRAYS,
+    COMMIT,
+    MANIFEST,
+    PARTS,
     CheckpointError,
     ChunkRecord,
     FileRecord,
     LeafRecord,
     Manifest,
+    array_sha256,
+    cells,
     chunk_from_json,
-    from_json,
     to_json,
 )
-
-Tree = TypeVar("Tree")
-
-MANIFEST, COMMIT, ARRAYS, PARTS = "manifest.json", "COMMIT", "arrays", "parts"
+from modeling.training.reading import (
+    read_chunks,
+    read_manifest,
+    require_chunks,
+    require_size,
+)
 
 _CRC_BYTES = 4
-_LEAF_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-
-
-@dataclasses.dataclass(frozen=True)
-class HostLeaf:
-    """A copy of one array in host memory: the chunks that this process holds."""
-
-    path: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    axes: tuple[str, ...] | None
-    chunk_shape: tuple[int, ...]
-    chunks: Mapping[tuple[int, ...], np.ndarray]
-    """Row-major chunks by the index where they begin."""
-
-    def assemble(self) -> np.ndarray:
-        """Returns the whole array."""
-        if len(self.chunks) == 1:
-            return next(iter(self.chunks.values()))
-        whole = np.empty(self.shape, self.dtype)
-        for start, chunk in self.chunks.items():
-            whole[_cells(start, chunk.shape)] = chunk
-        return whole
-
-
-def named_leaves(tree: Any) -> Iterator[tuple[str, Any, tuple[str, ...] | None]]:
-    """Yields path, raw array and axis names of every array (or `ShapeDtypeStruct`) of a tree."""
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_named)
-    for path, leaf in flat:
-        axes = tuple(a.name for a in leaf.axes) if isinstance(leaf, NamedArray) else None
-        array = leaf.array if isinstance(leaf, NamedArray) else leaf
-        if _is_array(array):
-            yield _leaf_name(path), array, axes
-
-
-def snapshot(tree: Any) -> list[HostLeaf]:
-    """Copies what this process holds of every array; the originals may be donated afterwards."""
-    for _, array, _ in named_leaves(tree):
-        array.copy_to_host_async()
-    return [_host_leaf(*leaf) for leaf in named_leaves(tree)]
-
-
-def _host_leaf(path: str, array: jax.Array, axes: tuple[str, ...] | None) -> HostLeaf:
-    if not _LEAF_NAME.fullmatch(path):
-        raise CheckpointError(
-            f"leaf {path!r} cannot be a file name; it must match {_LEAF_NAME.pattern}."
-        )
-    chunk_shape = array.sharding.shard_shape(array.shape)
-    chunks = {}
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:
-            start = tuple(index.start or 0 for index in shard.index)
-            chunks[start] = np.array(shard.data, order="C", copy=True)
-    return HostLeaf(path, np.dtype(array.dtype), array.shape, axes, chunk_shape, chunks)
-
-
-def _leaf_name(path: tuple[Any, ...]) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
-
-
-def _is_named(node: Any) -> bool:
-    return isinstance(node, NamedArray)
-
-
-def _is_array(leaf: Any) -> bool:
-    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
-
-
-def sha256(array: np.ndarray) -> str:
-    """Returns the digest, in hex, of an array's row-major bytes."""
-    # bfloat16 has no buffer format, so the bytes are viewed as such.
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
 def write(
@@ -241,13 +164,13 @@ def _write_arrays(directory: Path, leaves: Sequence[HostLeaf]) -> _Chunks:
         store = opening.result()
         for start, chunk in leaf.chunks.items():
             if chunk.size:
-                part = store[_cells(start, chunk.shape)]
+                part = store[cells(start, chunk.shape)]
                 writes.append(part.write(chunk, can_reference_source_data_indefinitely=True))
     records = {leaf.path: _chunk_records(leaf) for leaf in leaves}
     for pending in writes:
         pending.result()
     for chunk in itertools.chain.from_iterable(records.values()):
-        _require_size(directory, chunk.file)
+        require_size(directory, chunk.file)
     return records
 
 
@@ -281,7 +204,7 @@ def _chunk_records(leaf: HostLeaf) -> list[ChunkRecord]:
         if chunk.size:
             cells = (a // n for a, n in zip(start, leaf.chunk_shape, strict=True))
             path = f"{ARRAYS}/{leaf.path}/" + ".".join(["c", *map(str, cells)])
-            record = FileRecord(path, chunk.nbytes + _CRC_BYTES, sha256(chunk))
+            record = FileRecord(path, chunk.nbytes + _CRC_BYTES, array_sha256(chunk))
             chunks.append(ChunkRecord(record, start))
     return chunks
 
@@ -312,30 +235,21 @@ def _leaf_records(
 
 
 def _digest_in_memory(leaf: HostLeaf, record: LeafRecord) -> str:
-    return record.chunks[0].file.sha256 if len(record.chunks) == 1 else sha256(leaf.assemble())
+    if len(record.chunks) == 1:
+        return record.chunks[0].file.sha256
+    return array_sha256(leaf.assemble())
 
 
 def _digest_read_back(directory: Path, record: LeafRecord) -> str:
     """Returns the digest of an array whose chunks are, by their digests, what processes held."""
-    _require_covered(directory, record)
-    whole = _read(directory, record)
-    _require_chunks(directory, record, whole)
-    return sha256(whole)
+    whole = read_chunks(directory, record)
+    require_chunks(directory, record, whole)
+    return array_sha256(whole)
 
 
 def _file_record(directory: Path, name: str) -> FileRecord:
     path = directory / name
     return FileRecord(name, path.stat().st_size, file_sha256(path))
-
-
-def _require_size(directory: Path, record: FileRecord) -> None:
-    path = directory / record.path
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing.")
-    if path.stat().st_size != record.size:
-        raise CheckpointError(
-            f"{path} has {path.stat().st_size} bytes, but {record.size} were written."
-        )
 
 
 def _sync_directories(root: Path) -> None:
@@ -350,199 +264,3 @@ def _sync(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def read_manifest(directory: Path) -> Manifest:
-    """Returns the manifest of a committed checkpoint; its arrays are not looked at.
-
-    Raises:
-        CheckpointError: there is no commit, or the manifest is not the one that was committed.
-    """
-    commit, manifest = directory / COMMIT, directory / MANIFEST
-    for path in (commit, manifest):
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing: this checkpoint was never completed.")
-    raw, promised = manifest.read_bytes(), commit.read_bytes()
-    found = hashlib.sha256(raw).hexdigest()
-    if promised != f"{found}\n".encode():
-        raise CheckpointError(
-            f"{manifest} has the digest {found}, but {commit} promises {promised!r}."
-        )
-    content = json.loads(raw)
-    if content.get("format") != FORMAT:
-        raise CheckpointError(f"{manifest}: format {content.get('format')!r}, expected {FORMAT!r}.")
-    return from_json(content)
-
-
-def verify(directory: Path) -> Manifest:
-    """Reads back every byte of a checkpoint and returns its manifest if all is as written.
-
-    Raises:
-        CheckpointError: names the first file that is missing, changed or out of place.
-    """
-    manifest = read_manifest(directory)
-    for record in manifest.files:
-        _check_file(directory, record)
-    for leaf in manifest.leaves:
-        _verify_leaf(directory, leaf)
-    return manifest
-
-
-def _verify_leaf(directory: Path, leaf: LeafRecord) -> None:
-    _check_file(directory, leaf.metadata)
-    for chunk in leaf.chunks:
-        _require_size(directory, chunk.file)
-    _require_covered(directory, leaf)
-    whole = _read(directory, leaf)
-    if sha256(whole) == leaf.sha256:
-        return
-    _require_chunks(directory, leaf, whole)
-    raise CheckpointError(
-        f"{directory / MANIFEST}: the digest of `{leaf.path}` is not its chunks'."
-    )
-
-
-def _require_covered(directory: Path, leaf: LeafRecord) -> None:
-    covered = len(leaf.chunks) * math.prod(leaf.chunk_shape)
-    if covered != math.prod(leaf.shape):
-        raise CheckpointError(
-            f"{directory / MANIFEST}: the chunks of `{leaf.path}` hold {covered} elements, but its "
-            f"shape is {leaf.shape}."
-        )
-
-
-def _require_chunks(directory: Path, leaf: LeafRecord, whole: np.ndarray) -> None:
-    for chunk in leaf.chunks:
-        if sha256(whole[_cells(chunk.start, leaf.chunk_shape)]) != chunk.file.sha256:
-            raise CheckpointError(
-                f"{directory / chunk.file.path} holds other values than were written: the file was "
-                f"changed or exchanged."
-            )
-
-
-def _read(directory: Path, leaf: LeafRecord, index: Any = ...) -> np.ndarray:
-    """Reads an array, or part of it; TensorStore checks each chunk's checksum."""
-    kvstore = {"driver": "file", "path": f"{directory}/{ARRAYS}/{leaf.path}/"}
-    try:
-        store = tensorstore.open({"driver": "zarr3", "kvstore": kvstore}, open=True).result()
-        return store[index].read().result()
-    except ValueError as error:
-        raise CheckpointError(f"{directory}: `{leaf.path}` cannot be read: {error}") from error
-
-
-def _check_file(directory: Path, record: FileRecord) -> None:
-    _require_size(directory, record)
-    path = directory / record.path
-    if (found := file_sha256(path)) != record.sha256:
-        raise CheckpointError(
-            f"{path} has the digest {found[:12]}, but {record.sha256[:12]} was written: the file "
-            f"was changed or exchanged."
-        )
-
-
-def _cells(start: tuple[int, ...], shape: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))
-
-
-def restore(
-    directory: Path,
-    template: Tree,
-    *,
-    mesh: Mesh | None = None,
-    mapping: ResourceMapping | None = None,
-) -> Tree:
-    """Returns `template` with its arrays replaced by the checkpoint's, verified first.
-
-    Args:
-        directory: a committed checkpoint.
-        template: a tree of arrays or `ShapeDtypeStruct`s; other leaves are kept.
-        mesh: where to place the arrays, split by `mapping`; any mesh, whatever one they were
-            written from. The default device if left out.
-        mapping: from axis names to mesh axes.
-    """
-    return _restore(directory, template, "", mesh, mapping or {})
-
-
-def restore_parameters(
-    directory: Path,
-    template: Tree,
-    *,
-    mesh: Mesh | None = None,
-    mapping: ResourceMapping | None = None,
-    weights: str = "last",
-) -> Tree:
-    """Returns the model `template` with the weights of a checkpoint; see `restore`.
-
-    Args:
-        directory: as of `restore`.
-        template: as of `restore`.
-        mesh: as of `restore`.
-        mapping: as of `restore`.
-        weights: `last`, or an average that the run has kept, in float32.
-    """
-    prefix = MODEL_PREFIX if weights == "last" else f"{AVERAGES_PREFIX}{weights}."
-    return _restore(directory, template, prefix, mesh, mapping or {})
-
-
-def _restore(
-    directory: Path, template: Tree, prefix: str, mesh: Mesh | None, mapping: ResourceMapping
-) -> Tree:
-    manifest = read_manifest(directory)
-    saved = {
-        leaf.path.removeprefix(prefix): leaf
-        for leaf in manifest.leaves
-        if leaf.path.startswith(prefix)
-    }
-    _check_template(directory, saved, template)
-    for leaf in saved.values():
-        _verify_leaf(directory, leaf)
-    shardings = {} if mesh is None else dict(leaf_shardings(template, mesh, mapping))
-
-    def read(path: tuple[Any, ...], leaf: Any) -> Any:
-        if isinstance(leaf, NamedArray):
-            return NamedArray(read(path, leaf.array), leaf.axes)
-        if not _is_array(leaf):
-            return leaf
-        name = _leaf_name(path)
-        if mesh is None:
-            return jnp.asarray(_read(directory, saved[name]))
-        return jax.make_array_from_callback(
-            leaf.shape, shardings[name], lambda index: _read(directory, saved[name], index)
-        )
-
-    return jax.tree_util.tree_map_with_path(read, template, is_leaf=_is_named)
-
-
-def leaf_shardings(
-    tree: Any, mesh: Mesh, mapping: ResourceMapping
-) -> Iterator[tuple[str, NamedSharding]]:
-    """Yields path and sharding of every array of a tree; arrays without names are replicated."""
-    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_named)
-    for path, leaf in flat:
-        name = _leaf_name(path)
-        if isinstance(leaf, NamedArray) and _is_array(leaf.array):
-            yield name, sharding_for_axis(leaf.axes, mapping, mesh)
-        elif _is_array(leaf):
-            yield name, NamedSharding(mesh, PartitionSpec())
-
-
-def _check_template(directory: Path, saved: Mapping[str, LeafRecord], template: Any) -> None:
-    faults_found = []
-    wanted = {path: (array, axes) for path, array, axes in named_leaves(template)}
-    for path in sorted({*saved, *wanted}):
-        if path not in saved:
-            faults_found.append(f"`{path}` is not in the checkpoint")
-        elif path not in wanted:
-            faults_found.append(f"`{path}` is in the checkpoint but not expected")
-        else:
-            array, axes = wanted[path]
-            has = (saved[path].dtype, saved[path].shape, saved[path].axes)
-            expects = (np.dtype(array.dtype).name, tuple(array.shape), axes)
-            if has != expects:
-                faults_found.append(f"`{path}` is {has}, expected {expects}")
-    if faults_found:
-        shown = "; ".join(faults_found[:8]) + ("; ..." if len(faults_found) > 8 else "")
-        raise CheckpointError(
-            f"{directory} holds another state ({len(faults_found)} leaves differ): {shown}. "
-            f"Restore with the model and optimizer of its manifest."
-        )

@@ -15,9 +15,9 @@ from modeling import canonical, recipes
 from modeling.data.loader import TrainingData
 from modeling.difference import Difference, differences
 from modeling.experiment import ExperimentConfig
-from modeling.training import checkpoint
 from modeling.training.config import InitializeFromConfig
 from modeling.training.manifest import CheckpointError, Manifest
+from modeling.training.reading import verify
 
 _log = logging.getLogger(__name__)
 _DATA = "data"
@@ -56,7 +56,7 @@ def verified_beginning(
     """
     wanted = experiment.trainer.initialize_from
     assert wanted is not None
-    manifest = checkpoint.verify(directory)
+    manifest = verify(directory)
     if manifest.content_id != wanted.checkpoint:
         raise CheckpointError(
             f"{directory} is the checkpoint {manifest.content_id}, but trainer.initialize_from "

@@ -6,11 +6,17 @@ mesh nor the chunks. `parameters` is the same over the model's leaves alone.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import difflib
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from modeling import canonical
 
+MANIFEST, COMMIT, ARRAYS, PARTS = "manifest.json", "COMMIT", "arrays", "parts"
+"""Names within a checkpoint's directory."""
 FORMAT = "levanter.checkpoint/1"
 MODEL_PREFIX = "model."
 AVERAGES_PREFIX = "averages."
@@ -85,6 +91,13 @@ class Manifest:
             found[f"parameters.{name}"] = canonical.digest("parameters/1", _identity(average))
         return found
 
+    def leaf(self, path: str) -> LeafRecord:
+        """Returns the record of one array."""
+        known = {leaf.path: leaf for leaf in self.leaves}
+        if path not in known:
+            raise CheckpointError(f"there is no leaf `{path}`{likeness(path, known)}.")
+        return known[path]
+
     @property
     def digests(self) -> dict[str, str]:
         """The SHA-256 of each leaf, by path."""
@@ -125,3 +138,20 @@ def from_json(content: Mapping[str, Any]) -> Manifest:
 def chunk_from_json(content: Mapping[str, Any]) -> ChunkRecord:
     """Returns the record of one chunk."""
     return ChunkRecord(FileRecord(**content["file"]), tuple(content["start"]))
+
+
+def likeness(path: str, known: Iterable[str]) -> str:
+    """Returns what may have been meant by a path that is not known, as the end of a sentence."""
+    close = difflib.get_close_matches(path, list(known), n=3)
+    return f"; did you mean {' or '.join(f'`{name}`' for name in close)}?" if close else ""
+
+
+def array_sha256(array: np.ndarray) -> str:
+    """Returns the digest, in hex, of an array's row-major bytes."""
+    # bfloat16 has no buffer format, so the bytes are viewed as such.
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def cells(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:
+    """Returns the index of the chunk of this shape that begins at `start`."""
+    return tuple(slice(a, a + n) for a, n in zip(start, shape, strict=True))

@@ -5,7 +5,7 @@
 
 The newest checkpoint is the one of the highest step that *verifies*, not the one that was written
 last: clocks go backwards and writers die. A checkpoint is removed only when enough newer ones have
-been read back from disk.
+been read back from disk, and never while it is pinned: see `pins`.
 """
 
 import contextlib
@@ -13,7 +13,6 @@ import fcntl
 import hashlib
 import logging
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,10 +22,12 @@ from typing import Any
 
 from modeling import faults
 from modeling.training import checkpoint
-from modeling.training.manifest import CheckpointError, Manifest
+from modeling.training.leaves import HostLeaf
+from modeling.training.manifest import COMMIT, CheckpointError, Manifest
+from modeling.training.pins import attempt_name, is_pinned, step_of
 from modeling.training.processes import Crew
+from modeling.training.reading import read_manifest, verify
 
-_NAME = re.compile(r"step-(\d{6,})\.[0-9a-f]{12}")
 _log = logging.getLogger(__name__)
 
 
@@ -58,7 +59,7 @@ class Checkpoints:
             return None
         path = self._directory / name
         if not self._is_first:
-            self._verified[path] = checkpoint.read_manifest(path)
+            self._verified[path] = read_manifest(path)
         return path
 
     def manifest(self, path: Path) -> Manifest:
@@ -74,7 +75,7 @@ class Checkpoints:
 
     def save(
         self,
-        leaves: Sequence[checkpoint.HostLeaf],
+        leaves: Sequence[HostLeaf],
         *,
         step: int,
         cursor: Mapping[str, int],
@@ -97,14 +98,14 @@ class Checkpoints:
         self.wait()
         # New for each attempt, and known to every process without asking.
         attempt = hashlib.sha256(f"{self._launch} {step}".encode()).hexdigest()[:12]
-        path = self._directory / f"step-{step:06d}.{attempt}"
+        path = self._directory / attempt_name(step, attempt)
         writers = self._crew and checkpoint.Writers(self._crew.index, self._crew.count)
 
         def write() -> None:
             written = checkpoint.write(
                 path, leaves, step=step, cursor=cursor, config=config, files=files, writers=writers
             )
-            self._verified[path] = checkpoint.verify(path) if self._is_first else written
+            self._verified[path] = verify(path) if self._is_first else written
             if self._is_first:
                 self._retire(step)
             done(path)
@@ -123,17 +124,17 @@ class Checkpoints:
 
     def _by_step(self) -> list[Path]:
         """All attempts, complete or not, highest step first."""
-        found = [p for p in self._directory.iterdir() if p.is_dir() and _NAME.fullmatch(p.name)]
+        found = [p for p in self._directory.iterdir() if p.is_dir() and step_of(p.name) is not None]
         return sorted(found, key=lambda p: (_step_of(p), p.name), reverse=True)
 
     def _verifies(self, path: Path) -> bool:
         if path in self._verified or path in self._damaged:
             return path in self._verified
-        if not (path / checkpoint.COMMIT).exists():
+        if not (path / COMMIT).exists():
             _log.info("%s was never completed; it does not count.", path)
             return False
         try:
-            self._verified[path] = checkpoint.verify(path)
+            self._verified[path] = verify(path)
         except (CheckpointError, OSError) as error:
             _log.warning("DAMAGED CHECKPOINT: %s Falling back to an older one.", error)
             self._damaged.add(path)
@@ -148,9 +149,9 @@ class Checkpoints:
                 if self._verifies(path):
                     kept += 1
                 # What is beyond this step is being written by the rest of the crew.
-                elif not (path / checkpoint.COMMIT).exists() and _step_of(path) <= step:
+                elif not (path / COMMIT).exists() and _step_of(path) <= step:
                     shutil.rmtree(path)
-            else:
+            elif not is_pinned(self._directory, _step_of(path)):
                 _remove(path, step)
                 self._verified.pop(path, None)
 
@@ -202,13 +203,19 @@ def _shared(crew: Crew | None, text: str) -> str:
 
 
 def _step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
-    assert match is not None
-    return int(match[1])
+    step = step_of(path.name)
+    assert step is not None
+    return step
 
 
 def _remove(path: Path, step: int) -> None:
+    """Removes a checkpoint unless it is pinned, by this very moment."""
     # Without its commit a half-removed checkpoint does not count.
-    (path / checkpoint.COMMIT).unlink(missing_ok=True)
+    commit, removed = path / COMMIT, path / f".{COMMIT}"
+    if commit.exists():
+        commit.rename(removed)
+        if is_pinned(path.parent, _step_of(path)):
+            removed.rename(commit)
+            return
     faults.reach("during-retention", step)
     shutil.rmtree(path)

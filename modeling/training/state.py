@@ -21,8 +21,8 @@ from jaxtyping import Array, Int32, UInt32
 
 from modeling.optim.build import Optimizer
 from modeling.training.averages import Averages, initial_averages
-from modeling.training.checkpoint import leaf_shardings, named_leaves
 from modeling.training.config import TrainerConfig
+from modeling.training.leaves import leaf_shardings, named_leaves
 from modeling.training.mesh import Layout
 from modeling.training.precision import Policy
 from modeling.training.processes import placed

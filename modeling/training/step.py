@@ -29,8 +29,8 @@ from modeling.models.lm import LmExample, next_token_loss
 from modeling.optim.config import OptimizerConfig
 from modeling.optim.sophia import SophiaConfig
 from modeling.training import curvature, elastic
-from modeling.training.checkpoint import leaf_shardings
 from modeling.training.config import TrainerConfig
+from modeling.training.leaves import leaf_shardings
 from modeling.training.mesh import Layout, mesh_axes
 from modeling.training.precision import Policy
 from modeling.training.rule import Metrics, Rule, mean_gradient

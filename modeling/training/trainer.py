@@ -45,12 +45,13 @@ from modeling.experiment import ExperimentConfig
 from modeling.models.lm import build_model
 from modeling.numerics import numerics_class
 from modeling.optim.build import build_optimizer, parameter_groups
-from modeling.training import checkpoint, history
+from modeling.training import history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
 from modeling.training.config import BatchSchedule, LengthSchedule
 from modeling.training.continuation import require_same_science, science_of, verified_beginning
 from modeling.training.hooks import Decode, Hooks, Setting
+from modeling.training.leaves import named_leaves, snapshot
 from modeling.training.manifest import CheckpointError, Manifest
 from modeling.training.memory import (
     DeviceMemoryError,
@@ -72,6 +73,8 @@ from modeling.training.preemption import Preempted, PreemptionNotice
 from modeling.training.processes import Crew, placed_rows
 from modeling.training.profiling import Profiler, profiled_steps
 from modeling.training.program import Memory, memory_of, peak_bytes_in_use, product_flops
+from modeling.training.reading import read_manifest, verify
+from modeling.training.restoring import restore, restore_parameters
 from modeling.training.retention import Checkpoints, open_checkpoints
 from modeling.training.rule import Metrics
 from modeling.training.state import Blueprint, initial_state, trainable
@@ -370,7 +373,7 @@ class _Run:
         if whole is None and not self._takes_weights_alone:
             whole = initial
         if whole is not None:
-            return blueprint.flatten(checkpoint.restore(whole, blueprint.template, **place))
+            return blueprint.flatten(restore(whole, blueprint.template, **place))
         trainer = self._plan.experiment.trainer
         arrays = blueprint.initialize(
             self._plan.make,
@@ -379,7 +382,7 @@ class _Run:
         )
         if initial is None:
             return arrays
-        model = checkpoint.restore_parameters(initial, blueprint.template.model, **place)
+        model = restore_parameters(initial, blueprint.template.model, **place)
         return blueprint.flatten(dataclasses.replace(blueprint.unflatten(arrays), model=model))
 
     def _step(self, updates: int) -> Step:
@@ -573,7 +576,7 @@ class _Run:
         # Two copies of the state would not fit where one just does.
         self._checkpoints.wait()
         self._saved = update
-        leaves = checkpoint.snapshot(self._plan.blueprint.unflatten(arrays))
+        leaves = snapshot(self._plan.blueprint.unflatten(arrays))
         for leaf in leaves:
             if not all(np.isfinite(chunk).all() for chunk in leaf.chunks.values()):
                 raise NonFiniteError(
@@ -627,7 +630,7 @@ def model_shape(plan: Plan) -> ModelShape:
 def num_parameters(blueprint: Blueprint) -> int:
     """Returns how many numbers training adjusts; rows of the head that are no ids it does not."""
     model = blueprint.template.model
-    arrays = [array for _, array, _ in checkpoint.named_leaves(trainable(model)[0])]
+    arrays = [array for _, array, _ in named_leaves(trainable(model)[0])]
     padding = model.head.axis_size(model.Vocab.name) - model.Vocab.size
     row = math.prod(axis.size for axis in model.head.axes if axis.name != model.Vocab.name)
     return sum(math.prod(array.shape) for array in arrays) - padding * row
@@ -667,11 +670,11 @@ def _publish(plan: Plan, last: Path, workspace: Workspace) -> None:
             "sequence_length": plan.Pos.size,
         },
     )
-    checkpoint.verify(output)
+    verify(output)
 
 
 def _built(plan: Plan, last: Path, run: _Run) -> Built:
-    manifest = checkpoint.read_manifest(last)
+    manifest = read_manifest(last)
     facts = {
         "steps": manifest.step,
         "loss_first": run.losses[0],

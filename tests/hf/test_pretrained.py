@@ -17,6 +17,7 @@ from modeling.hf.reference import read_tensors
 from modeling.models.gpt2 import with_vocab_rows
 from modeling.models.trained import load_model
 from modeling.training import checkpoint
+from modeling.training.leaves import snapshot
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_a_padded_vocabulary_is_left_out_and_comes_back(exported, trained, tmp_p
     config = dataclasses.replace(trained.experiment.model, vocab_pad_multiple=64)
     experiment = dataclasses.replace(trained.experiment, model=config)
     plain = load_model(trained.checkpoint_dir, trained.experiment)
-    leaves = checkpoint.snapshot({"model": with_vocab_rows(plain, 320)})
+    leaves = snapshot({"model": with_vocab_rows(plain, 320)})
     padded_dir = tmp_path / "checkpoint"
     checkpoint.write(padded_dir, leaves, step=1, cursor={"rows": 2}, config={}, files={})
     shutil.copy(trained.checkpoint_dir / "model.json", padded_dir)

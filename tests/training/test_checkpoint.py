@@ -5,6 +5,9 @@ import hashlib
 import json
 import logging
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import equinox as eqx
 import jax
@@ -16,8 +19,11 @@ from jax.sharding import Mesh
 from haliax.axis import Axis
 from haliax.core import NamedArray
 from modeling.training import checkpoint
-from modeling.training.checkpoint import read_manifest, restore, restore_parameters, verify
+from modeling.training.leaves import leaf_shardings, named_leaves, snapshot
 from modeling.training.manifest import CheckpointError
+from modeling.training.pins import mark, pin, pinned, unpin
+from modeling.training.reading import read_leaf, read_manifest, verify
+from modeling.training.restoring import restore, restore_parameters
 from modeling.training.retention import open_checkpoints
 
 Embed, Mlp, Layers = Axis("embed", 8), Axis("mlp", 4), Axis("layers", 2)
@@ -71,11 +77,9 @@ def mesh_of(**sizes):
 
 
 def placed(state, mesh, mapping):
-    shardings = dict(checkpoint.leaf_shardings(state, mesh, mapping))
+    shardings = dict(leaf_shardings(state, mesh, mapping))
     arrays, static = eqx.partition(state, eqx.is_array)
-    leaves = [
-        jax.device_put(array, shardings[path]) for path, array, _ in checkpoint.named_leaves(arrays)
-    ]
+    leaves = [jax.device_put(array, shardings[path]) for path, array, _ in named_leaves(arrays)]
     tree = jax.tree.unflatten(jax.tree.structure(arrays), leaves)
     return eqx.combine(tree, static)
 
@@ -83,7 +87,7 @@ def placed(state, mesh, mapping):
 def save(directory, state, step=3, cursor=None):
     return checkpoint.write(
         directory,
-        checkpoint.snapshot(state),
+        snapshot(state),
         step=step,
         cursor=cursor or {"rows": step * 8},
         config={"trainer": {"seed": 1}},
@@ -292,7 +296,7 @@ def test_another_state_is_refused_leaf_by_leaf(tmp_path):
 def save_all(checkpoints, steps):
     for step in steps:
         checkpoints.save(
-            checkpoint.snapshot(make_state(step)),
+            snapshot(make_state(step)),
             step=step,
             cursor={"rows": step},
             config={},
@@ -367,9 +371,7 @@ def test_a_failed_save_is_raised_by_the_next_one_or_by_the_end(tmp_path):
         raise OSError("no space left on device")
 
     with pytest.raises(OSError, match="no space"), open_checkpoints(tmp_path, keep=2) as held:
-        held.save(
-            checkpoint.snapshot(make_state()), step=1, cursor={}, config={}, files={}, done=fail
-        )
+        held.save(snapshot(make_state()), step=1, cursor={}, config={}, files={}, done=fail)
 
 
 def test_a_save_does_not_see_what_happens_to_the_state_afterwards(tmp_path):
@@ -379,10 +381,113 @@ def test_a_save_does_not_see_what_happens_to_the_state_afterwards(tmp_path):
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: -x, s), donate_argnums=0)
     with open_checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(
-            checkpoint.snapshot(state), step=1, cursor={}, config={}, files={}, done=lambda _: None
+            snapshot(state), step=1, cursor={}, config={}, files={}, done=lambda _: None
         )
         for _ in range(3):
             state = overwrite(state)
         jax.block_until_ready(state)
     found = restore(next(tmp_path.glob("step-*")), {"w": jnp.zeros(1 << 20)})
     np.testing.assert_array_equal(np.asarray(found["w"]), expected)
+
+
+# Parts of a state, and what tools see of it.
+
+
+def test_a_tool_reads_leaves_without_the_experiment_or_jax(tmp_path):
+    state = make_state()
+    save(tmp_path / "c", placed(state, mesh_of(data=4), FSDP))
+    program = f"""
+import json, sys
+from pathlib import Path
+from modeling.training.pins import pin
+from modeling.training.pins import mark, pin, pinned, unpin
+from modeling.training.reading import read_leaf, read_manifest
+directory = Path({str(tmp_path / "c")!r})
+manifest = read_manifest(directory)
+leaves = {{leaf.path: [leaf.dtype, leaf.shape, leaf.axes] for leaf in manifest.leaves}}
+half = read_leaf(directory, manifest.leaf("half"))
+print(json.dumps([leaves, half.tobytes().hex(), "jax" in sys.modules]))
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    leaves, half, has_jax = json.loads(run.stdout)
+    assert leaves["model.stacked"] == ["float32", [2, 4, 8], ["layers", "mlp", "embed"]]
+    assert leaves["flags"] == ["bool", [3], None]
+    assert half == np.asarray(state.half).tobytes().hex()
+    assert not has_jax
+
+
+def test_a_leaf_that_was_changed_is_not_read(tmp_path, intact):
+    shutil.copytree(intact, tmp_path / "c")
+    manifest = read_manifest(tmp_path / "c")
+    flip(tmp_path / "c/arrays/model.up/c.1.0", None)
+    with pytest.raises(CheckpointError, match=r"model\.up/c\.1\.0|model\.up` cannot be read"):
+        read_leaf(tmp_path / "c", manifest.leaf("model.up"))
+    assert read_leaf(tmp_path / "c", manifest.leaf("model.zeros")).shape == (8, 4)
+    with pytest.raises(CheckpointError, match=r"no leaf `model\.upp`; did you mean `model\.up`"):
+        manifest.leaf("model.upp")
+
+
+def test_some_leaves_return_and_the_others_stay(tmp_path):
+    state, other = make_state(0), make_state(1)
+    save(tmp_path / "c", placed(state, mesh_of(data=4), FSDP))
+    changed = dataclasses.replace(other, moments={"another": jnp.ones(3)})
+    found = restore(tmp_path / "c", changed, only=["model", "step", "half"])
+    assert_same_bits(found.model, state.model)
+    assert_same_bits(found.half, state.half)
+    assert_same_bits(found.moments, changed.moments)
+    assert_same_bits(found.key, other.key)
+
+    mesh = mesh_of(data=2)
+    found = restore(tmp_path / "c", changed, only=["model.up"], mesh=mesh, mapping=FSDP)
+    assert_same_bits(found.model.up, state.model.up)
+    assert found.model.up.array.sharding.mesh == mesh
+    assert_same_bits(found.model.stacked, other.model.stacked)
+
+
+@pytest.mark.parametrize(
+    ("only", "message"),
+    [
+        (["model.upp"], r"only: `model\.upp` is no array .* did you mean `model\.up`"),
+        (["mod"], r"only: `mod` is no array"),
+        (["moments.another"], r"`moments\.another` is not in the checkpoint"),
+        (["moments.1"], r"`moments\.1\.nu` is in the checkpoint but not expected"),
+    ],
+)
+def test_a_list_of_leaves_names_those_that_there_are(tmp_path, intact, only, message):
+    changed = dataclasses.replace(make_state(), moments={"another": jnp.ones(3)})
+    with pytest.raises(CheckpointError, match=message):
+        restore(intact, changed, only=only)
+
+
+def test_pinned_steps_stay_and_unpinned_ones_go(tmp_path):
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [1, 2])
+        pin(tmp_path, 1, "the paper shows it")
+        save_all(checkpoints, [3, 4, 5])
+        assert steps_on_disk(tmp_path) == [1, 4, 5]
+        assert pinned(tmp_path) == {1: "the paper shows it"}
+        unpin(tmp_path, 1)
+        save_all(checkpoints, [6])
+        assert steps_on_disk(tmp_path) == [5, 6]
+    for refused in (pin, unpin):
+        with pytest.raises(CheckpointError, match=r"step 4.*(has \[5, 6\]|not pinned)"):
+            refused(tmp_path, 4)
+    assert pinned(tmp_path) == {}
+
+
+def test_a_pin_that_comes_while_its_step_is_being_retired_is_heeded(tmp_path, monkeypatch):
+    """The worst moment: the commit is gone, so that the step does not count any more."""
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [1, 2])
+        rename = Path.rename
+
+        def rename_and_pin(self, target):
+            moved = rename(self, target)
+            if self.name == "COMMIT":
+                mark(tmp_path, 1, "just now")
+            return moved
+
+        monkeypatch.setattr(Path, "rename", rename_and_pin)
+        save_all(checkpoints, [3])
+    assert steps_on_disk(tmp_path) == [1, 2, 3]

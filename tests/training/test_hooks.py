@@ -15,9 +15,10 @@ from haliax import Axis
 from modeling.data.rows import Rows
 from modeling.evaluation.report import row_losses
 from modeling.models.lm import build_model
-from modeling.training import checkpoint, history
+from modeling.training import history
 from modeling.training.compile_cache import open_compile_cache
 from modeling.training.profiling import profiled_steps
+from modeling.training.restoring import restore_parameters
 from modeling.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -90,7 +91,7 @@ def test_losses_are_taken_split_by_split_at_the_steps_asked_for_and_the_last(hoo
         lambda key: build_model(driver.experiment().model, Vocab, Pos, key=key),
         jax.random.PRNGKey(0),
     )
-    model = checkpoint.restore_parameters(space.output, template)
+    model = restore_parameters(space.output, template)
     cache = TwoSources(driver.LENGTH, driver.ROWS)
     indices = np.arange(11) * 30 // 11
     expected = {

@@ -14,9 +14,9 @@ from haliax import Axis
 from modeling.experiment import ConfigError
 from modeling.models.trained import load_model
 from modeling.training.averages import initial_averages, next_averages
-from modeling.training.checkpoint import named_leaves
 from modeling.training.compile_cache import open_compile_cache
 from modeling.training.config import BatchSchedule, LengthSchedule, LengthStage, SkipStepConfig
+from modeling.training.leaves import named_leaves
 from modeling.training.observer import Silent
 from modeling.training.spikes import SpikeHistory
 from modeling.training.step import compile_step

@@ -17,7 +17,7 @@ from modeling.data.rows import Columns, Rows
 from modeling.models.lm import LmExample, next_token_loss
 from modeling.optim.build import build_optimizer
 from modeling.training import step as step_module
-from modeling.training.checkpoint import named_leaves
+from modeling.training.leaves import named_leaves
 from modeling.training.mesh import build_layout
 from modeling.training.precision import Policy
 from modeling.training.state import trainable

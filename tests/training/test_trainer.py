@@ -15,12 +15,15 @@ import pytest
 from modeling.experiment import ConfigError
 from modeling.models.lm import build_model
 from modeling.models.trained import load_model
-from modeling.training import checkpoint, history, trainer
+from modeling.training import history, trainer
 from modeling.training.accounting import read_ledger
 from modeling.training.compile_cache import open_compile_cache
 from modeling.training.continuation import require_same_science, science_of
-from modeling.training.manifest import CheckpointError
+from modeling.training.leaves import named_leaves
+from modeling.training.manifest import CheckpointError, array_sha256
 from modeling.training.peak import Peak
+from modeling.training.reading import verify
+from modeling.training.restoring import restore_parameters
 from modeling.training.retention import open_checkpoints
 from modeling.training.trainer import NonFiniteError, train
 
@@ -87,7 +90,7 @@ def finished(tmp_path_factory, compile_cache):
 
 def test_the_output_is_a_checkpoint_with_its_experiment_model_and_losses(finished):
     space, built, _ = finished
-    manifest = checkpoint.verify(space.output)
+    manifest = verify(space.output)
     assert (manifest.step, manifest.cursor) == (6, {"rows": 48})
     assert built.content_id == manifest.content_id
     assert built.roots == manifest.roots == {"parameters": manifest.parameters}
@@ -123,11 +126,11 @@ def test_the_weights_come_back_as_a_model_without_optimizer_or_mesh(finished):
         return build_model(experiment.model, *axes, key=key)
 
     template = jax.eval_shape(make, jax.random.PRNGKey(0))
-    model = checkpoint.restore_parameters(space.output, template)
-    leaves = list(checkpoint.named_leaves(model))
+    model = restore_parameters(space.output, template)
+    leaves = list(named_leaves(model))
     assert sum(array.size for _, array, _ in leaves) == built.facts["num_parameters"]
     for path, array, _ in leaves:
-        assert built.leaves[f"model.{path}"] == checkpoint.sha256(np.asarray(array))
+        assert built.leaves[f"model.{path}"] == array_sha256(np.asarray(array))
 
 
 def test_a_vocabulary_is_split_with_the_rows_that_it_lacks(finished, compile_cache, tmp_path):
@@ -213,7 +216,7 @@ def test_a_finished_run_trains_no_more(finished):
     assert (repeated.content_id, repeated.roots) == (built.content_id, built.roots)
     assert [event[0] for event in observer.events] == ["resumed", "finished"]
     assert repeated.facts["resumed_from"] == 6
-    checkpoint.verify(again.output)
+    verify(again.output)
 
 
 def test_the_checkpoints_of_another_experiment_are_not_taken_for_ones_own(finished):
@@ -327,7 +330,7 @@ def test_what_differs_is_named_by_field_and_refused_unless_told(finished, tmp_pa
 def test_a_run_that_goes_on_unchanged_is_the_run_it_goes_on_from(finished, tmp_path, compile_cache):
     space, whole, _ = finished
     (step_4,) = space.progress.glob("checkpoints/*/step-000004.*")
-    content_id = checkpoint.verify(step_4).content_id
+    content_id = verify(step_4).content_id
     experiment = driver.experiment(trainer={"initialize_from": {"checkpoint": content_id}})
     own = driver.workspace(tmp_path)
     built = train(
@@ -343,7 +346,7 @@ def test_a_run_that_goes_on_unchanged_is_the_run_it_goes_on_from(finished, tmp_p
 
 
 def test_a_checkpoint_that_kept_no_fields_of_its_experiment_is_refused(finished):
-    manifest = checkpoint.verify(finished[0].output)
+    manifest = verify(finished[0].output)
     old = dataclasses.replace(manifest, config=manifest.config | {"science": "5c" * 32})
     with pytest.raises(CheckpointError, match="written by an earlier version"):
         require_same_science(finished[0].output, old, science_of(driver.experiment()))

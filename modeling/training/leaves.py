@@ -1,0 +1,101 @@
+"""The arrays of a tree by name: where each lies, and copies of them in host memory.
+
+A leaf's name is its path in the tree, `model.blocks.attn.q.weight`; that of a file, too.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import equinox as eqx
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from haliax.core import NamedArray
+from haliax.partitioning import ResourceMapping, sharding_for_axis
+from modeling.training.manifest import CheckpointError, cells
+
+_LEAF_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+@dataclasses.dataclass(frozen=True)
+class HostLeaf:
+    """A copy of one array in host memory: the chunks that this process holds."""
+
+    path: str
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    axes: tuple[str, ...] | None
+    chunk_shape: tuple[int, ...]
+    chunks: Mapping[tuple[int, ...], np.ndarray]
+    """Row-major chunks by the index where they begin."""
+
+    def assemble(self) -> np.ndarray:
+        """Returns the whole array."""
+        if len(self.chunks) == 1:
+            return next(iter(self.chunks.values()))
+        whole = np.empty(self.shape, self.dtype)
+        for start, chunk in self.chunks.items():
+            whole[cells(start, chunk.shape)] = chunk
+        return whole
+
+
+def named_leaves(tree: Any) -> Iterator[tuple[str, Any, tuple[str, ...] | None]]:
+    """Yields path, raw array and axis names of every array (or `ShapeDtypeStruct`) of a tree."""
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_named)
+    for path, leaf in flat:
+        axes = tuple(a.name for a in leaf.axes) if isinstance(leaf, NamedArray) else None
+        array = leaf.array if isinstance(leaf, NamedArray) else leaf
+        if is_array(array):
+            yield leaf_name(path), array, axes
+
+
+def snapshot(tree: Any) -> list[HostLeaf]:
+    """Copies what this process holds of every array; the originals may be donated afterwards."""
+    for _, array, _ in named_leaves(tree):
+        array.copy_to_host_async()
+    return [_host_leaf(*leaf) for leaf in named_leaves(tree)]
+
+
+def _host_leaf(path: str, array: jax.Array, axes: tuple[str, ...] | None) -> HostLeaf:
+    if not _LEAF_NAME.fullmatch(path):
+        raise CheckpointError(
+            f"leaf {path!r} cannot be a file name; it must match {_LEAF_NAME.pattern}."
+        )
+    chunk_shape = array.sharding.shard_shape(array.shape)
+    chunks = {}
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            start = tuple(index.start or 0 for index in shard.index)
+            chunks[start] = np.array(shard.data, order="C", copy=True)
+    return HostLeaf(path, np.dtype(array.dtype), array.shape, axes, chunk_shape, chunks)
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Returns the name of the leaf at a path of JAX's."""
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def is_named(node: Any) -> bool:
+    """Whether a node has axis names; its one array belongs to it."""
+    return isinstance(node, NamedArray)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, or stands for one."""
+    return eqx.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct)
+
+
+def leaf_shardings(
+    tree: Any, mesh: Mesh, mapping: ResourceMapping
+) -> Iterator[tuple[str, NamedSharding]]:
+    """Yields path and sharding of every array of a tree; arrays without names are replicated."""
+    flat = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_named)
+    for path, leaf in flat:
+        name = leaf_name(path)
+        if isinstance(leaf, NamedArray) and is_array(leaf.array):
+            yield name, sharding_for_axis(leaf.axes, mapping, mesh)
+        elif is_array(leaf):
+            yield name, NamedSharding(mesh, PartitionSpec())
