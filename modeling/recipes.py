@@ -23,7 +23,7 @@ VERSIONS = {
     "raw_corpus": 1,
     "tokenizer": 1,
     "tokenized_corpus": 2,
-    "token_cache": 2,
+    "token_cache": 3,
     "token_cache_copy": 1,
     "checkpoint": 2,
     "eval_report": 1,

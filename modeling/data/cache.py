@@ -1,8 +1,7 @@
 """The token cache: rows of `sequence_length` tokens, laid over the tokenized corpus.
 
-    index.json              layout, packing, row counts, roots, and what the rows are made of
-    <split>-00000.pieces.arrow   view of packed documents: which spans each row has, see `packing`
-    <split>-00000.arrow     copy: the rows themselves, as `datasets` opens them, see `shards`
+    index.json              layout, packing, row counts, roots, and the windows of packed documents
+    <split>-00000.arrow     in a copy: the rows themselves, as `datasets` opens them, see `shards`
                             (`train/web` is written `train-web`)
 
 Two packings. `concat` cuts the token stream of a split: row i is its tokens i * L to (i + 1) * L,
@@ -13,12 +12,12 @@ Two layouts of each. In a view the tokens stay in the shards of the tokenized co
 gathered from there; a copy stands alone. Both have one content id, which covers L, dtype,
 vocabulary, and for each split the number of rows and a root over what they hold. Of `concat` that
 is the Merkle root of the rows' bytes: a prefix root of the stream, computed from stored leaves and
-one block. Of `documents` it covers the root of the stream and that of the spans. So another
-sequence length reads no corpus.
+one block. Of `documents` it covers the root of the stream and digests of its spans (`packing`). So
+another sequence length reads no tokens.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,21 +29,13 @@ from jaxtyping import Integer
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, write_durably
 from modeling.data import evidence
-from modeling.data.config import Packing, TokenCacheConfig
+from modeling.data.config import LongDocuments, Packing, TokenCacheConfig
 from modeling.data.corpus import TRAIN
-from modeling.data.packing import (
-    PIECES_OF_A_SHARD,
-    Fate,
-    PackedRows,
-    Packer,
-    Pieces,
-    map_pieces,
-    write_pieces,
-)
+from modeling.data.packing import Documents, Fate, PackedRows, Packer, Pieces, Window
 from modeling.data.rows import Columns, Rows
 from modeling.data.shards import FlatTokens, map_rows, map_shard, write_rows
 from modeling.data.tokenized import Manifest, SplitManifest
-from modeling.merkle import BLOCK_BYTES, MerkleHasher, prefix_root
+from modeling.merkle import BLOCK_BYTES, prefix_root
 
 Layout = Literal["view", "copy"]
 INDEX_FILE = "index.json"
@@ -61,9 +52,9 @@ class SplitIndex:
     root: str
     """Over what the rows hold."""
     shards: tuple[str, ...] = ()
-    """Files that hold the rows, or say what they are made of, in order."""
-    pieces: str | None = None
-    """Merkle root of the spans of packed documents."""
+    """Files that hold the rows of a copy, in order."""
+    windows: tuple[Window, ...] | None = None
+    """Of packed documents."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +72,7 @@ class Index:
     splits: dict[str, SplitIndex]
     packing: Packing = "concat"
     columns: Columns = field(default_factory=Columns)
+    long_documents: LongDocuments = "split"
 
     @classmethod
     def read(cls, directory: Path) -> "Index":
@@ -89,10 +81,7 @@ class Index:
         layouts: dict[str, Layout] = {name: layout for layout, name in FORMATS.items()}
         if (name := raw.pop("format")) not in layouts:
             raise ValueError(f"{directory / INDEX_FILE}: format {name!r} is none of {[*layouts]}.")
-        splits = {
-            name: SplitIndex(**split | {"shards": tuple(split.get("shards", ()))})
-            for name, split in raw.pop("splits").items()
-        }
+        splits = {name: _split_index(split) for name, split in raw.pop("splits").items()}
         columns = Columns(**raw.pop("columns", {}))
         return cls(layout=layouts[name], splits=splits, columns=columns, **raw)
 
@@ -102,6 +91,16 @@ class Index:
         raw["columns"] = self.columns._asdict()
         del raw["layout"]
         write_durably(directory / INDEX_FILE, raw)
+
+
+def _split_index(raw: Mapping[str, Any]) -> SplitIndex:
+    windows = raw.get("windows")
+    return SplitIndex(
+        raw["rows"],
+        raw["root"],
+        tuple(raw.get("shards", ())),
+        None if windows is None else tuple(Window(*window) for window in windows),
+    )
 
 
 def build(
@@ -131,7 +130,7 @@ def build(
         stream = _Stream.of(tokenized_dir, split, manifest)
         fate = Fate(split.documents)
         if config.packing == "documents":
-            splits[name], fate = _packed(config, stream, split, workspace.output, name)
+            splits[name], fate = _packed(config, stream.documents, split)
         else:
             rows = split.tokens // config.length
             root = _prefix_root(rows * config.length, split, stream.tokens)
@@ -152,6 +151,7 @@ def build(
         splits,
         config.packing,
         Columns(is_packed, is_packed or manifest.has_loss_mask),
+        config.long_documents,
     )
     index.write(workspace.output)
     return Built(index.content_id, facts=facts, leaves={n: s.root for n, s in splits.items()})
@@ -181,7 +181,7 @@ def copy(
             files.append(f"{_file_name(name)}-{len(files):05d}.arrow")
             columns = _columns(opened, index, name, start, min(start + step, split.rows))
             write_rows(workspace.output / files[-1], columns, index.sequence_length)
-        splits[name] = replace(split, shards=tuple(files), pieces=None)
+        splits[name] = replace(split, shards=tuple(files), windows=None)
         facts[name] = {"rows": split.rows, "files": len(files)}
     replace(index, layout="copy", splits=splits).write(workspace.output)
     return Built(index.content_id, facts=facts, leaves={n: s.root for n, s in splits.items()})
@@ -320,8 +320,7 @@ class _Stream:
 
     tokens: FlatTokens
     loss_mask: FlatTokens | None
-    offsets: list[np.ndarray]
-    """Of the documents of each shard."""
+    documents: Documents
 
     @classmethod
     def of(cls, directory: Path, split: SplitManifest, manifest: Manifest) -> "_Stream":
@@ -334,49 +333,32 @@ class _Stream:
         return cls(
             FlatTokens([shard.tokens for shard in shards]),
             FlatTokens(masks) if has_mask else None,
-            [shard.offsets for shard in shards],
+            Documents([shard.offsets for shard in shards]),
         )
-
-    def lengths(self) -> Iterator[np.ndarray]:
-        """Yields the lengths of the documents of each shard."""
-        yield from map(np.diff, self.offsets)
 
 
 def _packed(
-    config: TokenCacheConfig, stream: _Stream, split: SplitManifest, directory: Path, name: str
+    config: TokenCacheConfig, documents: Documents, split: SplitManifest
 ) -> tuple[SplitIndex, Fate]:
-    """Packs the documents of one split and writes the index of its rows."""
-    packer, hasher = Packer(config.length, config.long_documents), MerkleHasher()
-    files: list[str] = []
-    pending: list[Pieces] = []
-    num_rows = 0
-
-    def windows() -> Iterator[Pieces]:
-        for lengths in stream.lengths():
-            yield from packer.add(lengths)
-        yield from packer.finish()
-
-    def write() -> None:
-        files.append(f"{_file_name(name)}-{len(files):05d}.pieces.arrow")
-        write_pieces(directory / files[-1], Pieces.join(pending))
-        pending.clear()
-
-    for window in windows():
-        window.digest_into(hasher)
-        num_rows += len(window)
-        pending.append(window)
-        if sum(len(rows.starts) for rows in pending) >= PIECES_OF_A_SHARD:
-            write()
-    if pending:
-        write()
-    pieces = hasher.root()
-    return SplitIndex(num_rows, _packed_root(split, pieces), tuple(files), pieces), packer.fate
+    """Packs the documents of one split."""
+    packer, fate = Packer(config.length, config.long_documents), Fate()
+    windows: list[Window] = []
+    for first, stop in packer.windows(documents):
+        pieces, of_window = packer.pack(documents, first, stop)
+        windows.append(Window.of(stop - first, pieces))
+        fate.add(of_window)
+    rows = sum(window.rows for window in windows)
+    return SplitIndex(rows, _packed_root(split, windows), windows=tuple(windows)), fate
 
 
-def _packed_root(split: SplitManifest, pieces: str) -> str:
-    """Returns the root of rows that hold these pieces of this stream."""
-    identity = {"tokens": split.tokens_root, "pieces": pieces, "loss_mask": split.loss_mask_root}
-    return canonical.digest("packed_rows/1", identity)
+def _packed_root(split: SplitManifest, windows: Sequence[Window]) -> str:
+    """Returns the root of rows that these windows of this stream have."""
+    identity = {
+        "tokens": split.tokens_root,
+        "windows": [list(window) for window in windows],
+        "loss_mask": split.loss_mask_root,
+    }
+    return canonical.digest("packed_rows/2", identity)
 
 
 def _prefix_root(num_tokens: int, split: SplitManifest, tokens: FlatTokens) -> str:
@@ -500,8 +482,8 @@ def _viewed(
     split, stored, length = index.splits[name], manifest.splits[name], index.sequence_length
     stream = _Stream.of(tokenized_dir, stored, manifest)
     num_tokens = split.rows * length
-    if split.pieces is not None:
-        found = _packed_root(stored, split.pieces)
+    if split.windows is not None:
+        found = _packed_root(stored, split.windows)
     elif len(stream.tokens) >= num_tokens:
         found = _prefix_root(num_tokens, stored, stream.tokens)
     else:
@@ -511,13 +493,14 @@ def _viewed(
             f"{cache_dir}: its {name} rows are not the tokens of {tokenized_dir}. Open it with "
             f"tokenized corpus {index.tokenized_corpus[:12]}."
         )
-    if split.pieces is None:
+    if split.windows is None:
         return StoredRows(stream.tokens, None, stream.loss_mask, length)
-    shards = [map_pieces(cache_dir / file) for file in split.shards]
     return PackedRows(
-        shards,
+        split.windows,
+        stream.documents,
         stream.tokens,
         stream.loss_mask,
         sequence_length=length,
+        long_documents=index.long_documents,
         padding_id=index.eos_id,
     )

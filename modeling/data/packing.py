@@ -1,61 +1,38 @@
 """Packing: whole documents side by side in rows, none cut that would fit.
 
-    <split>-00000.pieces.arrow   Arrow IPC file of one uncompressed record batch, one row of the
-                                 cache a row: (pieces: large_list<struct<start: int64,
-                                 length: int32>>), spans of the split's token stream, left to right
-
 Documents longer than a row are cut into rows of their own and a rest, cut short, or left out, as
-`long_documents` says. Pieces are then laid into rows by best fit decreasing (Ding et al. 2024,
+`long_documents` says. The pieces are then laid into rows by best fit decreasing (Ding et al. 2024,
 "Fewer Truncations Improve Language Modeling", arXiv:2404.10830): the longest first, each into the
-fullest row that still has room for it.
+fullest row that still has room for it. Pieces of one length are laid together, which gives the same
+rows in far fewer steps (Krell et al. 2021, arXiv:2107.02027).
 
 That is done window by window: a window is the shortest run of documents, in the order of the
 stream, with `WINDOW_TOKENS` tokens or `WINDOW_ROWS` rows' worth, whichever is more, or with
-`WINDOW_DOCUMENTS` of them. Memory is bounded so, and rows are known as soon as the documents of
-their window are, whatever comes after. Rows of a window stand in the order of their first pieces,
-and pieces of a row in that of the stream.
+`WINDOW_DOCUMENTS` of them. Rows of a window stand in the order of their first pieces, and pieces of
+a row in that of the stream.
 
-The index is all that is stored: 12 bytes a piece and 8 a row, proportional to documents.
+So rows are a pure function of the documents' lengths, and are not stored: an index has four figures
+a window, one of them the digest of its rows. Whoever reads a row lays its window again, once, in
+milliseconds, and compares the digest. That takes 12 bytes of memory a piece and 8 a row, of the
+windows that rows were asked of.
 """
 
+import hashlib
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from jaxtyping import Int32, Int64, Integer
 
 from modeling.data.config import LongDocuments
 from modeling.data.rows import PADDING_SEGMENT, Rows
-from modeling.data.shards import FlatTokens, sync_file
-from modeling.merkle import MerkleHasher
+from modeling.data.shards import FlatTokens
 
-WINDOW_TOKENS = 1 << 20
+WINDOW_TOKENS = 1 << 24
 WINDOW_ROWS = 64
-WINDOW_DOCUMENTS = 1 << 18
-PIECES_OF_A_SHARD = 1 << 22
-
-_SCHEMA = pa.schema(
-    [
-        (
-            "pieces",
-            pa.large_list(
-                pa.field(
-                    "item",
-                    pa.struct(
-                        [
-                            pa.field("start", pa.int64(), nullable=False),
-                            pa.field("length", pa.int32(), nullable=False),
-                        ]
-                    ),
-                    nullable=False,
-                )
-            ),
-        )
-    ]
-)
+WINDOW_DOCUMENTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -86,26 +63,57 @@ class Pieces:
         if twice := int((starts[1:] < ends[:-1]).sum()):
             yield f"{twice} pieces overlap others."
 
-    def digest_into(self, hasher: MerkleHasher) -> None:
-        """Adds, row by row, the number of pieces and each one's start and length, as `<i8`."""
-        counts = np.diff(self.bounds)
-        table = np.empty(len(counts) + 2 * len(self.starts), "<i8")
-        at = np.arange(len(self.starts)) * 2 + np.repeat(np.arange(len(counts)), counts) + 1
-        table[self.bounds[:-1] * 2 + np.arange(len(counts))] = counts
-        table[at], table[at + 1] = self.starts, self.lengths
-        hasher.update(table.data.cast("B"))
+    def digest(self) -> str:
+        """Returns a digest of the rows, wherever in the stream they begin."""
+        hasher = hashlib.sha256(len(self).to_bytes(8, "little"))
+        first = self.starts.min(initial=np.iinfo(np.int64).max)
+        columns = (self.bounds, "<i8"), (self.starts - first, "<i8"), (self.lengths, "<i4")
+        for column, dtype in columns:
+            hasher.update(np.ascontiguousarray(column, dtype).data.cast("B"))
+        return hasher.hexdigest()
+
+
+class Window(NamedTuple):
+    """What is stored of the rows of a window."""
+
+    documents: int
+    pieces: int
+    rows: int
+    digest: str
 
     @classmethod
-    def join(cls, parts: Sequence["Pieces"]) -> "Pieces":
-        """Returns the rows of all parts, one after another."""
-        ends = np.cumsum([0, *(len(part.starts) for part in parts)])
-        bounds = [part.bounds[1:] + end for part, end in zip(parts, ends[:-1], strict=True)]
-        empty = np.zeros(1, np.int64)
-        return cls(
-            np.concatenate([empty, *bounds]),
-            np.concatenate([empty[:0], *(part.starts for part in parts)]),
-            np.concatenate([np.zeros(0, np.int32), *(part.lengths for part in parts)]),
-        )
+    def of(cls, documents: int, pieces: Pieces) -> "Window":
+        """Returns what is stored of these rows, laid of so many documents."""
+        return cls(documents, len(pieces.starts), len(pieces), pieces.digest())
+
+
+class Documents:
+    """The documents of a stream by number: where they begin and how long they are."""
+
+    def __init__(self, offsets: Sequence[Integer[np.ndarray, "_"]]) -> None:
+        """Takes the offsets of the documents of each shard, in order; they are not copied."""
+        self._offsets = list(offsets)
+        self._numbers = np.cumsum([0, *(len(shard) - 1 for shard in offsets)])
+        self._starts = np.cumsum([0, *(int(shard[-1]) for shard in offsets)])
+
+    def __len__(self) -> int:
+        return int(self._numbers[-1])
+
+    def start(self, document: int) -> int:
+        """Returns the place of a document's first token; of the one after all, the stream's end."""
+        if document == len(self):
+            return int(self._starts[-1])
+        shard = int(np.searchsorted(self._numbers, document, side="right")) - 1
+        return int(self._starts[shard] + self._offsets[shard][document - self._numbers[shard]])
+
+    def lengths(self, first: int, stop: int) -> Int64[np.ndarray, " documents"]:
+        """Returns the lengths of the documents from `first` up to `stop`."""
+        parts = [
+            np.diff(shard[max(first - number, 0) : stop - number + 1])
+            for shard, number in zip(self._offsets, self._numbers.tolist(), strict=False)
+            if number < stop and number + len(shard) - 1 > first
+        ]
+        return np.concatenate([np.zeros(0, np.int64), *parts])
 
 
 @dataclass
@@ -120,136 +128,141 @@ class Fate:
     lost_tokens: int = 0
     """In no row."""
 
+    def add(self, other: "Fate") -> None:
+        """Counts the documents of `other` too."""
+        self.documents += other.documents
+        self.cut += other.cut
+        self.dropped += other.dropped
+        self.lost_tokens += other.lost_tokens
+
 
 class Packer:
-    """Takes the lengths of documents as they become known and gives the rows of whole windows."""
+    """Lays documents into rows of `sequence_length` tokens."""
 
     def __init__(self, sequence_length: int, long_documents: LongDocuments) -> None:
-        """Packs rows of `sequence_length` tokens."""
+        """Treats documents longer than a row as `long_documents` says."""
         self._length = sequence_length
         self._long_documents: LongDocuments = long_documents
-        self._window_tokens = max(WINDOW_TOKENS, WINDOW_ROWS * sequence_length)
-        self._pending = np.zeros(0, np.int64)
-        self._start = 0
-        self.fate = Fate()
 
-    def add(self, lengths: Integer[np.ndarray, " documents"]) -> Iterator[Pieces]:
-        """Takes the next documents and yields the rows of each window that they fill."""
-        self._pending = np.concatenate([self._pending, lengths.astype(np.int64)])
-        ends = np.cumsum(self._pending)
-        first, before = 0, 0
-        while True:
-            last = int(np.searchsorted(ends, before + self._window_tokens))
-            stop = min(last + 1, first + WINDOW_DOCUMENTS)
-            if stop > len(ends):
-                break
-            yield self._pack(self._pending[first:stop])
-            first, before = stop, int(ends[stop - 1])
-        self._pending = self._pending[first:]
+    def windows(self, documents: Documents) -> Iterator[tuple[int, int]]:
+        """Yields the first document of each window and that of the next."""
+        most = max(WINDOW_TOKENS, WINDOW_ROWS * self._length)
+        first = 0
+        while first < len(documents):
+            stop = _window_end(documents, first, most)
+            yield first, stop
+            first = stop
 
-    def finish(self) -> Iterator[Pieces]:
-        """Yields the rows of the last window, which need not be full."""
-        if len(self._pending):
-            yield self._pack(self._pending)
-            self._pending = self._pending[:0]
-
-    def _pack(self, documents: Int64[np.ndarray, " documents"]) -> Pieces:
-        starts = self._start + np.cumsum(documents) - documents
-        self._start += int(documents.sum())
-        starts, lengths = self._cut(starts, documents)
-        return _best_fit_decreasing(starts, lengths, self._length)
+    def pack(self, documents: Documents, first: int, stop: int) -> tuple[Pieces, Fate]:
+        """Returns the rows of one window, and what became of its documents."""
+        lengths = documents.lengths(first, stop)
+        starts = documents.start(first) + np.cumsum(lengths) - lengths
+        starts, pieces, fate = self._cut(starts, lengths)
+        return _best_fit_decreasing(starts, pieces, self._length), fate
 
     def _cut(
         self, starts: Int64[np.ndarray, " documents"], lengths: Int64[np.ndarray, " documents"]
-    ) -> tuple[Int64[np.ndarray, " pieces"], Int64[np.ndarray, " pieces"]]:
-        """Returns pieces that fit into a row, and counts what that does to documents."""
-        is_long = lengths > self._length
-        self.fate.documents += len(lengths)
+    ) -> tuple[Int64[np.ndarray, " pieces"], Int64[np.ndarray, " pieces"], Fate]:
+        """Returns pieces that fit into a row, and what that does to documents."""
+        is_long, is_empty = lengths > self._length, lengths == 0
+        num_long, num_empty = int(is_long.sum()), int(is_empty.sum())
         if self._long_documents == "split":
             counts = -(-lengths // self._length)
             of_document = np.repeat(np.arange(len(lengths)), counts)
             offsets = _ranges(np.zeros_like(counts), counts) * self._length
             pieces = np.minimum(lengths[of_document] - offsets, self._length)
-            self.fate.cut += int(is_long.sum())
-            self.fate.dropped += int((lengths == 0).sum())
-            return starts[of_document] + offsets, pieces
+            fate = Fate(len(lengths), cut=num_long, dropped=num_empty)
+            return starts[of_document] + offsets, pieces, fate
         if self._long_documents == "truncate":
-            kept, pieces = lengths > 0, np.minimum(lengths, self._length)
-            self.fate.cut += int(is_long.sum())
+            kept, pieces = ~is_empty, np.minimum(lengths, self._length)
+            fate = Fate(len(lengths), cut=num_long, dropped=num_empty)
         else:
-            kept, pieces = (lengths > 0) & ~is_long, lengths
-        self.fate.dropped += int((~kept).sum())
-        self.fate.lost_tokens += int(lengths.sum() - pieces[kept].sum())
-        return starts[kept], pieces[kept]
+            kept, pieces = ~(is_empty | is_long), lengths
+            fate = Fate(len(lengths), dropped=num_empty + num_long)
+        fate.lost_tokens = int(lengths.sum() - pieces[kept].sum())
+        return starts[kept], pieces[kept], fate
+
+
+def _window_end(documents: Documents, first: int, num_tokens: int) -> int:
+    """Returns the document after the first ones from `first` on that have so many tokens."""
+    most = min(first + WINDOW_DOCUMENTS, len(documents))
+    ends = range(first + 1, most)
+    begin = documents.start(first)
+    return first + 1 + bisect_left(ends, num_tokens, key=lambda end: documents.start(end) - begin)
 
 
 def _best_fit_decreasing(
     starts: Int64[np.ndarray, " pieces"], lengths: Int64[np.ndarray, " pieces"], row_length: int
 ) -> Pieces:
+    short = np.uint16 if row_length < 1 << 16 else np.uint32  # sorted faster
+    by_length = np.argsort((row_length - lengths).astype(short), kind="stable")
+    counts = np.bincount(lengths, minlength=1)
+    sizes = np.flatnonzero(counts)[::-1]
+    rows = _OpenRows(row_length)
+    laid: list[int] = []
+    for length, count in zip(sizes.tolist(), counts[sizes].tolist(), strict=True):
+        rows.lay(length, count, laid)
     row_of = np.empty(len(lengths), np.int64)
-    by_length = np.argsort(-lengths, kind="stable")
-    num_full = int((lengths == row_length).sum())
-    row_of[by_length[:num_full]] = np.arange(num_full)
-    num_rows = num_full
-    rows = []
-    # Rows with room, as room * 2^32 + row: the first that is not below length * 2^32 fits best.
-    open_rows: list[int] = []
-    for length in lengths[by_length[num_full:]].tolist():
-        at = bisect_left(open_rows, length << 32)
-        if at < len(open_rows):
-            row = open_rows.pop(at) - (length << 32)
-        else:
-            row = (row_length - length << 32) + num_rows
-            num_rows += 1
-        rows.append(row & 0xFFFFFFFF)
-        if row >> 32:
-            insort(open_rows, row)
-    row_of[by_length[num_full:]] = rows
+    row_of[by_length] = laid
     # Number the rows by their first piece; pieces are in the order of the stream already.
-    first_piece = np.full(num_rows, len(lengths), np.int64)
-    np.minimum.at(first_piece, row_of, np.arange(len(lengths)))
-    rank = np.empty(num_rows, np.int64)
-    rank[np.argsort(first_piece)] = np.arange(num_rows)
+    first_piece = np.empty(rows.count, np.int64)
+    first_piece[row_of[::-1]] = np.arange(len(lengths))[::-1]  # the last one assigned stays
+    rank = np.empty(rows.count, np.int64)
+    rank[np.argsort(first_piece)] = np.arange(rows.count)
     row_of = rank[row_of]
     order = np.argsort(row_of, kind="stable")
-    bounds = np.searchsorted(row_of[order], np.arange(num_rows + 1))
-    return Pieces(bounds, starts[order], lengths[order].astype(np.int32))
+    bounds = np.cumsum(np.bincount(row_of, minlength=rows.count))
+    return Pieces(np.concatenate([[0], bounds]), starts[order], lengths[order].astype(np.int32))
 
 
-def write_pieces(path: Path, pieces: Pieces) -> None:
-    """Writes the rows of one shard of the index, and waits until they are on disk."""
-    item = _SCHEMA.field(0).type.value_type
-    children = [_array(pieces.starts), _array(pieces.lengths)]
-    spans = pa.Array.from_buffers(item, len(pieces.starts), [None], children=children)
-    column = pa.Array.from_buffers(
-        _SCHEMA.field(0).type, len(pieces), [None, pa.py_buffer(pieces.bounds)], children=[spans]
-    )
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, _SCHEMA) as writer:
-        writer.write_batch(pa.record_batch([column], schema=_SCHEMA))
-    sync_file(path)
+class _OpenRows:
+    """The rows of a window by the room that they have left."""
 
+    def __init__(self, row_length: int) -> None:
+        self.count = 0
+        self._length = row_length
+        self._rooms: list[int] = []  # ascending, those that rows have
+        self._rows: dict[int, list[int]] = {}  # by room, ascending
 
-def map_pieces(path: Path) -> Pieces:
-    """Returns one shard of the index, in the file's own memory, read only.
+    def lay(self, length: int, count: int, laid: list[int]) -> None:
+        """Lays `count` pieces, none longer than any before, and appends the row of each.
 
-    Raises:
-        ValueError: the file is no such shard.
-    """
-    with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as reader:
-        if reader.schema != _SCHEMA or reader.num_record_batches != 1:
-            raise ValueError(
-                f"{path}: expected one batch of {_SCHEMA}, found {reader.num_record_batches} of "
-                f"{reader.schema}. Build the artifact again."
-            )
-        batch = reader.get_batch(0)
-    batch.validate()
-    column = batch.column(0)
-    _, bounds, _, _, starts, _, lengths = column.buffers()
-    ends = np.frombuffer(bounds, np.int64, len(column) + 1)
-    count = int(ends[-1])
-    return Pieces(
-        ends, np.frombuffer(starts, np.int64, count), np.frombuffer(lengths, np.int32, count)
-    )
+        A row that takes one and has room for more is the fullest still, so it takes them next.
+        """
+        while count:
+            at = bisect_left(self._rooms, length)
+            room = self._rooms[at] if at < len(self._rooms) else self._length
+            each = room // length
+            wanted = -(-count // each)
+            taken = self._take(at, wanted) if at < len(self._rooms) else self._open(wanted)
+            placed = min(len(taken) * each, count)
+            laid += taken if each == 1 else [row for row in taken for _ in range(each)][:placed]
+            count -= placed
+            if in_last := placed % each:
+                self._put(room - in_last * length, [taken.pop()])
+            self._put(room - each * length, taken)
+
+    def _take(self, at: int, wanted: int) -> list[int]:
+        room = self._rooms[at]
+        rows = self._rows[room]
+        if wanted < len(rows):
+            self._rows[room] = rows[wanted:]
+            return rows[:wanted]
+        del self._rooms[at], self._rows[room]
+        return rows
+
+    def _open(self, wanted: int) -> list[int]:
+        self.count += wanted
+        return list(range(self.count - wanted, self.count))
+
+    def _put(self, room: int, rows: list[int]) -> None:
+        if not room or not rows:
+            return
+        if room in self._rows:
+            self._rows[room] = sorted(self._rows[room] + rows)
+        else:
+            self._rows[room] = rows
+            insort(self._rooms, room)
 
 
 class PackedRows:
@@ -257,48 +270,85 @@ class PackedRows:
 
     def __init__(
         self,
-        shards: Sequence[Pieces],
+        windows: Sequence[Window],
+        documents: Documents,
         tokens: FlatTokens,
         loss_mask: FlatTokens | None,
         *,
         sequence_length: int,
+        long_documents: LongDocuments,
         padding_id: int,
     ) -> None:
-        """Takes the index, in order, and what it is an index into."""
-        self._shards = list(shards)
-        self._first_rows = np.cumsum([0, *(len(shard) for shard in shards)])
+        """Takes the index, and what it is an index into."""
+        self._windows = list(windows)
+        figures = np.array([window[:3] for window in windows], np.int64).reshape(-1, 3)
+        firsts = np.zeros((len(windows) + 1, 3), np.int64)
+        np.cumsum(figures, axis=0, out=firsts[1:])
+        self._first_documents, self._first_pieces, self._first_rows = firsts.T
+        self._documents = documents
+        self._packer = Packer(sequence_length, long_documents)
         self._tokens = tokens
         self._loss_mask = loss_mask
         self._length = sequence_length
         self._padding_id = padding_id
+        # What is never written takes no memory.
+        num_pieces, num_rows = int(self._first_pieces[-1]), int(self._first_rows[-1])
+        self._pieces = Pieces(
+            np.empty(num_rows + 1, np.int64),
+            np.empty(num_pieces, np.int64),
+            np.empty(num_pieces, np.int32),
+        )
+        self._is_laid = np.zeros(len(windows), bool)
 
     def __len__(self) -> int:
         return int(self._first_rows[-1])
 
     def pieces(self) -> Pieces:
-        """Returns the whole index, in memory."""
-        return Pieces.join(self._shards)
+        """Returns which spans of the stream all rows have."""
+        self._lay(np.arange(len(self._windows)))
+        return self._pieces
 
     def gather(self, indices: Integer[np.ndarray, " rows"]) -> Rows:
-        """Returns the rows at `indices`, with nothing done row by row in Python."""
+        """Returns the rows at `indices`, with nothing done row by row in Python.
+
+        Raises:
+            ValueError: documents give other rows than when the index was made.
+        """
         columns = [
             np.empty((len(indices), self._length), dtype) for dtype in (np.int32, np.int32, bool)
         ]
-        # In the order of the stream, few runs of pieces lie in one shard of tokens each.
-        order = np.argsort(indices, kind="stable")
-        shard_of = np.searchsorted(self._first_rows, indices[order], side="right") - 1
-        for shard in np.unique(shard_of).tolist():
-            here = order[shard_of == shard]
-            rows = self._laid_out(self._shards[shard], indices[here] - self._first_rows[shard])
-            for whole, part in zip(columns, rows, strict=True):
-                whole[here] = part
+        if len(indices):
+            # In the order of the stream, few runs of pieces lie in one shard of tokens each.
+            order = np.argsort(indices, kind="stable")
+            rows = indices[order].astype(np.int64)
+            self._lay(np.unique(np.searchsorted(self._first_rows, rows, side="right") - 1))
+            for column, in_order in zip(columns, self._laid_out(rows), strict=True):
+                column[order] = in_order
         return Rows(*columns)
 
+    def _lay(self, windows: Int64[np.ndarray, " windows"]) -> None:
+        """Makes the pieces of windows known. Threads may do so at once: both write the same."""
+        for window in windows[~self._is_laid[windows]].tolist():
+            first, stop = self._first_documents[window : window + 2].tolist()
+            pieces, _ = self._packer.pack(self._documents, first, stop)
+            if Window.of(stop - first, pieces) != self._windows[window]:
+                raise ValueError(
+                    f"documents {first} to {stop - 1} give other packed rows than when the token "
+                    f"cache was built: it is damaged, or made by another version of this program. "
+                    f"Build it again."
+                )
+            row, piece = int(self._first_rows[window]), int(self._first_pieces[window])
+            all_pieces, here = self._pieces, slice(piece, piece + len(pieces.starts))
+            all_pieces.bounds[row : row + len(pieces) + 1] = pieces.bounds + piece
+            all_pieces.starts[here] = pieces.starts
+            all_pieces.lengths[here] = pieces.lengths
+            self._is_laid[window] = True
+
     def _laid_out(
-        self, pieces: Pieces, rows: Integer[np.ndarray, " rows"]
+        self, rows: Int64[np.ndarray, " rows"]
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Returns rows of one shard of the index; each gets a last span, its padding."""
-        shape = len(rows), self._length
+        """Returns rows whose windows are laid; each gets a last span, its padding."""
+        pieces, shape = self._pieces, (len(rows), self._length)
         counts = pieces.bounds[rows + 1] - pieces.bounds[rows]
         last = np.cumsum(counts + 1) - 1
         numbers = np.arange(1, last[-1] + 2) - np.repeat(last - counts, counts + 1)
@@ -324,8 +374,3 @@ def _ranges(
     ends = np.cumsum(counts)
     total = int(ends[-1]) if len(ends) else 0
     return np.repeat(starts - (ends - counts), counts) + np.arange(total)
-
-
-def _array(values: np.ndarray) -> pa.Array:
-    buffers = [None, pa.py_buffer(np.ascontiguousarray(values))]
-    return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), buffers)

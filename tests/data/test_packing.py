@@ -15,7 +15,7 @@ from modeling.data import cache, packing
 from modeling.data.cache import TokenCache
 from modeling.data.config import TokenCacheConfig
 from modeling.data.ledger import Shard
-from modeling.data.packing import PackedRows, Packer, Pieces, map_pieces, write_pieces
+from modeling.data.packing import Documents, Fate, PackedRows, Packer, Window
 from modeling.data.shards import FlatTokens, write_shard
 from modeling.data.tokenized import FORMAT, Manifest, SplitManifest
 from modeling.merkle import MerkleHasher
@@ -25,13 +25,25 @@ LENGTH = 16
 EOS = 0
 
 
-def pack(lengths, row_length=LENGTH, long_documents="split", batches=1):
-    packer = Packer(row_length, long_documents)
-    parts = []
-    for batch in np.array_split(np.asarray(lengths, np.int64), batches):
-        parts += packer.add(batch)
-    parts += packer.finish()
-    return Pieces.join(parts), packer.fate
+def documents_of(lengths, shards=1):
+    """Documents of these lengths, in so many shards."""
+    return Documents(
+        [
+            np.cumsum([0, *part], dtype=np.int32)
+            for part in np.array_split(np.asarray(lengths, np.int64), shards)
+        ]
+    )
+
+
+def pack(lengths, row_length=LENGTH, long_documents="split", shards=1):
+    """All rows as lists of (start, length), and what became of documents."""
+    packer, documents = Packer(row_length, long_documents), documents_of(lengths, shards)
+    rows, fate = [], Fate()
+    for window in packer.windows(documents):
+        pieces, of_window = packer.pack(documents, *window)
+        rows += spans(pieces)
+        fate.add(of_window)
+    return rows, fate
 
 
 def spans(pieces):
@@ -62,7 +74,7 @@ def test_documents_are_packed_as_the_textbook_has_it(sizes, row_length):
         [(int(starts[i]), sizes[i]) for i in row] for row in plain_best_fit(sizes, row_length)
     ]
     found, fate = pack(sizes, row_length)
-    assert spans(found) == expected
+    assert found == expected
     assert (fate.documents, fate.cut, fate.dropped, fate.lost_tokens) == (len(sizes), 0, 0, 0)
 
 
@@ -72,8 +84,7 @@ def test_documents_are_packed_as_the_textbook_has_it(sizes, row_length):
     policy=st.sampled_from(["split", "truncate", "drop"]),
 )
 def test_every_token_is_where_the_policy_puts_it(lengths, policy):
-    found, fate = pack(lengths, long_documents=policy)
-    rows = spans(found)
+    rows, fate = pack(lengths, long_documents=policy)
     assert all(0 < sum(length for _, length in row) <= LENGTH for row in rows)
     assert all(row == sorted(row) for row in rows)
     taken = Counter(
@@ -94,24 +105,24 @@ def test_every_token_is_where_the_policy_puts_it(lengths, policy):
 
 def test_long_documents_are_cut_at_whole_rows():
     found, fate = pack([40, 5], long_documents="split")
-    assert spans(found) == [[(0, 16)], [(16, 16)], [(32, 8), (40, 5)]]
+    assert found == [[(0, 16)], [(16, 16)], [(32, 8), (40, 5)]]
     assert fate.cut == 1
 
 
 @settings(deadline=None, max_examples=30)
 @given(
     lengths=st.lists(st.integers(1, 40), max_size=80),
-    batches=st.integers(1, 9),
+    shards=st.integers(1, 9),
     window=st.integers(1, 4),
 )
 def test_windows_depend_on_documents_alone_and_end_at_the_first_that_fills_them(
-    lengths, batches, window
+    lengths, shards, window
 ):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packing, "WINDOW_TOKENS", 1)
         patch.setattr(packing, "WINDOW_ROWS", window)
         patch.setattr(packing, "WINDOW_DOCUMENTS", 7)
-        found, _ = pack(lengths, batches=batches)
+        found, _ = pack(lengths, shards=shards)
         by_window, window_lengths = [], []
         for length in [*lengths, None]:
             is_full = sum(window_lengths) >= window * LENGTH or len(window_lengths) == 7
@@ -122,38 +133,18 @@ def test_windows_depend_on_documents_alone_and_end_at_the_first_that_fills_them(
         expected, start = [], 0
         for of_window in by_window:
             alone, _ = pack(of_window)
-            expected += [[(start + at, length) for at, length in row] for row in spans(alone)]
+            expected += [[(start + at, length) for at, length in row] for row in alone]
             start += sum(of_window)
-    assert spans(found) == expected
-
-
-def test_rows_of_a_window_are_known_when_its_documents_are(monkeypatch):
-    monkeypatch.setattr(packing, "WINDOW_TOKENS", 100)
-    monkeypatch.setattr(packing, "WINDOW_ROWS", 1)
-    packer = Packer(LENGTH, "split")
-    assert list(packer.add(np.full(9, 10))) == []
-    (window,) = packer.add(np.array([10, 3]))
-    assert window.lengths.sum() == 100
-    (rest,) = packer.finish()
-    assert spans(rest) == [[(100, 3)]]
+    assert found == expected
 
 
 def test_padding_is_little():
     lengths = np.random.default_rng(0).lognormal(5.5, 1.0, 20000).astype(int) + 1
     found, _ = pack(lengths, 1024)
-    padding = 1 - int(found.lengths.sum()) / (len(found) * 1024)
-    assert padding < 0.005
+    padding = 1 - int(lengths.sum()) / (len(found) * 1024)
+    assert padding < 0.001
     # One document a row, the alternative that keeps them whole, wastes most of it.
     assert padding < (1 - np.minimum(lengths, 1024).mean() / 1024) / 50
-
-
-def test_an_index_reads_back_as_written(tmp_path):
-    pieces, _ = pack([3, 40, 16, 1, 9])
-    write_pieces(tmp_path / "x.arrow", pieces)
-    assert spans(map_pieces(tmp_path / "x.arrow")) == spans(pieces)
-    write_shard(tmp_path / "other.arrow", np.zeros(3, np.uint16), np.array([3]))
-    with pytest.raises(ValueError, match=r"other\.arrow: expected one batch of pieces"):
-        map_pieces(tmp_path / "other.arrow")
 
 
 def expected_row(row, stream, mask):
@@ -173,14 +164,21 @@ def test_rows_are_put_together_from_any_shards(cuts, masked):
     lengths = draw.integers(1, 40, 200)
     stream = draw.integers(1, 60000, lengths.sum()).astype(np.uint16)
     mask = draw.integers(0, 2, len(stream)).astype(np.uint8)
-    pieces, _ = pack(lengths)
     ends = np.cumsum(lengths)[[50, 51, 130]] if cuts > 1 else []
-    rows = spans(pieces)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "WINDOW_TOKENS", 1)
+        patch.setattr(packing, "WINDOW_ROWS", 1000 if cuts == 1 else 9)
+        rows, _ = pack(lengths)
+        documents = documents_of(lengths)
+        windows = stored_windows(documents)
+    assert len(windows) > 1 or cuts == 1
     opened = PackedRows(
-        split_index(pieces, cuts),
+        windows,
+        documents,
         FlatTokens(np.split(stream, ends)),
         FlatTokens(np.split(mask, ends)) if masked else None,
         sequence_length=LENGTH,
+        long_documents="split",
         padding_id=EOS,
     )
     assert len(opened) == len(rows)
@@ -193,17 +191,55 @@ def test_rows_are_put_together_from_any_shards(cuts, masked):
     assert opened.gather(indices[:0]).tokens.shape == (0, LENGTH)
 
 
-def split_index(pieces, parts):
-    """The index in several shards, as a large one is stored."""
-    cuts = np.linspace(0, len(pieces), parts + 1).astype(int).tolist()
+def stored_windows(documents):
+    packer = Packer(LENGTH, "split")
     return [
-        Pieces(
-            pieces.bounds[a : b + 1] - pieces.bounds[a],
-            pieces.starts[pieces.bounds[a] : pieces.bounds[b]],
-            pieces.lengths[pieces.bounds[a] : pieces.bounds[b]],
-        )
-        for a, b in pairwise(cuts)
+        Window.of(stop - first, packer.pack(documents, first, stop)[0])
+        for first, stop in packer.windows(documents)
     ]
+
+
+def test_rows_that_are_not_those_of_the_index_are_refused():
+    documents = documents_of([5, 9, 20, 3])
+    (window,) = stored_windows(documents)
+    opened = PackedRows(
+        [window],
+        documents_of([5, 9, 19, 4]),
+        FlatTokens([np.arange(37, dtype=np.uint16)]),
+        None,
+        sequence_length=LENGTH,
+        long_documents="split",
+        padding_id=EOS,
+    )
+    with pytest.raises(ValueError, match="documents 0 to 3 give other packed rows"):
+        opened.gather(np.array([0]))
+    with pytest.raises(ValueError, match="documents 0 to 3 give other packed rows"):
+        opened.pieces()
+
+
+def test_only_windows_that_are_read_are_laid(monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW_TOKENS", 1)
+    monkeypatch.setattr(packing, "WINDOW_ROWS", 2)
+    lengths = np.full(40, 8)
+    documents = documents_of(lengths)
+    windows = stored_windows(documents)
+    tokens = FlatTokens([np.arange(320, dtype=np.uint16)])
+    damaged = [*windows[:5], windows[5]._replace(digest="?"), *windows[6:]]
+    opened = PackedRows(
+        damaged,
+        documents,
+        tokens,
+        None,
+        sequence_length=LENGTH,
+        long_documents="split",
+        padding_id=EOS,
+    )
+    others = np.array([0, 19, 9, 12, 0])
+    np.testing.assert_array_equal(
+        opened.gather(others).tokens, others[:, None] * 16 + np.arange(16)
+    )
+    with pytest.raises(ValueError, match="documents 20 to 23 give other"):
+        opened.gather(np.array([11]))
 
 
 PACKED = TokenCacheConfig(length=64, packing="documents")
@@ -253,11 +289,15 @@ def test_the_content_id_is_over_stream_pieces_and_rule(chain, view, make_workspa
         name = "-".join(changed)
         ids.add(cache.build(config, chain.tokenized_dir, make_workspace(name), **IDS).content_id)
     assert len(ids) == 4
+
+
+def test_the_index_is_a_few_figures_a_window(view):
     index = json.loads((view[0] / "index.json").read_text())
-    hasher = MerkleHasher()
-    for row in spans(map_pieces(view[0] / "train-00000.pieces.arrow")):
-        hasher.update(np.array([len(row), *(x for span in row for x in span)], "<i8").tobytes())
-    assert index["splits"]["train"]["pieces"] == hasher.root()
+    for name, split in index["splits"].items():
+        facts = view[1].facts[name]
+        ((documents, _, rows, digest),) = split["windows"]
+        assert (documents, rows, len(digest)) == (facts["documents"], facts["rows"], 64)
+    assert [path.name for path in view[0].iterdir()] == ["index.json"]
 
 
 def test_another_stream_is_refused(chain, view, make_workspace):
