@@ -24,14 +24,13 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import pyarrow as pa
+from corpora import write_table
 
 from modeling.artifacts import Workspace
-from modeling.data import corpus, tokenized, tokenizer
+from modeling.data import tokenized, tokenizer
 from modeling.data.config import BpeTokenizerConfig, TokenizationConfig
 
 _NAME = re.compile(r"\b[a-z_]{5,}\b")
-_BATCH_BYTES = 32 * 1024 * 1024
 
 
 def main() -> None:
@@ -97,36 +96,6 @@ def _varied(texts: list[str], num_bytes: int) -> Iterator[bytes]:
         data = excerpt.replace(old, "".join(draw.choices("abcdefgh_", k=8))).encode() + b"\n"
         written += len(data)
         yield data
-
-
-def write_table(directory: Path, documents: Iterator[tuple[str, bytes]]) -> None:
-    """Writes a raw corpus without a source: what `modeling.data.corpus` says a reader needs."""
-    counts = {"documents": 0, "bytes": 0}
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
-    path = str(directory / corpus.DOCUMENTS_FILE)
-    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, corpus.SCHEMA, options=options) as f:
-        ids: list[str] = []
-        texts: list[bytes] = []
-        waiting = 0
-        for doc_id, text in documents:
-            ids.append(doc_id)
-            texts.append(text)
-            counts["documents"] += 1
-            counts["bytes"] += len(text)
-            waiting += len(text)
-            if waiting >= _BATCH_BYTES:
-                f.write_batch(_batch(ids, texts))
-                ids, texts, waiting = [], [], 0
-        if texts:
-            f.write_batch(_batch(ids, texts))
-    splits = {what: {"train": count, "validation": 0} for what, count in counts.items()}
-    (directory / corpus.FILES_FILE).write_text(json.dumps(splits | {"files": []}))
-
-
-def _batch(ids: list[str], texts: list[bytes]) -> pa.RecordBatch:
-    text = pa.array(texts, pa.large_binary()).cast(pa.large_string())
-    columns = [pa.array(ids, pa.string()), pa.array(["train"] * len(ids), pa.string()), text]
-    return pa.record_batch(columns, schema=corpus.SCHEMA)
 
 
 def measure(root: Path) -> None:

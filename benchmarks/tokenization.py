@@ -1,6 +1,6 @@
 """Tokenization of the standard library: CPU seconds of our encoder and of the library's.
 
-    python benchmarks/tokenization.py [--rounds 3] [--vocab-size 8192] [--megabytes 12]
+    python benchmarks/tokenization.py [--rounds 3] [--vocab-size 8192] [--megabytes 8]
                                       [--patterns gpt2 llama3 o200k] [--peers PYTHON]
 
 Each pattern has a tokenizer of its own. Contenders take turns, each round from a cold start, and
@@ -27,6 +27,7 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+from corpora import write_table
 
 from modeling.artifacts import Workspace
 from modeling.data import corpus, encoding, tokenized, tokenizer
@@ -40,7 +41,7 @@ from modeling.data.config import (
 
 BATCH_BYTES = 4 * 1024 * 1024
 BASELINE = "encode_batch_fast"
-STAGE = "distinct words, stage with both splits, digests and files"
+STAGE = "distinct words, the whole stage with digests and files"
 PATTERNS: tuple[Pattern, ...] = ("gpt2", "llama3", "o200k")
 Contender = Callable[[], np.ndarray]
 
@@ -50,7 +51,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=8192)
-    parser.add_argument("--megabytes", type=float, help="take no more of the text than this")
+    parser.add_argument("--megabytes", type=float, default=8, help="of text, from its start on")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=PATTERNS)
     parser.add_argument("--peers", type=Path, help="an interpreter with datasets and datatrove")
     arguments = parser.parse_args()
@@ -66,7 +67,8 @@ def main() -> None:
         root = Path(directory)
         source = PyStdlibSource(type="pystdlib")
         listing = corpus.scan(source, validation=ValidationConfig())
-        corpus.build(source, listing, workspace(root, "corpus"))
+        corpus.build(source, listing, workspace(root, "all"))
+        write_start(root / "all", fresh(root / "corpus"), arguments.megabytes * 1e6)
         for pattern in arguments.patterns:
             of_pattern = root / pattern
             of_pattern.mkdir()
@@ -79,15 +81,9 @@ def main() -> None:
 
 
 def measure(root: Path, arguments: argparse.Namespace) -> None:
-    """Runs every contender in every round and prints what each took; `root` is named as a pattern.
-
-    The stage goes over all of the text, and is left out where that is cut short.
-    """
+    """Runs every contender in every round; `root` is named as its pattern."""
     num_rounds, interpreter = arguments.rounds, arguments.peers
     texts = list(corpus.texts(root / "corpus", corpus.TRAIN))
-    if arguments.megabytes is not None:
-        sizes = np.cumsum(list(map(len, texts)))
-        texts = texts[: int(np.searchsorted(sizes, arguments.megabytes * 1e6)) + 1]
     peers = [] if interpreter is None else installed_peers(interpreter)
     write_json_lines(root / "peers", texts)
     megabytes = sum(map(len, texts)) / 1e6
@@ -95,8 +91,6 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
     seconds: dict[str, list[float]] = {}
     for turn in range(num_rounds):
         for name, run in contenders(root, texts, turn).items():
-            if name == STAGE and arguments.megabytes is not None:
-                continue
             wall, cpu = time.perf_counter(), time.process_time()
             ids = run()
             cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -246,6 +240,20 @@ def write_json_lines(directory: Path, texts: list[bytes]) -> None:
     directory.mkdir()
     with (directory / "texts.jsonl").open("w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text.decode()}) + "\n" for text in texts)
+
+
+def write_start(whole: Path, directory: Path, num_bytes: float) -> None:
+    """Writes the first documents of a raw corpus, of so many bytes, as one of their own."""
+    texts = list(corpus.texts(whole, corpus.TRAIN))
+    ends = np.cumsum(list(map(len, texts)))
+    first = texts[: int(np.searchsorted(ends, num_bytes)) + 1]
+    write_table(directory, ((f"{number}.py", text) for number, text in enumerate(first)))
+
+
+def fresh(directory: Path) -> Path:
+    """Returns an empty directory."""
+    directory.mkdir()
+    return directory
 
 
 def batches(texts: list[bytes]) -> Iterator[list[bytes]]:
