@@ -1,11 +1,14 @@
 """The artifact store: each product is a directory of files, found by recipe, named by content.
 
     objects/<kind>/<content_id>/                    the bytes, shared by all recipes that yield them
-    objects/<kind>/<content_id>/INVENTORY.json      path, size and SHA-256 of each file; comes last
+    objects/<kind>/<content_id>/INVENTORY.json      path, size and SHA-256 of each file; comes last.
+                                                    On object stores also `at`: the directory beside
+                                                    it where the files are, of one upload alone
     recipes/<recipe_id>/<numerics>/artifact.json    the record: recipe, inputs, content id, SHA-256
                                                     of the inventory, facts, provenance
     aliases/<name>                                  a content id, for people
     work/<recipe_id>/<numerics>/                    progress of unfinished builds, for any retry
+    leases/<recipe_id>/<numerics>.json              who builds now, see `leases`
 
 A *recipe id* is known before anything runs: it digests kind, transform version, parameters and the
 content ids of the inputs. A *content id* is the root of what came out. Equal recipe found = nothing
@@ -14,8 +17,9 @@ or, for products of floating-point training, the digest of the numerics class, s
 may round differently.
 
 A build writes into a fresh directory, which is inventoried, synced and renamed into `objects`; the
-record follows last, so a reader never sees half an artifact, and two writers of one recipe end with
-one object.
+record follows last, so a reader never sees half an artifact. Object stores rename nothing: there
+each upload has a directory of its own, and the inventory that is first says which one counts. So
+two writers of one recipe end with one object, whatever they do meanwhile.
 """
 
 import contextlib
@@ -36,11 +40,15 @@ from typing import Any
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from modeling import canonical, faults
+from modeling import canonical, faults, leases
+from modeling.notes import Note, sync_directory, write_whole
+from modeling.progress import Report, ignore
 
 _LOG = logging.getLogger(__name__)
 INVENTORY = "INVENTORY.json"
 EXACT = "exact"
+UPLOAD = "upload-"
+"""Begins the name of the directory of one upload to an object store."""
 WORKER_LOCK = "worker.lock"
 """Beside a build's progress: held by the process that works there, its parent dead or not."""
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -151,13 +159,19 @@ Build = Callable[[Workspace], Built]
 class ArtifactStore:
     """Artifacts under one fsspec URL, a local directory by default."""
 
-    def __init__(self, url: str, *, scratch: Path | None = None) -> None:
+    def __init__(
+        self, url: str, *, scratch: Path | None = None, terms: leases.Terms | None = None
+    ) -> None:
         """Opens the store at `url`, which need not exist yet.
 
         Args:
+            url: a directory, or an fsspec URL.
             scratch: where builds happen and copies are kept when `url` is remote; required there.
+            terms: how long to wait for others who build the same.
         """
-        self.filesystem, root = fsspec.url_to_fs(url)
+        # Listings that are kept show others' work as it was.
+        self.filesystem, root = fsspec.url_to_fs(url, use_listings_cache=False)
+        self._terms = terms or leases.Terms()
         self.root = str(root).rstrip("/")
         """The store's path within `filesystem`."""
         self.url = url
@@ -189,11 +203,12 @@ class ArtifactStore:
         numerics: Mapping[str, Any] | None = None,
         provenance: Mapping[str, Any] | None = None,
         begun_as: Sequence[Recipe] = (),
+        report: Report = ignore,
     ) -> tuple[Artifact, bool]:
         """Returns the artifact of `recipe` and whether it had to be built.
 
-        Processes of one machine that want the same recipe wait for each other; elsewhere they race,
-        and all end with the object that was published first.
+        Those who want the same recipe wait for each other, see `leases`; those who build at the
+        same time for all that end with the object that was published first.
 
         Args:
             recipe: what to make of which inputs.
@@ -202,11 +217,12 @@ class ArtifactStore:
             provenance: goes on record.
             begun_as: stand-ins for `recipe` from before its inputs were known; the progress that
                 was made under one of them is gone on with.
+            report: hears who is waited for.
         """
         numerics_id = numerics_digest(numerics)
         if (found := self.find(recipe, numerics_id)) is not None:
             return found, False
-        with self._exclusive(recipe.id, numerics_id) as work:
+        with self._exclusive(recipe.id, numerics_id, report) as work:
             if (found := self.find(recipe, numerics_id)) is not None:
                 return found, False
             for dead in work.glob("attempt-*"):
@@ -248,14 +264,19 @@ class ArtifactStore:
             "facts": dict(built.facts),
             "provenance": dict(provenance or {}),
         }
-        if self.filesystem.exists(record_path):
-            _refuse_other_content(json.loads(self.filesystem.cat_file(record_path)), record)
+        note = Note(self.filesystem, record_path)
+        if (on_record := note.read()) is not None:
+            _refuse_other_content(json.loads(on_record), record)
         self._store_object(recipe.kind, built.content_id, output)
         faults.reach("before-record", recipe.kind)
-        self._write_last(
-            record_path,
-            record | {"inventory": self.inventory_sha256(recipe.kind, built.content_id)},
-        )
+        record["inventory"] = self.inventory_sha256(recipe.kind, built.content_id)
+        if not note.create(_json_bytes(record)):
+            # There since before, or another writer was quicker.
+            on_record = self.record(recipe.id, numerics_id)
+            _refuse_other_content(on_record, record)
+            if on_record["inventory"] == record["inventory"]:
+                return self.from_record(on_record)
+            note.replace(_json_bytes(record))  # its object was lost, and has been made again
         return self.from_record(record)
 
     def local(self, kind: str, content_id: str) -> Path:
@@ -296,8 +317,11 @@ class ArtifactStore:
     def _replace_copy(self, source: str, target: Path, fault: str) -> None:
         """Copies and checks a remote object; who reads a damaged copy keeps reading it."""
         attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}")
+        inventory = self.filesystem.cat_file(f"{source}/{INVENTORY}")
         try:
-            self.filesystem.get(source, str(attempt), recursive=True)
+            self.filesystem.get(_files_of(source, inventory), str(attempt), recursive=True)
+            attempt.mkdir(parents=True, exist_ok=True)  # there is none for no files
+            (attempt / INVENTORY).write_bytes(inventory)
             verify_files(attempt)
         except DamagedArtifactError as error:
             shutil.rmtree(attempt)
@@ -326,7 +350,7 @@ class ArtifactStore:
 
     def read_file(self, kind: str, content_id: str, path: str) -> bytes:
         """Returns the bytes of one file of an object, unchecked."""
-        return self.filesystem.cat_file(f"{self.object_path(kind, content_id)}/{path}")
+        return self.filesystem.cat_file(f"{self.files_path(kind, content_id)}/{path}")
 
     def fetch_file(self, kind: str, content_id: str, path: str, target: Path) -> None:
         """Puts one file of an object at `target`, linked where that can be, else copied; unchecked.
@@ -334,7 +358,7 @@ class ArtifactStore:
         Raises:
             FileNotFoundError: the object has no such file.
         """
-        source = f"{self.object_path(kind, content_id)}/{path}"
+        source = f"{self.files_path(kind, content_id)}/{path}"
         if self.is_local:
             link_or_copy(Path(source), target)
         else:
@@ -357,7 +381,8 @@ class ArtifactStore:
         """Points the name `name`, for people, at a content id."""
         _require(_ALIAS, name, "alias")
         _require(_DIGEST, content_id, "content id")
-        self._write_last(f"{self.root}/aliases/{name}", {"content_id": content_id})
+        note = Note(self.filesystem, f"{self.root}/aliases/{name}")
+        note.replace(_json_bytes({"content_id": content_id}))
 
     def resolve(self, reference: str) -> str:
         """Returns the content id meant by an alias, or by six or more of its first digits."""
@@ -381,6 +406,17 @@ class ArtifactStore:
         _require(_DIGEST, content_id, "content id")
         return f"{self.root}/objects/{kind}/{content_id}"
 
+    def files_path(self, kind: str, content_id: str) -> str:
+        """Returns the directory of an object's files within `filesystem`.
+
+        Raises:
+            FileNotFoundError: there is no such object.
+        """
+        path = self.object_path(kind, content_id)
+        if self.is_local:
+            return path
+        return _files_of(path, self.filesystem.cat_file(f"{path}/{INVENTORY}"))
+
     def record_path(self, recipe_id: str, numerics: str) -> str:
         """Returns where a record is, or would be, within `filesystem`."""
         _require(_DIGEST, recipe_id, "recipe id")
@@ -390,13 +426,16 @@ class ArtifactStore:
 
     @contextlib.contextmanager
     def begin(
-        self, stand_in: Recipe, numerics: Mapping[str, Any] | None = None
+        self,
+        stand_in: Recipe,
+        numerics: Mapping[str, Any] | None = None,
+        report: Report = ignore,
     ) -> Iterator[Workspace]:
         """Yields a workspace for a recipe whose inputs are not known yet; nothing is published.
 
         What is left in its `progress` is taken up by `materialize(..., begun_as=[stand_in])`.
         """
-        with self._exclusive(stand_in.id, numerics_digest(numerics)) as work:
+        with self._exclusive(stand_in.id, numerics_digest(numerics), report) as work:
             for dead in work.glob("attempt-*"):
                 shutil.rmtree(dead)
             space = Workspace(work / "progress", work / f"attempt-{uuid.uuid4().hex[:12]}")
@@ -408,7 +447,9 @@ class ArtifactStore:
         for stand_in in begun_as:
             if progress.exists():
                 return
-            with self._exclusive(stand_in.id, numerics) as work:
+            work = self._work(stand_in.id, numerics)
+            with work.with_suffix(".lock").open("a+") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX)
                 if (work / "progress").exists():
                     with (work / WORKER_LOCK).open("w") as lock:
                         fcntl.flock(lock, fcntl.LOCK_EX)  # until a dying worker has saved
@@ -417,16 +458,27 @@ class ArtifactStore:
                     shutil.rmtree(work)
 
     @contextlib.contextmanager
-    def _exclusive(self, recipe_id: str, numerics: str) -> Iterator[Path]:
-        """Yields the work directory under its lock, which the kernel drops when the holder dies.
+    def _exclusive(self, recipe_id: str, numerics: str, report: Report) -> Iterator[Path]:
+        """Yields the work directory, which is nobody else's meanwhile, under a lease."""
+        work = self._work(recipe_id, numerics)
+        note = Note(self.filesystem, f"{self.root}/leases/{recipe_id}/{numerics}.json")
+        with leases.held(
+            note,
+            work.with_suffix(".lock"),
+            self._terms,
+            doing=lambda: _told_progress(work / "progress"),
+            report=report,
+        ):
+            yield work
+
+    def _work(self, recipe_id: str, numerics: str) -> Path:
+        """Returns the work directory of a recipe.
 
         Each numerics class has its own: a run resumed on another class would belong to neither.
         """
         work = self.scratch / "work" / recipe_id / numerics
         work.parent.mkdir(parents=True, exist_ok=True)
-        with work.with_suffix(".lock").open("w") as handle:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield work
+        return work
 
     def from_record(self, record: Mapping[str, Any]) -> Artifact:
         """Returns the artifact that a record of this store is about."""
@@ -454,10 +506,11 @@ class ArtifactStore:
             for path in sorted(output.rglob("*"))
             if path.is_file()
         ]
+        described = {"kind": kind, "content_id": content_id, "files": inventory}
+        if not self.is_local:
+            described["at"] = f"{UPLOAD}{uuid.uuid4().hex[:12]}"
         faults.reach("before-inventory", kind)
-        write_durably(
-            output / INVENTORY, {"kind": kind, "content_id": content_id, "files": inventory}
-        )
+        write_durably(output / INVENTORY, described)
         faults.reach("before-sync", kind)
         if self.contains(kind, content_id):
             shutil.rmtree(output)
@@ -471,21 +524,20 @@ class ArtifactStore:
                 if not self.contains(kind, content_id):
                     raise
                 shutil.rmtree(output)
-            _sync_directory(Path(target).parent)
+            sync_directory(Path(target).parent)
         else:
-            for name in [*(entry["path"] for entry in inventory), INVENTORY]:
-                self.filesystem.makedirs(f"{target}/{name}".rsplit("/", 1)[0], exist_ok=True)
-                self.filesystem.put_file(str(output / name), f"{target}/{name}")
-                faults.reach("during-upload", kind)
+            self._upload(output, target, described)
             shutil.rmtree(output)
 
-    def _write_last(self, path: str, value: Mapping[str, Any]) -> None:
-        if self.is_local:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_durably(Path(path), value)
-        else:
-            self.filesystem.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-            self.filesystem.pipe_file(path, _json_bytes(value))
+    def _upload(self, output: Path, target: str, described: Mapping[str, Any]) -> None:
+        names = [f"{described['at']}/{entry['path']}" for entry in described["files"]]
+        for entry, name in zip(described["files"], names, strict=True):
+            self.filesystem.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
+            self.filesystem.put_file(str(output / entry["path"]), f"{target}/{name}")
+            faults.reach("during-upload", described["kind"])
+        if not Note(self.filesystem, f"{target}/{INVENTORY}").create(_json_bytes(described)):
+            for name in names:  # another was first
+                self.filesystem.rm_file(f"{target}/{name}")
 
 
 def by_object(records: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
@@ -590,13 +642,7 @@ def differing_leaves(before: Mapping[str, str], after: Mapping[str, str]) -> lis
 
 def write_durably(path: Path, value: Mapping[str, Any]) -> None:
     """Writes `value` as JSON so that a crash leaves the old file or the whole new one, on disk."""
-    attempt = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    with attempt.open("wb") as handle:
-        handle.write(_json_bytes(value))
-        handle.flush()
-        os.fsync(handle.fileno())
-    attempt.replace(path)
-    _sync_directory(path.parent)
+    write_whole(path, _json_bytes(value))
 
 
 def _json_bytes(value: Mapping[str, Any]) -> bytes:
@@ -611,22 +657,34 @@ def _stamps(directory: Path) -> list[tuple[str, int, int]]:
     return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
 
 
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _sync_tree(root: Path) -> None:
     for path in root.rglob("*"):
         if path.is_file():
             with path.open("rb") as handle:
                 os.fsync(handle.fileno())
         else:
-            _sync_directory(path)
-    _sync_directory(root)
+            sync_directory(path)
+    sync_directory(root)
+
+
+def _files_of(object_path: str, inventory: bytes) -> str:
+    """Returns where the files of a remote object are."""
+    at = json.loads(inventory).get("at", ".")  # beside the inventory, before uploads had their own
+    return object_path if at == "." else f"{object_path}/{at}"
+
+
+def _told_progress(directory: Path) -> str:
+    """Returns how much a build has committed, and what last."""
+    newest, name, num_bytes = 0.0, "", 0
+    for parent, _, files in os.walk(directory):
+        for path in (Path(parent) / file for file in files):
+            with contextlib.suppress(FileNotFoundError):  # work in hand
+                found = path.stat()
+                num_bytes += found.st_size
+                newest, name = max((newest, name), (found.st_mtime, str(path)))
+    if not name:
+        return "nothing committed yet"
+    return f"{num_bytes:,} bytes committed, last {Path(name).relative_to(directory)}"
 
 
 def _refuse_other_content(on_record: Mapping[str, Any], record: Mapping[str, Any]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 from modeling.artifacts import (
     INVENTORY,
+    UPLOAD,
     ArtifactStore,
     by_object,
     inventory_faults,
@@ -137,6 +138,8 @@ def garbage(
         path = store.object_path(kind, content_id)
         if (kind, content_id) not in reached and _is_older(store, path, moment, grace_s):
             found.append(Garbage(path, _size(store, path), "no record, alias or instance has it"))
+    found += _leftover_uploads(store, moment, grace_s)
+    found += _leftover_leases(store, moment, grace_s)
     found += _leftover_work(store, {_place(record) for record in kept}, moment, grace_s)
     return sorted(found, key=lambda one: one.path)
 
@@ -196,8 +199,13 @@ def _faults(store: ArtifactStore, key: Key, promised: set[str]) -> Iterator[tupl
         return
     if promised - {store.inventory_sha256(*key)}:
         yield path, "other bytes than the record says"
-    for name, what in inventory_faults(fs, root, inventory["files"]):
-        yield f"{root}/{name}", what
+    files = store.files_path(*key)
+    for name, what in inventory_faults(fs, files, inventory["files"]):
+        yield f"{files}/{name}", what
+    if files != root:
+        for stray in fs.find(root):
+            if stray != path and not stray.startswith(f"{root}/{UPLOAD}"):
+                yield stray, "was not published"
 
 
 def _how_to_rebuild(record: Mapping[str, Any], whole: set[Key]) -> str:
@@ -271,6 +279,28 @@ def _reached(roots: set[Key], known: Mapping[Key, list[dict[str, Any]]]) -> set[
             for record in known.get(key, []):
                 waiting += map(_key, record["recipe"]["inputs"].values())
     return reached
+
+
+def _leftover_uploads(
+    store: ArtifactStore, now: datetime.datetime, grace_s: float
+) -> Iterator[Garbage]:
+    """Yields uploads of objects that another upload was quicker to publish."""
+    for kind, content_id in () if store.is_local else _objects(store):
+        if not store.contains(kind, content_id):
+            continue
+        path, counts = store.object_path(kind, content_id), store.files_path(kind, content_id)
+        for upload in sorted(store.filesystem.glob(f"{path}/{UPLOAD}*")):
+            if upload.rstrip("/") != counts and _is_older(store, upload, now, grace_s):
+                yield Garbage(upload, _size(store, upload), "another upload was published")
+
+
+def _leftover_leases(
+    store: ArtifactStore, now: datetime.datetime, grace_s: float
+) -> Iterator[Garbage]:
+    """Yields leases that their holders have neither renewed nor given back."""
+    for path in sorted(store.filesystem.glob(f"{store.root}/leases/*/*.json")):
+        if _is_older(store, path, now, grace_s):
+            yield Garbage(path, _size(store, path), "its holder is gone")
 
 
 def _leftover_work(

@@ -94,7 +94,9 @@ class HeadStartResource(dg.ConfigurableResource):
         numerics = launcher.numerics(experiment)
         stand_in = recipes.checkpoint_stand_in(experiment, tokenized.id)
         self._held = contextlib.ExitStack()
-        space: Workspace = self._held.enter_context(store.open().begin(stand_in, numerics))
+        report = context.log.info
+        begun = store.open().begin(stand_in, numerics, lambda said: report(str(said)))
+        space: Workspace = self._held.enter_context(begun)
         self._handoff = space.progress.parent
         (self._handoff / growing.FINISHED_FILE).unlink(missing_ok=True)
         # Training replaces it once it has started; until then it asks for nothing.

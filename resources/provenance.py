@@ -28,6 +28,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from modeling.artifacts import Artifact, ArtifactStore, Build, Built, Recipe, Workspace
+from modeling.progress import Report, ignore
 
 REMOVED = "[removed]"
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -74,6 +75,7 @@ def materialize(
     *,
     numerics: Mapping[str, Any] | None = None,
     begun_as: Sequence[Recipe] = (),
+    report: Report = ignore,
 ) -> tuple[Artifact, bool, float]:
     """Returns the artifact, whether it had to be built, and the seconds that it took."""
     began = time.monotonic()
@@ -93,7 +95,12 @@ def materialize(
         return built
 
     artifact, is_new = store.materialize(
-        recipe, build_with_provenance, numerics=numerics, provenance=provenance, begun_as=begun_as
+        recipe,
+        build_with_provenance,
+        numerics=numerics,
+        provenance=provenance,
+        begun_as=begun_as,
+        report=report,
     )
     return artifact, is_new, time.monotonic() - began
 

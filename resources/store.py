@@ -79,7 +79,12 @@ class StoreResource(dg.ConfigurableResource):
         key = key or context.asset_key
         before = materializations.latest(context.instance, key)
         artifact, is_new, seconds = provenance.materialize(
-            store, recipe, build, numerics=numerics, begun_as=begun_as
+            store,
+            recipe,
+            build,
+            numerics=numerics,
+            begun_as=begun_as,
+            report=lambda said: context.log.info(str(said)),
         )
         files = store.local(artifact.kind, artifact.content_id)
         return dg.MaterializeResult(

@@ -245,9 +245,8 @@ class TestDamage:
     def test_a_copy_of_a_damaged_remote_object_is_refused(self, tmp_path: Path):
         store = ArtifactStore("memory://damaged", scratch=tmp_path)
         artifact, _ = store.materialize(recipe("a"), writes("abc"))
-        store.filesystem.pipe_file(
-            f"{store.root}/objects/tokenizer/{artifact.content_id}/part/text.txt", b"abd"
-        )
+        files = store.files_path("tokenizer", artifact.content_id)
+        store.filesystem.pipe_file(f"{files}/part/text.txt", b"abd")
         with pytest.raises(DamagedArtifactError, match="has other bytes"):
             store.local("tokenizer", artifact.content_id)
 

@@ -64,15 +64,15 @@ def test_a_damaged_copy_is_found_and_copied_again(url, tmp_path, caplog):
 
 def test_a_damaged_object_is_an_error_and_leaves_no_copy(url, tmp_path):
     ArtifactStore(url, scratch=tmp_path / "a").materialize(RECIPE, build)
-    fs, root = fsspec.url_to_fs(url)
-    fs.pipe_file(f"{root}/objects/raw_corpus/{CONTENT}/part/a.bin", b"a" * 999 + b"b")
     store = ArtifactStore(url, scratch=tmp_path / "b")
+    damaged = f"{store.files_path('raw_corpus', CONTENT)}/part/a.bin"
+    store.filesystem.pipe_file(damaged, b"a" * 999 + b"b")
     with pytest.raises(
         DamagedArtifactError, match=r"object stored at .*part/a\.bin has other bytes"
     ):
         store.local("raw_corpus", CONTENT)
     assert list((tmp_path / "b").rglob("*.bin")) == []
-    fs.rm_file(f"{root}/objects/raw_corpus/{CONTENT}/part/a.bin")
+    store.filesystem.rm_file(damaged)
     with pytest.raises(DamagedArtifactError, match=r"part/a\.bin is missing"):
         store.local("raw_corpus", CONTENT)
 

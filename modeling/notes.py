@@ -1,0 +1,99 @@
+"""Notes: small files of a store on any file system, seen whole or not at all.
+
+`create` never overwrites: of several hosts one is first. Locally that is a hard link, on object
+stores a conditional write. Where a store has none, the last of two that write in the same moment
+wins; whoever must know reads back.
+"""
+
+import contextlib
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+
+class Note:
+    """One file, at `path` within a file system of fsspec's."""
+
+    def __init__(self, filesystem: Any, path: str) -> None:
+        """Neither reads nor writes yet."""
+        self.path = path
+        self._filesystem = filesystem
+        self._is_local = isinstance(filesystem, LocalFileSystem)
+
+    def read(self) -> bytes | None:
+        """Returns what it says; None if it is not there."""
+        try:
+            return self._filesystem.cat_file(self.path)
+        except FileNotFoundError:
+            return None
+
+    def create(self, content: bytes) -> bool:
+        """Writes it unless it is there; returns whether it says `content` now."""
+        self._filesystem.makedirs(self.path.rpartition("/")[0], exist_ok=True)
+        try:
+            if self._is_local:
+                _create_whole(Path(self.path), content)
+            else:
+                self._filesystem.pipe_file(self.path, content, mode="create")
+        except FileExistsError:
+            pass
+        return self.read() == content
+
+    def replace(self, content: bytes) -> None:
+        """Writes it, there or not."""
+        self._filesystem.makedirs(self.path.rpartition("/")[0], exist_ok=True)
+        if self._is_local:
+            write_whole(Path(self.path), content)
+        else:
+            self._filesystem.pipe_file(self.path, content)
+
+    def remove(self) -> None:
+        """Removes it if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._filesystem.rm_file(self.path)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a local file so that a crash leaves the old one or the whole new one, on disk."""
+    with _attempt(path, content) as attempt:
+        attempt.replace(path)
+    sync_directory(path.parent)
+
+
+def _create_whole(path: Path, content: bytes) -> None:
+    with _attempt(path, content) as attempt:
+        try:
+            path.hardlink_to(attempt)
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            if path.exists():
+                raise FileExistsError(path) from None
+            attempt.replace(path)
+    sync_directory(path.parent)
+
+
+@contextlib.contextmanager
+def _attempt(path: Path, content: bytes) -> Iterator[Path]:
+    attempt = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with attempt.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        yield attempt
+    finally:
+        attempt.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Makes the names in a directory durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
