@@ -105,7 +105,7 @@ def _acquire(note: Note, lock: Any, terms: Terms, report: Report) -> Holder:
     """Waits for lock and lease, and returns what the lease now says."""
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     mine = Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid(), since, 0, "")
-    watch, has_lock, look_at, tell_at = _Watch(terms.expire_s), False, 0.0, 0.0
+    watch, has_lock, look_at, tell_at = Watch(terms.expire_s), False, 0.0, 0.0
     other: Holder | None = None
     while True:
         had_lock, has_lock = has_lock, has_lock or _try_lock(lock)
@@ -137,7 +137,7 @@ def _try_lock(lock: Any) -> bool:
 
 
 def _may_take(
-    other: Holder | None, mine: Holder, lock: Any, watch: "_Watch", report: Report
+    other: Holder | None, mine: Holder, lock: Any, watch: "Watch", report: Report
 ) -> bool:
     """Whether nobody is at work; the lock is ours."""
     if other is None:
@@ -151,16 +151,19 @@ def _may_take(
     return False
 
 
-class _Watch:
-    """Sees whether a lease is renewed, by the clock of this process alone."""
+class Watch:
+    """Sees whether a lease is renewed, by one clock alone."""
 
-    def __init__(self, expire_s: float) -> None:
+    def __init__(self, expire_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Has seen nothing yet."""
         self._expire_s = expire_s
+        self._clock = clock
         self._seen: tuple[str, int] | None = None
         self._since = 0.0
 
     def has_expired(self, holder: Holder) -> bool:
-        seen, now = (holder.id, holder.beat), time.monotonic()
+        """Whether this very lease was shown for the first time long enough ago."""
+        seen, now = (holder.id, holder.beat), self._clock()
         if seen != self._seen:
             self._seen, self._since = seen, now
         return now - self._since >= self._expire_s

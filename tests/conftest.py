@@ -50,8 +50,7 @@ def gcs_address() -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     address = f"http://127.0.0.1:{port}"
-    command = [sys.executable, "-m", "gcp_storage_emulator", "start", "--in-memory",
-               "--host", "127.0.0.1", "--port", str(port)]  # fmt: skip
+    command = [sys.executable, str(Path(__file__).parent / "gcs_emulator.py"), str(port)]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
     ) as server:

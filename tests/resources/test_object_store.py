@@ -1,6 +1,9 @@
 """The artifact store on object stores: Cloud Storage by its emulator, and memory."""
 
+import datetime
+import multiprocessing
 import uuid
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -11,8 +14,10 @@ from modeling.artifacts import (
     Built,
     DamagedArtifactError,
     Recipe,
+    ReproducibilityError,
     Workspace,
 )
+from modeling.upkeep import check, delete, garbage
 
 RECIPE = Recipe("raw_corpus", 1, {"n": 1})
 CONTENT = "0" * 64
@@ -86,3 +91,116 @@ def test_an_upload_that_was_cut_off_is_no_artifact(url, tmp_path):
     _, is_new = store.materialize(RECIPE, build)
     assert is_new
     assert (store.local("raw_corpus", CONTENT) / "b.txt").exists()
+
+
+class Interrupted:
+    """A file system that lets something else happen just before its n-th write."""
+
+    def __init__(self, filesystem, count, event):
+        self._filesystem, self._count, self._event = filesystem, count, event
+        self.has_happened = False
+
+    def __getattr__(self, name):
+        method = getattr(self._filesystem, name)
+        if name not in ("put_file", "pipe_file"):
+            return method
+
+        def write(*arguments, **options):
+            self._count -= 1
+            if self._count == 0:
+                self._event()
+                self.has_happened = True
+            return method(*arguments, **options)
+
+        return write
+
+
+def publishes(store, directory, text, content=CONTENT):
+    """Publishes two files, of which the content id does not tell all."""
+    directory.mkdir()
+    (directory / "a.txt").write_text(text)
+    (directory / "b.txt").write_text(text * 2)
+    return store.publish(RECIPE, directory, Built(content, facts={"text": text}))
+
+
+def test_of_two_publishers_one_is_first_wherever_the_other_stands(url, tmp_path):
+    """Two objects of one content may differ in bytes that are no part of it; none is of both."""
+    for count in range(1, 20):
+        here = ArtifactStore(f"{url}/{count}", scratch=tmp_path / f"a{count}")
+        there = ArtifactStore(f"{url}/{count}", scratch=tmp_path / f"b{count}")
+        made = []
+        here.filesystem = Interrupted(
+            here.filesystem,
+            count,
+            lambda there=there, made=made, count=count: made.append(
+                publishes(there, tmp_path / f"there-{count}", "there")
+            ),
+        )
+        made.append(publishes(here, tmp_path / f"here-{count}", "here"))
+        if not here.filesystem.has_happened:
+            break
+        assert made == [there.find(RECIPE)] * 2
+        assert check(there) == []
+        files = there.local("raw_corpus", CONTENT)
+        text = "here" if count == 4 else "there"
+        assert [(files / f"{name}.txt").read_text() for name in "ab"] == [text, text * 2]
+    assert count == 5, "before each of two files, the inventory and the record"
+
+
+def test_other_content_is_refused_also_by_who_was_not_told_before(url, tmp_path):
+    here = ArtifactStore(f"{url}/race", scratch=tmp_path / "a")
+    there = ArtifactStore(f"{url}/race", scratch=tmp_path / "b")
+    here.filesystem = Interrupted(
+        here.filesystem, 4, lambda: publishes(there, tmp_path / "there", "there")
+    )
+    with pytest.raises(ReproducibilityError, match="Nothing was overwritten"):
+        publishes(here, tmp_path / "here", "here", content="1" * 64)
+    assert there.find(RECIPE).content_id == CONTENT
+    assert check(there) == []
+
+
+def test_what_a_killed_publisher_has_uploaded_is_garbage(url, tmp_path):
+    def die():
+        raise KeyboardInterrupt
+
+    dying = ArtifactStore(f"{url}/dies", scratch=tmp_path / "a")
+    dying.filesystem = Interrupted(dying.filesystem, 2, die)
+    with pytest.raises(KeyboardInterrupt):
+        publishes(dying, tmp_path / "dying", "one")
+    store = ArtifactStore(f"{url}/dies", scratch=tmp_path / "b")
+    assert store.find(RECIPE) is None
+    publishes(store, tmp_path / "next", "two")
+    assert check(store) == []
+    assert garbage(store) == [], "it may be on its way still"
+    found = garbage(store, now=datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=2))
+    assert [(one.num_bytes, one.why) for one in found] == [(3, "another upload was published")]
+    delete(store, found)
+    assert (store.local("raw_corpus", CONTENT) / "a.txt").read_text() == "two"
+    assert check(store) == []
+
+
+def publish_at_once(url, directory, text, start):
+    store = ArtifactStore(url, scratch=Path(directory))
+    start.wait(120)
+    publishes(store, Path(directory) / "output", text)
+
+
+def test_processes_that_publish_at_once_end_with_one_object(gcs, tmp_path):
+    spawn = multiprocessing.get_context("spawn")
+    start, racers = spawn.Barrier(2), []
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        arguments = (f"{gcs}/store", str(tmp_path / name), name, start)
+        racers.append(spawn.Process(target=publish_at_once, args=arguments))
+    for racer in racers:
+        racer.start()
+    for racer in racers:
+        racer.join(120)
+    assert [racer.exitcode for racer in racers] == [0, 0]
+    store = ArtifactStore(f"{gcs}/store", scratch=tmp_path)
+    assert check(store) == []
+    text = store.find(RECIPE).facts["text"]
+    files = store.local("raw_corpus", CONTENT)
+    # Who was first with the object may not have been with the record: they are of one content.
+    assert (files / "b.txt").read_text() == (files / "a.txt").read_text() * 2
+    assert {text, (files / "a.txt").read_text()} <= set("ab")
