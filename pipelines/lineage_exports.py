@@ -8,11 +8,9 @@ the run of a recipe an *activity*, a person's commit of the code an *agent*:
 
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import jinja2
-
+from modeling import pages
 from pipelines.lineage import Node, Record, summary
 
 _BOX_WIDTH, _BOX_HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 170, 54, 60, 26, 44
@@ -28,18 +26,22 @@ def to_html(node: Node) -> str:
     inputs: dict[str, list[tuple[str, dict[str, str]]]] = {key: [] for key in records}
     for source, target, role in edges:
         inputs[target].append((role, _named(records[source])))
-    templates = jinja2.FileSystemLoader(Path(__file__).parent / "templates")
-    page = jinja2.Environment(loader=templates, autoescape=True, undefined=jinja2.StrictUndefined)
-    return page.get_template("lineage.html").render(
-        top=node.record,
-        boxes=boxes,
-        width=max(x for x, _ in places.values()) + _BOX_WIDTH + _MARGIN,
-        height=max(y for _, y in places.values()) + _BOX_HEIGHT + _MARGIN,
-        edges=[
-            {"curve": _curve(places[source], places[target]), "role": role}
-            for source, target, role in edges
-        ],
-        artifacts=[_described(record) | {"inputs": inputs[key]} for key, record in records.items()],
+    return (
+        pages.templates("pipelines")
+        .get_template("lineage.html")
+        .render(
+            top=node.record,
+            boxes=boxes,
+            width=max(x for x, _ in places.values()) + _BOX_WIDTH + _MARGIN,
+            height=max(y for _, y in places.values()) + _BOX_HEIGHT + _MARGIN,
+            edges=[
+                {"curve": _curve(places[source], places[target]), "role": role}
+                for source, target, role in edges
+            ],
+            artifacts=[
+                _described(record) | {"inputs": inputs[key]} for key, record in records.items()
+            ],
+        )
     )
 
 

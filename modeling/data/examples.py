@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import Literal
 
-import jinja2
 import numpy as np
 from tokenizers import decoders
 
+from modeling import pages
 from modeling.data.cache import TokenCache
 from modeling.data.rows import PADDING_SEGMENT, Rows
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
@@ -189,11 +189,5 @@ def to_markdown(example: Example, *, most: int = 2000) -> str:
 
 def to_html(title: str, examples: Sequence[Example], *, ids: bool = False) -> str:
     """Returns examples as one page that loads nothing from elsewhere; all text is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("modeling.data"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("examples.html").render(title=title, examples=examples, ids=ids)
+    template = pages.templates("modeling.data").get_template("examples.html")
+    return template.render(title=title, examples=examples, ids=ids)

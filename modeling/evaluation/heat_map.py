@@ -17,11 +17,11 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import jinja2
 import numpy as np
 
 import haliax as hax
 from haliax import Axis, NamedArray
+from modeling import pages
 from modeling.data.rows import Rows
 from modeling.models.lm import LanguageModel
 
@@ -147,17 +147,9 @@ def page(title: str, rows: Sequence[Sequence[TokenView]], *, caption: str = "") 
 
 def render(template: str, **values: Any) -> str:
     """Returns the named template filled in, with everything in `values` escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("modeling.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["visible"] = visible
-    environment.filters["percent"] = _percent
-    environment.globals["bands"] = BANDS
-    environment.globals["band_of"] = band_of
+    environment = pages.templates("modeling.evaluation")
+    environment.filters.update(visible=visible, percent=_percent)
+    environment.globals.update(bands=BANDS, band_of=band_of)
     return environment.get_template(template).render(**values)
 
 
