@@ -1,24 +1,83 @@
 """What the catalog shows of an asset before anything of it was made."""
 
-from collections.abc import Mapping
-from typing import Any
+import inspect
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from modeling import canonical
+from modeling import canonical, recipes
 from resources.materializations import CONFIG
-from resources.provenance import scrub
+from resources.provenance import code_url, scrub
+
+if TYPE_CHECKING:
+    from modeling.data.config import DatasetConfig
+    from modeling.experiment import ExperimentConfig
 
 
-def config_metadata(params: Any) -> Mapping[str, dg.JsonMetadataValue]:
-    """Returns definition metadata: the slice of the YAML that a stage reads, defaults filled in.
+def stage(
+    kind: str,
+    params: Any,
+    key: Sequence[str],
+    *,
+    of: "DatasetConfig | ExperimentConfig",
+    kinds: set[str],
+    ins: Mapping[str, Sequence[str]] | None = None,
+    pool: str | None = None,
+    description: str | None = None,
+) -> Callable[[Callable[..., dg.MaterializeResult[Any]]], dg.AssetsDefinition]:
+    """Makes an asset of a body, with all that a stranger wants to know of it.
 
-    It is shown and kept, so credentials in URLs are taken out.
+    Args:
+        kind: of the artifact.
+        params: the slice of the YAML that the stage reads; the code version is a digest of it, and
+            the catalog shows it with its defaults filled in.
+        key: of the asset; its first part, a dataset or an experiment, is also the group.
+        of: the file that it is made of, which says what that is and who answers for it.
+        kinds: the signs of the UI.
+        ins: the keys of the parents, by parameter.
+        pool: see `dagster.yaml`.
+        description: if the body's docstring cannot say it.
     """
-    return {CONFIG: dg.MetadataValue.json(_without_secrets(canonical.plain(params)))}
+
+    def asset(body: Callable[..., dg.MaterializeResult[Any]]) -> dg.AssetsDefinition:
+        told = description or inspect.cleandoc(body.__doc__ or "")
+        return dg.asset(
+            key=[*key],
+            ins={name: dg.AssetIn([*parent]) for name, parent in (ins or {}).items()},
+            group_name=key[0],
+            kinds=kinds,
+            pool=pool,
+            owners=[*of.owners],
+            description=f"{told}\n\n`{key[0]}`: {of.description}" if of.description else told,
+            code_version=recipes.code_version(kind, params),
+            metadata={
+                CONFIG: dg.MetadataValue.json(_without_secrets(canonical.plain(params))),
+                "dagster/code_references": _code_references(body),
+            },
+        )(body)
+
+    return asset
+
+
+def _code_references(body: Callable[..., Any]) -> dg.CodeReferencesMetadataValue:
+    """Returns where a body is written: here, and in the repository if its host is known.
+
+    Only definitions have it, which are read anew on each machine: no artifact's record and no event
+    holds a path of a checkout.
+    """
+    path, line = inspect.getfile(body), inspect.getsourcelines(body)[1]
+    url = code_url(path, line)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", dg.BetaWarning)
+        here = dg.LocalFileCodeReference(file_path=path, line_number=line, label="this checkout")
+        there = [] if url is None else [dg.UrlCodeReference(url=url, label="repository")]
+        return dg.CodeReferencesMetadataValue(code_references=[here, *there])
 
 
 def _without_secrets(value: Any) -> Any:
+    """Takes the credentials out of URLs: what definitions show, materializations keep."""
     if isinstance(value, Mapping):
         return {name: _without_secrets(item) for name, item in value.items()}
     if isinstance(value, list):

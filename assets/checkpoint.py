@@ -1,7 +1,6 @@
 """The checkpoint: the trained model, trained in a process of its own that any retry resumes."""
 
-import base64
-import io
+import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -9,11 +8,13 @@ from typing import Any
 
 import dagster as dg
 
-from assets.catalog import config_metadata
+from assets.catalog import stage
 from assets.checks import artifact_check
+from assets.pictures import loss_picture
 from modeling import recipes
 from modeling.artifacts import Artifact
 from modeling.experiment import ConfigError, ExperimentConfig
+from resources import panel
 from resources.head_start import HeadStartResource, stand_ins
 from resources.launcher import LauncherResource
 from resources.store import StoreResource
@@ -23,16 +24,15 @@ def checkpoint_assets(
     name: str, experiment: ExperimentConfig
 ) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
     """Returns `[name, checkpoint]` and its checks."""
-    cache_key = [experiment.dataset, "token_cache", experiment.cache_name]
 
-    @dg.asset(
-        key=[name, "checkpoint"],
-        ins={"token_cache": dg.AssetIn(cache_key)},
-        group_name=name,
+    @stage(
+        "checkpoint",
+        recipes.checkpoint_code_params(experiment),
+        [name, "checkpoint"],
+        of=experiment,
         kinds={"jax"},
+        ins={"token_cache": [experiment.dataset, "token_cache", experiment.cache_name]},
         pool="accelerator",
-        code_version=recipes.code_version("checkpoint", recipes.checkpoint_code_params(experiment)),
-        metadata=config_metadata(recipes.checkpoint_code_params(experiment)),
     )
     def checkpoint(
         context: dg.AssetExecutionContext,
@@ -124,29 +124,22 @@ def _loss_faults(artifact: Artifact, files: Path, store: StoreResource) -> Itera
 
 
 def _shown(artifact: Artifact, files: Path) -> Mapping[str, Any]:
-    """Returns the loss curve, which the metadata panel shows in place, and what else to look at."""
+    """Returns the loss curve, the arrays, and what else to look at."""
+    from modeling.training.history import read_losses
+
+    manifest = json.loads((files / "manifest.json").read_text(encoding="utf-8"))
     shown: dict[str, Any] = {
-        "loss": dg.MetadataValue.md(f"![loss](data:image/png;base64,{_png(files)})")
-    }
+        "loss": loss_picture(read_losses(files)),
+        "arrays": panel.table(
+            ("array", "dtype", "shape", "axes", "sha256"),
+            (
+                (leaf["path"], leaf["dtype"], " x ".join(map(str, leaf["shape"])),
+                 ", ".join(leaf["axes"] or ()), leaf["sha256"])
+                for leaf in manifest["leaves"]
+            ),
+        ),
+    }  # fmt: skip
     for name, pattern in (("profile", "profiles/*/trace.json.gz"), ("picture", "pictures/*.html")):
         if found := sorted(files.glob(pattern)):
             shown[name] = dg.MetadataValue.path(found[-1])
     return shown
-
-
-def _png(files: Path) -> str:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    from modeling.training.history import read_losses
-
-    losses = read_losses(files)
-    figure = Figure(figsize=(6, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.plot(range(1, len(losses) + 1), losses)
-    axes.set(xlabel="step", ylabel="loss (nats per token)")
-    axes.grid(alpha=0.3)
-    written = io.BytesIO()
-    figure.savefig(written, format="png", dpi=90)
-    return base64.b64encode(written.getvalue()).decode()

@@ -1,16 +1,17 @@
 """The raw corpus: documents decoded from a listing of files, and the proof that none was lost."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from assets.catalog import config_metadata
+from assets.catalog import stage
 from assets.checks import artifact_check
 from modeling import recipes
 from modeling.artifacts import Artifact
+from resources import panel
 from resources.digests import open_memo
 from resources.store import StoreResource
 
@@ -23,12 +24,12 @@ def corpus_assets(
 ) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
     """Returns `[name, raw_corpus]` and its check."""
 
-    @dg.asset(
-        key=[name, "raw_corpus"],
-        group_name=name,
+    @stage(
+        "raw_corpus",
+        recipes.corpus_params(dataset),
+        [name, "raw_corpus"],
+        of=dataset,
         kinds={"arrow"},
-        code_version=recipes.code_version("raw_corpus", recipes.corpus_params(dataset)),
-        metadata=config_metadata(recipes.corpus_params(dataset)),
     )
     def raw_corpus(
         context: dg.AssetExecutionContext, store: StoreResource
@@ -53,7 +54,7 @@ def corpus_assets(
                 document_format=dataset.format,
                 report=lambda now: context.log.info(str(now)),
             ),
-            show=lambda made, _: {"dagster/row_count": sum(made.facts["documents"].values())},
+            show=lambda made, _: _shown(made),
         )
 
     counts_add_up = artifact_check(
@@ -63,6 +64,17 @@ def corpus_assets(
         _faults,
     )
     return [raw_corpus, counts_add_up]
+
+
+def _shown(corpus: Artifact) -> Mapping[str, Any]:
+    documents, num_bytes = corpus.facts["documents"], corpus.facts["bytes"]
+    return {
+        "dagster/row_count": sum(documents.values()),
+        "splits": panel.table(
+            ("split", "documents", "bytes"),
+            ((split, documents[split], num_bytes[split]) for split in documents),
+        ),
+    }
 
 
 def _faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:

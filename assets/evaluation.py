@@ -8,11 +8,12 @@ from typing import Any
 
 import dagster as dg
 
-from assets.catalog import config_metadata
+from assets.catalog import stage
 from assets.checks import artifact_check
 from modeling import recipes
 from modeling.artifacts import Artifact
 from modeling.experiment import ExperimentConfig
+from resources import panel
 from resources.launcher import LauncherResource
 from resources.store import StoreResource
 
@@ -24,14 +25,14 @@ def evaluation_assets(
 ) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
     """Returns `[name, eval_report]` and its check."""
 
-    @dg.asset(
-        key=[name, "eval_report"],
-        ins={"checkpoint": dg.AssetIn([name, "checkpoint"])},
-        group_name=name,
+    @stage(
+        "eval_report",
+        recipes.evaluation_params(experiment),
+        [name, "eval_report"],
+        of=experiment,
         kinds={"jax"},
+        ins={"checkpoint": [name, "checkpoint"]},
         pool="accelerator",
-        code_version=recipes.code_version("eval_report", recipes.evaluation_params(experiment)),
-        metadata=config_metadata(recipes.evaluation_params(experiment)),
     )
     def eval_report(
         context: dg.AssetExecutionContext,
@@ -73,14 +74,21 @@ def evaluation_assets(
 
 
 def _samples_and_page(artifact: Artifact, files: Path) -> Mapping[str, Any]:
+    from modeling.evaluation.heat_map import TokenView, drawing
+
     samples = "\n\n".join(
         f"**{sample['prompt']!r}** ({sample['num_tokens']} tokens)\n\n"
         # Indented, the one way to quote in Markdown that no sample can end.
         + "\n".join(f"    {line}" for line in (sample["prompt"] + sample["text"]).splitlines())
         for sample in artifact.facts["samples"]
     )
+    row = json.loads((files / "report.json").read_text(encoding="utf-8"))["row"]
+    seen = [TokenView(token["text"], token["probability"]) for token in row]
     return {
         "samples": dg.MetadataValue.md(samples),
+        "token_probabilities": panel.picture(
+            "token probabilities", drawing(seen).encode(), "image/svg+xml"
+        ),
         # A browser follows no link from the UI's page to a file, so the path is for copying.
         "page": dg.MetadataValue.path(files / "report.html"),
     }

@@ -7,11 +7,12 @@ from typing import Any
 
 import dagster as dg
 
-from assets.catalog import config_metadata
+from assets.catalog import stage
 from assets.checks import artifact_check, verdict
 from modeling import recipes
 from modeling.artifacts import INVENTORY, Artifact
 from modeling.experiment import ExperimentConfig
+from resources import panel
 from resources.launcher import LauncherResource
 from resources.store import StoreResource
 
@@ -22,14 +23,14 @@ def export_assets(
     """Returns `[name, hf_model]` and its checks."""
     key = dg.AssetKey([name, "hf_model"])
 
-    @dg.asset(
-        key=key,
-        ins={"checkpoint": dg.AssetIn([name, "checkpoint"])},
-        group_name=name,
+    @stage(
+        "hf_model",
+        recipes.export_params(experiment),
+        key.path,
+        of=experiment,
         kinds={"huggingface"},
+        ins={"checkpoint": [name, "checkpoint"]},
         pool="accelerator",
-        code_version=recipes.code_version("hf_model", recipes.export_params(experiment)),
-        metadata=config_metadata(recipes.export_params(experiment)),
     )
     def hf_model(
         context: dg.AssetExecutionContext,
@@ -101,4 +102,5 @@ def _missing_files(artifact: Artifact, files: Path, store: StoreResource) -> Ite
 
 def _table(files: Path) -> dg.TableMetadataValue:
     inventory = json.loads((files / INVENTORY).read_text(encoding="utf-8"))
-    return dg.MetadataValue.table([dg.TableRecord(entry) for entry in inventory["files"]])
+    columns = ("path", "size", "sha256")
+    return panel.table(columns, ([file[name] for name in columns] for file in inventory["files"]))

@@ -1,34 +1,41 @@
-"""Pictures in asset metadata: the UI shows a Markdown image whose bytes are in the link itself."""
+"""Pictures of artifacts, as the metadata panel shows them."""
 
-import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import dagster as dg
 
+from resources import panel
 
-def lengths_picture(counts: Mapping[str, Sequence[int]]) -> dg.MetadataValue:
-    """Returns histograms over powers of two, one below the other.
+
+def lengths_picture(counts: Iterable[tuple[int, int]]) -> dg.MarkdownMetadataValue:
+    """Returns a histogram of the tokens in a document.
 
     Args:
-        counts: for each split, how many documents have up to 1 token, 2 to 3, 4 to 7...
+        counts: pairs of a power of two and how many documents are that long or longer, but below
+            the next power; pairs of several splits add up.
     """
+    from modeling.data.pictures import histogram
+
+    totals: Counter[int] = Counter()
+    for power, count in counts:
+        totals[power] += count
+    svg = histogram(sorted(totals.items()), "tokens in a document", "documents")
+    return panel.picture("document lengths", svg.encode(), "image/svg+xml")
+
+
+def loss_picture(losses: Sequence[float]) -> dg.MarkdownMetadataValue:
+    """Returns the curve of the losses of updates 1, 2, ..."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 0.5 + 1.8 * len(counts)), layout="constrained")
+    figure = Figure(figsize=(6, 3), layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.subplots(len(counts), squeeze=False, sharex=True)
-    for axes, (split, bins) in zip(grid[:, 0], counts.items(), strict=True):
-        axes.bar(range(len(bins)), bins)
-        axes.set_ylabel(f"{split} documents")
-        axes.grid(axis="y", alpha=0.3)
-    longest = max(map(len, counts.values()))
-    step = max(longest // 10, 1)
-    bottom = grid[-1, 0]
-    bottom.set_xticks(range(0, longest, step), [f"{2**k:,}" for k in range(0, longest, step)])
-    bottom.set_xlabel("tokens and more")
+    axes = figure.subplots()
+    axes.plot(range(1, len(losses) + 1), losses)
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
     written = io.BytesIO()
-    figure.savefig(written, format="png", dpi=80)
-    encoded = base64.b64encode(written.getvalue()).decode()
-    return dg.MetadataValue.md(f"![document lengths](data:image/png;base64,{encoded})")
+    figure.savefig(written, format="png", dpi=90)
+    return panel.picture("loss", written.getvalue(), "image/png")

@@ -1,37 +1,39 @@
 """The tokenizer, and the proof that it loses nothing."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from assets.catalog import config_metadata
+from assets.catalog import stage
 from assets.checks import artifact_check
 from modeling import recipes
 from modeling.artifacts import Artifact
+from resources import panel
 from resources.store import StoreResource
 
 if TYPE_CHECKING:
     from modeling.data.config import DatasetConfig
+
+_MOST_SHOWN, _MOST_CHARACTERS = 40, 80
 
 
 def tokenizer_assets(
     name: str, dataset: "DatasetConfig"
 ) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
     """Returns `[name, tokenizer]` and its check; only one trained here depends on the corpus."""
-    params = recipes.tokenizer_params(dataset)
-    asset = dg.asset(
-        key=[name, "tokenizer"],
-        ins={"raw_corpus": dg.AssetIn([name, "raw_corpus"])}
+    asset = stage(
+        "tokenizer",
+        recipes.tokenizer_params(dataset),
+        [name, "tokenizer"],
+        of=dataset,
+        kinds={"huggingface"},
+        ins={"raw_corpus": [name, "raw_corpus"]}
         if recipes.is_trained_here(dataset.tokenizer)
         else {},
-        group_name=name,
-        kinds={"huggingface"},
         description=_DESCRIPTIONS[dataset.tokenizer.type],
-        code_version=recipes.code_version("tokenizer", params),
-        metadata=config_metadata(params),
     )
 
     def trained(
@@ -45,6 +47,7 @@ def tokenizer_assets(
             lambda space: tokenizer.build(
                 dataset.tokenizer, documents, space, report=lambda now: context.log.info(str(now))
             ),
+            show=lambda _, files: _shown(files),
         )
 
     def taken(store: StoreResource) -> dg.MaterializeResult[Artifact]:
@@ -52,7 +55,9 @@ def tokenizer_assets(
 
         recipe = recipes.tokenizer_recipe(dataset, None, tokenizer.files_root(dataset.tokenizer))
         return store.materialize(
-            recipe, lambda space: tokenizer.build(dataset.tokenizer, None, space)
+            recipe,
+            lambda space: tokenizer.build(dataset.tokenizer, None, space),
+            show=lambda _, files: _shown(files),
         )
 
     round_trips = artifact_check(
@@ -91,3 +96,21 @@ def _faults(
             yield f"{text[:40]!r} comes back as {tokenizer.decode(ids)[:40]!r}."
         if tokenizer.eos_id in ids:
             yield f"the text {text[:40]!r} ends a document: it yields id {tokenizer.eos_id}."
+
+
+def _shown(files: Path) -> Mapping[str, Any]:
+    """Returns the special tokens and the longest others, as what they stand for."""
+    from modeling.data.examples import Texts
+    from modeling.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(files)
+    texts = Texts(tokenizer)
+    tokens = [texts.shown(number, learned=True) for number in range(tokenizer.vocab_size)]
+    special = [token for token in tokens if token.kind == "special"]
+    others = [token for token in tokens if token.kind == "text"]
+    others.sort(key=lambda token: (-len(token.text), token.token_id))
+    rows = (
+        (token.token_id, token.kind, token.text[:_MOST_CHARACTERS])
+        for token in special + others[:_MOST_SHOWN]
+    )
+    return {"vocabulary": panel.table(("id", "kind", "text"), rows)}

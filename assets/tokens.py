@@ -1,17 +1,17 @@
 """Tokens: the tokenized corpus, and a cache of rows for each sequence length."""
 
-import base64
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
-from assets.catalog import config_metadata
+from assets.catalog import stage
 from assets.checks import artifact_check
 from assets.pictures import lengths_picture
 from modeling import recipes
 from modeling.artifacts import Artifact
+from resources import panel
 from resources.head_start import ON_DEMAND_TAG, HeadStartResource
 from resources.launcher import LauncherResource
 from resources.store import StoreResource
@@ -35,16 +35,13 @@ def tokenized_assets(
         experiments: those on this dataset: a run on demand begins to train one of them meanwhile.
     """
 
-    @dg.asset(
-        key=[name, "tokenized_corpus"],
-        ins={
-            "raw_corpus": dg.AssetIn([name, "raw_corpus"]),
-            "tokenizer": dg.AssetIn([name, "tokenizer"]),
-        },
-        group_name=name,
+    @stage(
+        "tokenized_corpus",
+        recipes.tokenized_params(dataset),
+        [name, "tokenized_corpus"],
+        of=dataset,
         kinds={"arrow"},
-        code_version=recipes.code_version("tokenized_corpus", recipes.tokenized_params(dataset)),
-        metadata=config_metadata(recipes.tokenized_params(dataset)),
+        ins={"raw_corpus": [name, "raw_corpus"], "tokenizer": [name, "tokenizer"]},
     )
     def tokenized_corpus(
         context: dg.AssetExecutionContext,
@@ -87,8 +84,11 @@ def tokenized_assets(
             build,
             show=lambda made, _: {
                 "dagster/row_count": _sum_of_splits(made, "documents"),
+                "splits": _split_table(made),
                 "document_lengths": lengths_picture(
-                    {name: facts["document_lengths"] for name, facts in _splits(made).items()}
+                    (2**power, count)
+                    for facts in _splits(made).values()
+                    for power, count in enumerate(facts["document_lengths"])
                 ),
             },
         )
@@ -107,7 +107,7 @@ def tokenized_assets(
 
 
 def cache_assets(
-    name: str, config: "TokenCacheConfig"
+    name: str, config: "TokenCacheConfig", dataset: "DatasetConfig"
 ) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
     """Returns `[name, token_cache, L<n>]` and its check, and those of its copy if it has one."""
     key = dg.AssetKey([name, "token_cache", config.name])
@@ -116,15 +116,15 @@ def cache_assets(
         "documents": f"Whole documents packed into rows of {config.length} tokens",
     }
 
-    @dg.asset(
-        key=key,
-        ins={"tokenized_corpus": dg.AssetIn([name, "tokenized_corpus"])},
-        group_name=name,
+    @stage(
+        "token_cache",
+        recipes.cache_params(config),
+        key.path,
+        of=dataset,
         kinds={"arrow"},
+        ins={"tokenized_corpus": [name, "tokenized_corpus"]},
         description=f"{made_by[config.packing]}: an index into the shards of the tokenized corpus, "
         "so that another length copies and retokenizes nothing.",
-        code_version=recipes.code_version("token_cache", recipes.cache_params(config)),
-        metadata=config_metadata(recipes.cache_params(config)),
     )
     def token_cache(
         tokenized_corpus: Artifact, store: StoreResource
@@ -144,7 +144,12 @@ def cache_assets(
             ),
             show=lambda made, files: {
                 "dagster/row_count": _sum_of_splits(made, "rows"),
-                "document_lengths": _length_picture(made),
+                "splits": _split_table(made),
+                "document_lengths": lengths_picture(
+                    (power, count)
+                    for facts in _splits(made).values()
+                    for power, count in facts["document_lengths"]
+                ),
                 "first_example": _first_example(files, tokens, store.files(tokenizer)),
             },
         )
@@ -158,22 +163,22 @@ def cache_assets(
             files, store.files(store.input_of(artifact, "tokenized_corpus")), config
         ),
     )
-    copies = [] if config.layout == "view" else _copy_assets(name, config)
+    copies = [] if config.layout == "view" else _copy_assets(name, config, dataset)
     return [token_cache, rows_are_the_stream, *copies]
 
 
 def _copy_assets(
-    name: str, config: "TokenCacheConfig"
+    name: str, config: "TokenCacheConfig", dataset: "DatasetConfig"
 ) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
     key = dg.AssetKey([name, "token_cache_copy", config.name])
 
-    @dg.asset(
-        key=key,
-        ins={"token_cache": dg.AssetIn([name, "token_cache", config.name])},
-        group_name=name,
+    @stage(
+        "token_cache_copy",
+        recipes.cache_copy_params(),
+        key.path,
+        of=dataset,
         kinds={"arrow", "huggingface"},
-        code_version=recipes.code_version("token_cache_copy", recipes.cache_copy_params()),
-        metadata=config_metadata(recipes.cache_copy_params()),
+        ins={"token_cache": [name, "token_cache", config.name]},
     )
     def token_cache_copy(
         token_cache: Artifact, store: StoreResource
@@ -191,7 +196,10 @@ def _copy_assets(
         return store.materialize(
             recipes.cache_copy_recipe(token_cache),
             lambda space: cache.copy(*inputs, space),
-            show=lambda made, _: {"dagster/row_count": _sum_of_splits(made, "rows")},
+            show=lambda made, _: {
+                "dagster/row_count": _sum_of_splits(made, "rows"),
+                "splits": _split_table(made),
+            },
         )
 
     rows_are_those_of_the_view = artifact_check(
@@ -201,20 +209,6 @@ def _copy_assets(
         _copy_faults,
     )
     return [token_cache_copy, rows_are_those_of_the_view]
-
-
-def _length_picture(cache: Artifact) -> dg.MarkdownMetadataValue:
-    """Returns how many documents have how many tokens, all splits together, as a picture."""
-    from modeling.data.pictures import histogram
-
-    counts: dict[int, int] = {}
-    for split in cache.facts.values():
-        if isinstance(split, Mapping):
-            for power, count in split["document_lengths"]:
-                counts[power] = counts.get(power, 0) + count
-    picture = histogram(sorted(counts.items()), "tokens in a document", "documents")
-    encoded = base64.b64encode(picture.encode()).decode()
-    return dg.MetadataValue.md(f"![document lengths](data:image/svg+xml;base64,{encoded})")
 
 
 def _first_example(files: Path, tokens_dir: Path, tokenizer_dir: Path) -> dg.MarkdownMetadataValue:
@@ -237,6 +231,18 @@ def _splits(artifact: Artifact) -> dict[str, Mapping[str, Any]]:
         for name, facts in artifact.facts.items()
         if name.partition("/")[0] in SPLITS and isinstance(facts, Mapping)
     }
+
+
+def _split_table(artifact: Artifact) -> dg.TableMetadataValue:
+    """Returns the plain figures of each split, a row each."""
+    splits = _splits(artifact)
+    names = [
+        name
+        for name, value in next(iter(splits.values()), {}).items()
+        if isinstance(value, int | float)
+    ]
+    rows = ((split, *(facts[name] for name in names)) for split, facts in splits.items())
+    return panel.table(("split", *names), rows)
 
 
 def _sum_of_splits(artifact: Artifact, what: str) -> int:

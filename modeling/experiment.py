@@ -21,7 +21,7 @@ import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from modeling.canonical import NOT_IDENTITY
-from modeling.data.config import DatasetConfig, Packing, TokenCacheConfig
+from modeling.data.config import DatasetConfig, Owner, Packing, TokenCacheConfig
 from modeling.evaluation.config import EvaluationConfig
 from modeling.hf.config import ExportConfig
 from modeling.models.config import MODEL_PRESETS, ModelConfig
@@ -49,6 +49,8 @@ class ExperimentConfig:
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)
     description: str = dataclasses.field(default="", metadata=NOT_IDENTITY)
+    owners: tuple[Owner, ...] = dataclasses.field(default=("team:lm",), metadata=NOT_IDENTITY)
+    """Who answers for its assets."""
 
     identity_tag: ClassVar[str] = "experiment/1"
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)

@@ -115,7 +115,7 @@ def _assets(catalog: Catalog) -> list[dg.AssetsDefinition | dg.AssetChecksDefini
         on_it = {key: e for key, e in catalog.experiments.items() if e.dataset == name}
         made += tokenized_assets(name, dataset, on_it)
         for cache in dataset.sequence_lengths:
-            made += cache_assets(name, cache)
+            made += cache_assets(name, cache, dataset)
     for name, experiment in catalog.experiments.items():
         made += checkpoint_assets(name, experiment)
         made += evaluation_assets(name, experiment)

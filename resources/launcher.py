@@ -68,6 +68,8 @@ class Job:
     workspace: Workspace | None = None
     processes: int = 1
     """That share one mesh."""
+    num_devices: int = 1
+    """Of the mesh, virtual ones too."""
     devices_per_process: int | None = None
     """Accelerators of this host that each takes; None where `environment` makes its own."""
 
@@ -135,12 +137,17 @@ class LauncherResource(dg.ConfigurableResource):
             numerics.environment(trainer, platform),
             workspace,
             processes=trainer.processes,
+            num_devices=math.prod(trainer.mesh.values()),
             devices_per_process=None if platform == "cpu" else num_devices,
         )
 
     def build(self, context: dg.AssetExecutionContext, job: Job) -> Built:
         """Runs a job that fills its workspace, and returns what it has built."""
-        return Built(**self.run(context, job))
+        began = time.monotonic()
+        result = self.run(context, job)
+        held = round((time.monotonic() - began) * job.num_devices, 3)
+        # Training accounts for itself: it alone knows of launches before this one.
+        return Built(**result | {"facts": {"device_s": held} | result["facts"]})
 
     def run(
         self, context: dg.AssetExecutionContext | dg.AssetCheckExecutionContext, job: Job

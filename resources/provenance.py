@@ -5,6 +5,8 @@
     host      machine, processor count, Python
     process   argv with secrets removed
     times     when the build started and ended (UTC), seconds
+    cost      seconds by the clock; of processors, here and in the processes that were waited for;
+              and of devices: how many of them were held for how long, over all launches
 
 Environment variables are never copied. An argument is dropped when its own name, or the option
 before it, says that it is a secret, or when it looks like a well-known kind of token.
@@ -82,7 +84,7 @@ def materialize(
     provenance: dict[str, Any] = {}
 
     def build_with_provenance(workspace: Workspace) -> Built:
-        start = datetime.datetime.now(datetime.UTC)
+        start, cpu_before = datetime.datetime.now(datetime.UTC), _cpu_seconds()
         # Gathered before the build: it tells of the sources that ran and not of later edits.
         provenance.update(collect(sys.argv))
         built = build(workspace)
@@ -91,6 +93,11 @@ def materialize(
             "started": start.isoformat(timespec="seconds"),
             "ended": end.isoformat(timespec="seconds"),
             "seconds": round((end - start).total_seconds(), 3),
+        }
+        provenance["cost"] = {
+            "wall_s": provenance["times"]["seconds"],
+            "cpu_s": round(_cpu_seconds() - cpu_before, 3),
+            "device_s": built.facts.get("device_s", 0.0),
         }
         return built
 
@@ -103,6 +110,10 @@ def materialize(
         report=report,
     )
     return artifact, is_new, time.monotonic() - began
+
+
+def _cpu_seconds() -> float:
+    return sum(os.times()[:4])
 
 
 def collect(argv: Sequence[str]) -> dict[str, Any]:
@@ -165,6 +176,30 @@ def _diff_digest(directory: Path, status: str) -> str:
     """Digests the difference to HEAD and the names of untracked files, whose bytes may be many."""
     difference = _git(directory, "diff", "HEAD", "--binary", "--no-ext-diff") or ""
     return hashlib.sha256(f"{status}\0{difference}".encode()).hexdigest()
+
+
+@functools.cache
+def repository_page() -> str | None:
+    """Returns the page of the commit that is checked out, if its host is known to have one."""
+    remote = _git(CHECKOUT, "config", "--get", "remote.origin.url")
+    commit = _git(CHECKOUT, "rev-parse", "HEAD")
+    found = remote and re.fullmatch(
+        r"(?:\w+://)?(github\.com|gitlab\.com)[/:](.+?)(?:\.git)?/?", _public_remote(remote)
+    )
+    # An installed package may lie within another repository.
+    is_checkout = _git(CHECKOUT, "rev-parse", "--show-prefix") == ""
+    if not (found and commit and is_checkout):
+        return None
+    host, name = found.groups()
+    return f"https://{host}/{name}/{'-/' if host == 'gitlab.com' else ''}blob/{commit}"
+
+
+def code_url(path: str, line: int) -> str | None:
+    """Returns the address of a line of this checkout's code; None if it has no known host."""
+    repository = repository_page()
+    if repository is None:
+        return None
+    return f"{repository}/{Path(path).resolve().relative_to(CHECKOUT).as_posix()}#L{line}"
 
 
 def _public_remote(remote: str) -> str:

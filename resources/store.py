@@ -16,7 +16,7 @@ import dagster as dg
 from pydantic import Field
 
 from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe
-from resources import materializations, provenance
+from resources import materializations, panel, provenance
 from resources.scratch import scratch_directory
 
 
@@ -87,6 +87,7 @@ class StoreResource(dg.ConfigurableResource):
             report=lambda said: context.log.info(str(said)),
         )
         files = store.local(artifact.kind, artifact.content_id)
+        record = store.record(artifact.recipe_id, artifact.numerics)
         return dg.MaterializeResult(
             value=artifact,
             data_version=dg.DataVersion(artifact.content_id),
@@ -98,11 +99,13 @@ class StoreResource(dg.ConfigurableResource):
                 "was": "built" if is_new else "reused",
                 "why": _why(store, before, recipe, numerics),
                 "seconds": round(seconds, 2),
+                "inputs": _input_table(record),
+                **panel.flat({"cost": record["provenance"].get("cost", {})}),
                 materializations.CONFIG: context.assets_def.metadata_by_key[key][
                     materializations.CONFIG
                 ],
                 "path": dg.MetadataValue.path(artifact.uri.removeprefix("file://")),
-                **_shown(artifact.facts),
+                **panel.flat(artifact.facts),
                 **show(artifact, files),
             },
         )
@@ -168,14 +171,9 @@ def _inputs(store: ArtifactStore, artifact: Artifact) -> Mapping[str, Mapping[st
     return store.record(artifact.recipe_id, artifact.numerics)["recipe"]["inputs"]
 
 
-def _shown(facts: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns the facts flat (`train/rows: 7`), as a metadata panel shows and plots them."""
-    shown: dict[str, Any] = {}
-    for name, value in facts.items():
-        if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
-            shown |= _shown(value, f"{prefix}{name}/")
-        elif isinstance(value, bool | int | float | str):
-            shown[prefix + name] = value
-        elif value:
-            shown[prefix + name] = dg.MetadataValue.json(value)
-    return shown
+def _input_table(record: Mapping[str, Any]) -> dg.TableMetadataValue:
+    """Returns what an artifact was made from, and which id of it its recipe holds."""
+    inputs: Mapping[str, Mapping[str, str]] = record["recipe"]["inputs"]
+    columns = ("kind", "content_id", "used")
+    rows = ((role, *(given[name] for name in columns)) for role, given in inputs.items())
+    return panel.table(("input", *columns), rows)

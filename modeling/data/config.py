@@ -20,6 +20,8 @@ def _compilable(pattern: str) -> str:
     return pattern
 
 
+Owner = Annotated[str, Field(pattern=r"^(team:[A-Za-z0-9_-]+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
+"""`team:data`, or a mail address."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -603,6 +605,8 @@ class DatasetConfig:
     units of its first era."""
     compute: Compute = dataclasses.field(default=LocalCompute(), metadata=NOT_IDENTITY)
     description: str = dataclasses.field(default="", metadata=NOT_IDENTITY)
+    owners: tuple[Owner, ...] = dataclasses.field(default=("team:lm",), metadata=NOT_IDENTITY)
+    """Who answers for its assets."""
 
     identity_tag: ClassVar[str] = "dataset/1"
     __pydantic_config__ = STRICT

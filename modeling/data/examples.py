@@ -88,10 +88,10 @@ def read_example(
 ) -> Example:
     """Returns one row of a split, counted from 0."""
     rows = cache.rows(split, np.array([number]))
-    return _example(rows, _Texts(tokenizer), split, number, cache.num_rows(split))
+    return _example(rows, Texts(tokenizer), split, number, cache.num_rows(split))
 
 
-def _example(rows: Rows, texts: "_Texts", split: str, number: int, num_rows: int) -> Example:
+def _example(rows: Rows, texts: "Texts", split: str, number: int, num_rows: int) -> Example:
     ids = rows.tokens[0].tolist()
     segments = [1] * len(ids) if rows.segment_ids is None else rows.segment_ids[0].tolist()
     learned = [True] * len(ids) if rows.loss_mask is None else rows.loss_mask[0].tolist()
@@ -106,10 +106,11 @@ def _example(rows: Rows, texts: "_Texts", split: str, number: int, num_rows: int
     return Example(split, number, num_rows, tuple(documents), padding, rows.segment_ids is not None)
 
 
-class _Texts:
+class Texts:
     """What each id stands for."""
 
     def __init__(self, tokenizer: Tokenizer | PassthroughTokenizer) -> None:
+        """Takes the ids of `tokenizer`."""
         self._backend = tokenizer.backend if isinstance(tokenizer, Tokenizer) else None
         self._special = (
             {number: name for name, number in tokenizer.special_tokens.items()}
@@ -122,6 +123,7 @@ class _Texts:
         self._added = {} if self._backend is None else self._backend.get_added_tokens_decoder()
 
     def shown(self, token_id: int, learned: bool) -> ShownToken:
+        """Returns an id as a reader can see it."""
         kind, text = self._text(token_id)
         return ShownToken(token_id, kind, text.translate(_SIGN_OF), learned)
 

@@ -14,6 +14,7 @@ import bisect
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
+from xml.sax.saxutils import escape
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -143,6 +144,41 @@ def visible(text: str) -> str:
 def page(title: str, rows: Sequence[Sequence[TokenView]], *, caption: str = "") -> str:
     """Returns one self-contained HTML page that shows `rows`, for a live view during training."""
     return render("live.html", title=title, caption=caption, rows=rows)
+
+
+def drawing(row: Sequence[TokenView], *, columns: int = 96) -> str:
+    """Returns a row as a picture (SVG), for where a page cannot be; lines hold `columns` signs."""
+    width, height = 7.5, 20
+    parts, column, line = [], 0, 0
+    for token in row:
+        for number, shown in enumerate(visible(token.text).split("\n")):
+            if number or column + len(shown) > columns:
+                column, line = 0, line + 1
+            if not shown:
+                continue
+            x, y, size = column * width, line * height, len(shown) * width
+            column += len(shown)
+            band = None if token.probability is None else BANDS[band_of(token.probability)]
+            colours = ("#d0d7de", "#000000") if band is None else (band.background, band.ink)
+            parts.append(
+                f'<rect x="{x:g}" y="{y}" width="{size:g}" height="{height - 1}" '
+                f'fill="{colours[0]}"/><text x="{x:g}" y="{y + 14}" textLength="{size:g}" '
+                f'fill="{colours[1]}">{escape(shown)}</text>'
+            )
+    legend_y = (line + 2) * height
+    for place, band in enumerate(BANDS):
+        x = place * columns * width / len(BANDS)
+        parts.append(
+            f'<rect x="{x:g}" y="{legend_y}" width="12" height="12" fill="{band.background}" '
+            f'stroke="#888888"/><text x="{x + 18:g}" y="{legend_y + 11}" fill="#59636e" '
+            f'font-family="sans-serif">{band.label}</text>'
+        )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{columns * width:g}" '
+        f'height="{legend_y + height}" font-family="monospace" font-size="12" '
+        f'xml:space="preserve"><rect width="100%" height="100%" fill="#ffffff"/>'
+        + "".join(parts) + "</svg>"
+    )  # fmt: skip
 
 
 def render(template: str, **values: Any) -> str:

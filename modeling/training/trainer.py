@@ -310,6 +310,7 @@ class _Run:
             "goodput": spent.goodput,
             "launches": spent.launches,
             "seconds": {cause: round(s, 3) for cause, s in spent.by_cause.items() if s},
+            "device_s": round(sum(spent.by_cause.values()) * self._plan.layout.mesh.size, 3),
             "host_s": self.host_s,
             "compile_s": self._ledger.spent_here["compile"],
             "model_flops_per_token": model_shape(self._plan).flops_per_token(),

@@ -35,7 +35,7 @@ def read(tokenizer, tokens, segment_ids=None, loss_mask=None):
         None if segment_ids is None else np.array([segment_ids], np.int32),
         None if loss_mask is None else np.array([loss_mask], bool),
     )
-    return examples._example(rows, examples._Texts(tokenizer), "train", 7, 4321)
+    return examples._example(rows, examples.Texts(tokenizer), "train", 7, 4321)
 
 
 def ids_of(text, tokenizer):
@@ -61,7 +61,7 @@ def test_tokens_are_shown_as_what_they_stand_for(tokenizer):
 
 
 def test_every_byte_token_is_the_byte_that_the_library_decodes(tokenizer):
-    texts = examples._Texts(tokenizer)
+    texts = examples.Texts(tokenizer)
     for number in range(len(ALPHABET)):
         kind, text = texts._text(number)
         decoded = tokenizer.decode([number])

@@ -2,10 +2,11 @@
 
 import re
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
-from modeling.evaluation.heat_map import BANDS, TokenView, band_of, page, visible
+from modeling.evaluation.heat_map import BANDS, TokenView, band_of, drawing, page, visible
 
 
 class Spans(HTMLParser):
@@ -32,6 +33,25 @@ class Spans(HTMLParser):
 
 
 HOSTILE = ["</span><script>alert(1)</script>", "&amp;", '" onmouseover="x', "{{ 7 * 7 }}", "\u202e"]
+
+
+def test_a_drawing_holds_any_text_in_lines_of_so_many_signs_and_its_colours():
+    texts = [*HOSTILE, "a\nb", "\x00", "x" * 20]
+    row = [TokenView(texts[0], None), *(TokenView(text, 0.95) for text in texts[1:])]
+    svg = ElementTree.fromstring(drawing(row, columns=30))
+    space = "{http://www.w3.org/2000/svg}"
+    shown = [text for text in svg.iter(f"{space}text") if text.get("textLength")]
+    words = [word for text in texts for word in visible(text).split("\n")]
+    assert [text.text for text in shown] == words
+    assert {element.tag for element in svg.iter()} == {
+        f"{space}{n}" for n in ("svg", "rect", "text")
+    }
+    rects = svg.findall(f"{space}rect")[1 : len(shown) + 1]
+    assert rects[0].get("fill") not in {band.background for band in BANDS}, "nothing foretold it"
+    assert {rect.get("fill") for rect in rects[1:]} == {BANDS[-1].background}
+    ends = [float(rect.get("x")) + float(rect.get("width")) for rect in rects]
+    assert max(end for end, word in zip(ends, words, strict=True) if len(word) <= 30) <= 30 * 7.5
+    assert float(rects[words.index("b")].get("x")) == 0, "a line break begins a line"
 
 
 def test_hostile_text_is_shown_and_not_run():

@@ -1,12 +1,15 @@
 """From texts to a Hugging Face model, through Dagster: what is computed, what is not, and when."""
 
+import base64
 import dataclasses
 import json
 import math
 import shutil
+from xml.etree import ElementTree
 
 import dagster as dg
 
+from pipelines.instance import CHECKOUT
 from pipelines.lineage import lineage
 from resources.launcher import LauncherResource
 
@@ -46,6 +49,51 @@ def test_what_an_asset_shows(chain, first_run):
     assert math.isclose(report["perplexity"], math.exp(report["loss"]))
     files = [record.data["path"] for record in shown["tiny/hf_model"]["inventory"].records]
     assert {"config.json", "model.safetensors", "tokenizer.json"} < set(files)
+
+
+def test_every_asset_shows_its_inputs_its_cost_and_a_table_or_picture(chain, first_run):
+    for event in first_run.get_asset_materialization_events():
+        name, shown = event.asset_key.to_user_string(), event.materialization.metadata
+        record = chain.store.record(shown["recipe_id"].value, shown["numerics"].value)
+        inputs = {row.data["input"]: row.data["content_id"] for row in shown["inputs"].records}
+        expected = record["recipe"]["inputs"]
+        assert inputs == {role: given["content_id"] for role, given in expected.items()}
+        assert bool(inputs) == (name != "tales/raw_corpus")
+        cost = {part: shown[f"cost/{part}"].value for part in ("wall_s", "cpu_s", "device_s")}
+        assert cost == record["provenance"]["cost"]
+        assert cost["cpu_s"] > 0
+        assert (cost["device_s"] > 0) == (event.asset_key.path[0] == "tiny"), name
+        tables = [key for key, value in shown.items() if isinstance(value, dg.TableMetadataValue)]
+        pictures = [key for key, value in shown.items() if "](data:image/" in str(value.value)]
+        assert len(tables) + len(pictures) > 1, f"{name} shows nothing beside its inputs"
+
+
+def test_training_costs_all_devices_of_its_mesh(chain, first_run):
+    shown = chain.metadata_of(first_run)["tiny/checkpoint"]
+    spent = sum(value for name, value in shown.items() if name.startswith("seconds/"))
+    assert math.isclose(shown["cost/device_s"], 2 * spent, abs_tol=0.01)
+
+
+def test_pictures_are_whole_files(chain, first_run):
+    shown = chain.metadata_of(first_run)
+    for asset, name, begins in (
+        ("tales/tokenized_corpus", "document_lengths", b"<svg "),
+        ("tales/token_cache/L32", "document_lengths", b"<svg "),
+        ("tiny/checkpoint", "loss", b"\x89PNG"),
+        ("tiny/eval_report", "token_probabilities", b"<svg "),
+    ):
+        _, _, encoded = shown[asset][name].rstrip(")").partition(";base64,")
+        content = base64.b64decode(encoded, validate=True)
+        assert content.startswith(begins)
+        if begins == b"<svg ":
+            ElementTree.fromstring(content)
+
+
+def test_no_record_and_no_event_holds_where_this_checkout_is(chain, first_run):
+    place = str(CHECKOUT / "assets").encode()
+    kept = [*chain.home.rglob("*.db*"), *chain.store_directory.glob("recipes/*/*/*.json")]
+    assert len(kept) > 7
+    assert [path for path in kept if place in path.read_bytes()] == []
 
 
 def test_training_is_tracked_offline(chain, first_run):

@@ -36,10 +36,10 @@ RULES = [
     (r"dataset\.format\.(messages|prompt|completion|context)_fields?", CORPUS),
     (r"dataset\.format\.(field|separator_id|dtype)", CORPUS),
     (r"dataset\.format\.(template|variables|loss|separator)", TOKENS),
-    (r"dataset\.(compute|unit_bytes|description)(\..*)?", NOTHING),
+    (r"dataset\.(compute|unit_bytes|description|owners)(\..*)?", NOTHING),
     (r"dataset\.sequence_lengths\.layout", NOTHING),  # a copy is an asset beside the view
     (r"dataset\.sequence_lengths\..*", CACHE),
-    (r"experiment\.(dataset|description)", NOTHING),  # another dataset is another parent
+    (r"experiment\.(dataset|description|owners)", NOTHING),  # another dataset is another parent
     (r"experiment\.(sequence_length|packing)", NOTHING),  # likewise
     (r"experiment\.trainer\.mp", CHECKPOINT | REPORT),
     (rf"experiment\.trainer\.({LAYOUT})", CHECKPOINT),

@@ -51,6 +51,30 @@ def test_the_digest_of_the_difference_follows_the_edits(checkout):
     assert git_state(checkout)["dirty"] is True
 
 
+@pytest.mark.parametrize(
+    ("remote", "page"),
+    [
+        (f"https://user:{CANARY}@github.com/team/lm.git?x={CANARY}", "github.com/team/lm/blob"),
+        ("git@github.com:team/lm.git", "github.com/team/lm/blob"),
+        ("ssh://git@gitlab.com/a/team/lm", "gitlab.com/a/team/lm/-/blob"),
+        (f"https://user:{CANARY}@example.com/team/lm.git", None),
+    ],
+)
+def test_code_has_an_address_where_its_host_is_known(checkout, monkeypatch, remote, page):
+    git = ["git", "-C", str(checkout)]
+    subprocess.run([*git, "remote", "set-url", "origin", remote], check=True)
+    monkeypatch.setattr(provenance, "CHECKOUT", checkout)
+    provenance.repository_page.cache_clear()
+    commit = git_state(checkout)["commit"]
+    expected = page and f"https://{page}/{commit}/a.txt#L7"
+    assert provenance.code_url(str(checkout / "a.txt"), 7) == expected
+    monkeypatch.setattr(provenance, "CHECKOUT", checkout / "installed")
+    (checkout / "installed").mkdir()
+    provenance.repository_page.cache_clear()
+    assert provenance.code_url(str(checkout / "installed" / "b.py"), 7) is None
+    provenance.repository_page.cache_clear()
+
+
 def test_a_folder_without_git_says_so(tmp_path):
     assert git_state(tmp_path)["commit"] is None
 
