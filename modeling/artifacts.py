@@ -49,6 +49,8 @@ INVENTORY = "INVENTORY.json"
 EXACT = "exact"
 UPLOAD = "upload-"
 """Begins the name of the directory of one upload to an object store."""
+PINS = "pins"
+"""In a build's progress, `D/pins/X.json` keeps all `D/X.*` after the build has ended."""
 WORKER_LOCK = "worker.lock"
 """Beside a build's progress: held by the process that works there, its parent dead or not."""
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
@@ -234,7 +236,8 @@ class ArtifactStore:
             built = build(Workspace(progress, output))
             artifact = self.publish(recipe, output, built, numerics=numerics, provenance=provenance)
             faults.reach("after-record", recipe.kind)
-            shutil.rmtree(work)
+            for path in unpinned(work):
+                remove(path)
             return artifact, True
 
     def publish(
@@ -538,6 +541,29 @@ class ArtifactStore:
         if not Note(self.filesystem, f"{target}/{INVENTORY}").create(_json_bytes(described)):
             for name in names:  # another was first
                 self.filesystem.rm_file(f"{target}/{name}")
+
+
+def unpinned(work: Path) -> Iterator[Path]:
+    """Yields what of a finished build's work no pin keeps: whole directories where it can."""
+    pins = list(work.glob(f"progress/**/{PINS}/*.json"))
+    kept = {one for pin in pins for one in (pin, *pin.parents[1].glob(f"{pin.stem}.*"))}
+
+    def loose(path: Path) -> Iterator[Path]:
+        if not any(one.is_relative_to(path) for one in kept):
+            yield path
+        elif path not in kept:
+            for inner in sorted(path.iterdir()):
+                yield from loose(inner)
+
+    yield from loose(work)
+
+
+def remove(path: Path) -> None:
+    """Removes a file, or a directory and all in it."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def by_object(records: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

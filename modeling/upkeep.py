@@ -27,6 +27,7 @@ from modeling.artifacts import (
     by_object,
     inventory_faults,
     numerics_digest,
+    unpinned,
 )
 from modeling.progress import Meter, Report, ignore
 
@@ -314,7 +315,8 @@ def _leftover_work(
                 continue
             age = now.timestamp() - work.stat().st_mtime
             if (lock.parent.name, work.name) in finished:
-                yield Garbage(str(work), _tree_bytes(work), "its build is on record")
+                for path in unpinned(work):
+                    yield Garbage(str(path), _tree_bytes(path), "its build is on record")
             elif age > grace_s:
                 for attempt in sorted(work.glob("attempt-*")):
                     yield Garbage(str(attempt), _tree_bytes(attempt), "its process is gone")
@@ -360,4 +362,6 @@ def _size(store: ArtifactStore, path: str) -> int:
 
 
 def _tree_bytes(directory: Path) -> int:
+    if directory.is_file():
+        return directory.stat().st_size
     return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())

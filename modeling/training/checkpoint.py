@@ -24,6 +24,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -168,10 +169,19 @@ def _write_arrays(directory: Path, leaves: Sequence[HostLeaf]) -> _Chunks:
                 writes.append(part.write(chunk, can_reference_source_data_indefinitely=True))
     records = {leaf.path: _chunk_records(leaf) for leaf in leaves}
     for pending in writes:
-        pending.result()
+        try:
+            pending.result()
+        except ValueError as error:
+            raise _os_error(error) from error
     for chunk in itertools.chain.from_iterable(records.values()):
         require_size(directory, chunk.file)
     return records
+
+
+def _os_error(error: ValueError) -> Exception:
+    """Returns the error of the operating system that one of TensorStore's tells of, if it does."""
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return error if match is None else OSError(int(match[1]), str(error))
 
 
 def _spec(directory: Path, leaf: HostLeaf) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """How a run trains: steps, batches, precision, mesh, checkpoints. No JAX is imported here."""
 
 import dataclasses
+import math
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from modeling.canonical import NOT_IDENTITY, added_later
 from modeling.optim.config import Duration
@@ -219,6 +221,42 @@ class LengthSchedule:
         )
 
 
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _with_unit(interval: Any) -> Any:
+    if not isinstance(interval, str) or not re.fullmatch(r"\d{1,6}(\.\d{1,3})?[smh]", interval):
+        raise ValueError(
+            f"{interval!r} is no time: write it with its unit, 90s, 10m or 1h. A number of updates "
+            f"belongs in trainer.save_every_steps"
+        )
+    if not float(interval[:-1]):
+        raise ValueError(f"{interval!r}: it must be longer than no time at all")
+    return interval
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeepConfig:
+    """Keeps the checkpoint of every so many updates, of the updates up to `until`."""
+
+    every: Positive
+    until: Positive | None = None
+    """The last update that this rule speaks of, the next one of those after; None for no end."""
+
+    __pydantic_config__ = STRICT
+
+
+def _until_in_order(rules: Sequence[KeepConfig]) -> Sequence[KeepConfig]:
+    ends = [math.inf if rule.until is None else rule.until for rule in rules]
+    if sorted(set(ends)) != ends:
+        shown = [rule.until for rule in rules]
+        raise ValueError(
+            f"each rule speaks of the updates after those of the one before, so `until` must rise "
+            f"and only the last rule may lack it, not {shown}"
+        )
+    return rules
+
+
 WeightsChoice = Literal["last", "ema", "tail_average"]
 """Those after the last update, or an average that the trainer keeps."""
 
@@ -304,10 +342,20 @@ class TrainerConfig:
     cpu_threads: Positive = dataclasses.field(default=2, metadata=NOT_IDENTITY)
     """Threads that XLA's CPU client splits matrix products over; part of the numerics class."""
 
-    save_every_steps: Positive = dataclasses.field(default=100, metadata=NOT_IDENTITY)
+    save_every_steps: Positive | None = dataclasses.field(default=100, metadata=NOT_IDENTITY)
+    """Updates between two checkpoints; None to save by `save_interval` and `keep` alone."""
+    save_interval: Annotated[str, BeforeValidator(_with_unit)] | None = dataclasses.field(
+        default=None, metadata=NOT_IDENTITY
+    )
+    """Time after which a checkpoint is saved besides, `90s`, `10m` or `1h`."""
+    keep: Annotated[tuple[KeepConfig, ...], AfterValidator(_until_in_order)] = dataclasses.field(
+        default=(), metadata=NOT_IDENTITY
+    )
+    """Checkpoints that stay for ever: `[{every: 1000, until: 10000}, {every: 5000}]`."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = dataclasses.field(
         default=2, metadata=NOT_IDENTITY
     )
+    """How many of the newest verified ones stay besides; older ones are removed."""
     preemption_grace_s: Annotated[float, Field(gt=0)] = dataclasses.field(
         default=50.0, metadata=NOT_IDENTITY
     )
@@ -337,6 +385,13 @@ class TrainerConfig:
     def lengths(self, row_length: int) -> LengthSchedule:
         """Returns how many tokens of rows of `row_length` each step takes."""
         return LengthSchedule(self.sequence_length_schedule or (), row_length)
+
+    @property
+    def save_interval_s(self) -> float | None:
+        """The interval in seconds."""
+        if self.save_interval is None:
+            return None
+        return float(self.save_interval[:-1]) * _SECONDS[self.save_interval[-1]]
 
     @property
     def batches(self) -> BatchSchedule:

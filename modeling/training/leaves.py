@@ -52,14 +52,38 @@ def named_leaves(tree: Any) -> Iterator[tuple[str, Any, tuple[str, ...] | None]]
             yield leaf_name(path), array, axes
 
 
-def snapshot(tree: Any) -> list[HostLeaf]:
-    """Copies what this process holds of every array; the originals may be donated afterwards."""
+class HostMemory:
+    """Memory for one copy of a state, used again by the next one."""
+
+    def __init__(self) -> None:
+        """Holds none yet."""
+        self._buffers: dict[tuple[str, tuple[int, ...]], np.ndarray] = {}
+
+    def copy(self, path: str, start: tuple[int, ...], chunk: np.ndarray) -> np.ndarray:
+        """Returns a row-major copy of a chunk, which is good until the next one of its place."""
+        buffer = self._buffers.get((path, start))
+        if buffer is None or (buffer.shape, buffer.dtype) != (chunk.shape, chunk.dtype):
+            buffer = self._buffers[path, start] = np.empty(chunk.shape, chunk.dtype)
+        np.copyto(buffer, chunk)
+        return buffer
+
+
+def snapshot(tree: Any, memory: HostMemory | None = None) -> list[HostLeaf]:
+    """Copies what this process holds of every array; the originals may be donated afterwards.
+
+    Args:
+        tree: of arrays.
+        memory: of an earlier snapshot that is of no use any more; new if left out.
+    """
+    memory = memory or HostMemory()
     for _, array, _ in named_leaves(tree):
         array.copy_to_host_async()
-    return [_host_leaf(*leaf) for leaf in named_leaves(tree)]
+    return [_host_leaf(*leaf, memory) for leaf in named_leaves(tree)]
 
 
-def _host_leaf(path: str, array: jax.Array, axes: tuple[str, ...] | None) -> HostLeaf:
+def _host_leaf(
+    path: str, array: jax.Array, axes: tuple[str, ...] | None, memory: HostMemory
+) -> HostLeaf:
     if not _LEAF_NAME.fullmatch(path):
         raise CheckpointError(
             f"leaf {path!r} cannot be a file name; it must match {_LEAF_NAME.pattern}."
@@ -69,7 +93,7 @@ def _host_leaf(path: str, array: jax.Array, axes: tuple[str, ...] | None) -> Hos
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
             start = tuple(index.start or 0 for index in shard.index)
-            chunks[start] = np.array(shard.data, order="C", copy=True)
+            chunks[start] = memory.copy(path, start, np.asarray(shard.data))
     return HostLeaf(path, np.dtype(array.dtype), array.shape, axes, chunk_shape, chunks)
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import fsspec
 
+from modeling.artifacts import PINS
 from modeling.training.manifest import COMMIT, CheckpointError
 
-PINS = "pins"
 _PIN = re.compile(r"step-(\d{6,})\.json")
 _ATTEMPT = re.compile(r"step-(\d{6,})\.[0-9a-f]{12}")
 

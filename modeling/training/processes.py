@@ -71,10 +71,12 @@ class Crew:
                 f"devices of {members} only; make it larger, or start fewer (trainer.processes)."
             )
         self.index, self.count = jax.process_index(), len(members)
-        self._asked: Any = 0
+        self._said: Any = None
         everyone = Mesh(mesh.devices.reshape(-1), ("device",))
         self._one_each = NamedSharding(everyone, PartitionSpec("device"))
-        self._sum = jax.jit(jnp.sum, out_shardings=NamedSharding(everyone, PartitionSpec()))
+        self._sum = jax.jit(
+            lambda flags: jnp.sum(flags, 0), out_shardings=NamedSharding(everyone, PartitionSpec())
+        )
 
     @property
     def is_first(self) -> bool:
@@ -93,20 +95,18 @@ class Crew:
             np.asarray(multihost_utils.broadcast_one_to_all(words)).tobytes().rstrip(b"\0").decode()
         )
 
-    def any_asked(self, asked: bool) -> bool:
-        """Returns whether any process was asked to end, the same on all of them.
+    def any_says(self, *mine: bool) -> tuple[bool, ...]:
+        """Returns what any process says yes to, the same on all of them.
 
-        Every process must call it once an update. Devices add the answers up behind the update, so
-        a crew of several acts on those of the call before, by now known without waiting.
+        Every process must ask the same once an update. Devices add the answers up behind the
+        update, so a crew of several acts on those of the call before, known without waiting.
         """
         if self.count == 1:
-            return asked
-        size = self._one_each.mesh.size
-        flags = jax.make_array_from_callback(
-            (size,), self._one_each, lambda index: np.full(size, asked, np.int32)[index]
-        )
-        before, self._asked = self._asked, self._sum(flags)
-        return bool(before)
+            return mine
+        said = np.tile(np.array(mine, np.int32), (self._one_each.mesh.size, 1))
+        flags = jax.make_array_from_callback(said.shape, self._one_each, lambda i: said[i])
+        before, self._said = self._said, self._sum(flags)
+        return (False,) * len(mine) if before is None else tuple(map(bool, np.asarray(before)))
 
     def wait_for_all(self, what: str) -> None:
         """Waits until every process has come here."""

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from modeling import faults
+from modeling.artifacts import needing_space
 from modeling.training import checkpoint
 from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import COMMIT, CheckpointError, Manifest
-from modeling.training.pins import attempt_name, is_pinned, step_of
+from modeling.training.pins import attempt_name, is_pinned, mark, step_of
 from modeling.training.processes import Crew
 from modeling.training.reading import read_manifest, verify
+from modeling.training.saving import PINNED_BY
 
 _log = logging.getLogger(__name__)
 
@@ -82,6 +84,8 @@ class Checkpoints:
         config: Mapping[str, Any],
         files: Mapping[str, Mapping[str, Any]],
         done: Callable[[Path], None],
+        check: Callable[[Sequence[HostLeaf]], None] = lambda leaves: None,
+        is_permanent: bool = False,
     ) -> None:
         """Writes, reads back and retires older ones, all in the background.
 
@@ -94,6 +98,8 @@ class Checkpoints:
             config: the resolved experiment.
             files: further JSON files of the state, by name.
             done: called, from the writing thread, with the verified directory.
+            check: called before, in the same thread; what it raises is raised instead of a save.
+            is_permanent: pins it.
         """
         self.wait()
         # New for each attempt, and known to every process without asking.
@@ -102,9 +108,14 @@ class Checkpoints:
         writers = self._crew and checkpoint.Writers(self._crew.index, self._crew.count)
 
         def write() -> None:
-            written = checkpoint.write(
-                path, leaves, step=step, cursor=cursor, config=config, files=files, writers=writers
-            )
+            check(leaves)
+            if is_permanent and self._is_first:
+                mark(self._directory, step, PINNED_BY)
+            with needing_space(f"the checkpoint of step {step}", path), _removed_on_failure(path):
+                written = checkpoint.write(
+                    path, leaves, step=step, cursor=cursor, config=config, files=files,
+                    writers=writers,
+                )  # fmt: skip
             self._verified[path] = verify(path) if self._is_first else written
             if self._is_first:
                 self._retire(step)
@@ -117,6 +128,16 @@ class Checkpoints:
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
+
+    def raise_failure(self) -> None:
+        """Raises what went wrong with the last save, if that is known; waits for nothing."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether a save is under way."""
+        return self._pending is not None and not self._pending.done()
 
     @property
     def _is_first(self) -> bool:
@@ -179,6 +200,17 @@ def open_checkpoints(
         checkpoints = Checkpoints(directory, keep=keep, executor=executor, crew=crew)
         yield checkpoints
         checkpoints.wait()
+
+
+@contextlib.contextmanager
+def _removed_on_failure(attempt: Path) -> Iterator[None]:
+    """Gives a full disk back what a failed attempt took, once no one can be writing there."""
+    try:
+        yield
+    except OSError:
+        if not (attempt / COMMIT).exists():
+            shutil.rmtree(attempt, ignore_errors=True)
+        raise
 
 
 @contextlib.contextmanager

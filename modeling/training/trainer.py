@@ -22,7 +22,7 @@ import math
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ from modeling.training.compile_cache import CompileCache
 from modeling.training.config import BatchSchedule, LengthSchedule
 from modeling.training.continuation import require_same_science, science_of, verified_beginning
 from modeling.training.hooks import Decode, Hooks, Setting
-from modeling.training.leaves import named_leaves, snapshot
+from modeling.training.leaves import HostLeaf, HostMemory, named_leaves, snapshot
 from modeling.training.manifest import CheckpointError, Manifest
 from modeling.training.memory import (
     DeviceMemoryError,
@@ -77,6 +77,7 @@ from modeling.training.reading import read_manifest, verify
 from modeling.training.restoring import restore, restore_parameters
 from modeling.training.retention import Checkpoints, open_checkpoints
 from modeling.training.rule import Metrics
+from modeling.training.saving import SaveSchedule
 from modeling.training.state import Blueprint, initial_state, trainable
 from modeling.training.step import Step, compile_step
 
@@ -261,6 +262,8 @@ class _Run:
         self._looping_since = 0.0
         self._steps: dict[tuple[Axis, Axis], Step] = {}
         self._saved = 0
+        self._host_memory = HostMemory()
+        self._schedule = SaveSchedule(plan.experiment.trainer)
         self.losses: list[float] = []
         self.evaluations: list[dict[str, Any]] = []
         self.resumed_from = 0
@@ -459,6 +462,7 @@ class _Run:
         trainer, first = self._plan.experiment.trainer, self.resumed_from
         unread: Metrics | None = None
         self._reported = first
+        self._schedule.begin_interval()
         self._looping_since, host_began = self._ledger.elapsed_s, time.thread_time()
         steps = profiled_steps(trainer.profile_steps, self._plan.num_steps)
         # One process of a crew shows what all of them do.
@@ -493,8 +497,9 @@ class _Run:
                 unread = metrics
                 is_last = update == self._plan.num_steps
                 # Asked once: a notice that comes later is acted on after the next update.
-                is_stopping = self._crew.any_asked(self._notice.given) and not is_last
-                if is_last or is_stopping or update % trainer.save_every_steps == 0:
+                is_asked, is_time = self._crew.any_says(self._notice.given, self._save_is_timely())
+                is_stopping = is_asked and not is_last
+                if is_stopping or is_time or self._schedule.is_due(update):
                     self._read(step, unread)
                     hooks.collect(until=update, finish=is_last or is_stopping)
                     unread = None
@@ -573,17 +578,17 @@ class _Run:
         self._keep_programs()
         self._ledger.write(update, sync=True)
 
+    def _save_is_timely(self) -> bool:
+        # One clock counts, for no two agree; and the step does not wait for a disk that is slow.
+        is_free = self._crew.is_first and not self._checkpoints.is_writing
+        return is_free and self._schedule.time_is_up()
+
     def _begin_save(self, update: int, arrays: list[Any]) -> None:
         # Two copies of the state would not fit where one just does.
         self._checkpoints.wait()
         self._saved = update
-        leaves = snapshot(self._plan.blueprint.unflatten(arrays))
-        for leaf in leaves:
-            if not all(np.isfinite(chunk).all() for chunk in leaf.chunks.values()):
-                raise NonFiniteError(
-                    f"step {update}: `{leaf.path}` is not finite after the update; it was not "
-                    f"saved. Lower optimizer.learning_rate, or compute in float32."
-                )
+        self._schedule.begin_interval()
+        leaves = snapshot(self._plan.blueprint.unflatten(arrays), self._host_memory)
         experiment = dataclasses.asdict(self._plan.experiment)
         self._checkpoints.save(
             leaves,
@@ -597,6 +602,8 @@ class _Run:
             },
             files=self._files(),
             done=lambda path: self._written.append((update, path)),
+            check=partial(_require_finite_state, update),
+            is_permanent=self._schedule.is_permanent(update),
         )
 
     def _files(self) -> dict[str, dict[str, Any]]:
@@ -613,7 +620,8 @@ class _Run:
             self._lap(len(self.losses))
 
     def _tell_saved(self) -> None:
-        """Observers hear of it here, not in the thread that writes."""
+        """Observers hear of it here, not in the thread that writes, and failures are raised."""
+        self._checkpoints.raise_failure()
         while self._written:
             update, self._newest = self._written.popleft()
             self._observer.saved(update, str(self._newest))
@@ -652,6 +660,15 @@ def require_finite(update: int, metrics: Metrics, names: tuple[str, ...]) -> Non
         f"{update - 1} was saved. Lower optimizer.learning_rate, lengthen the warmup, or "
         f"compute in float32 (trainer.mp)."
     )
+
+
+def _require_finite_state(update: int, leaves: Sequence[HostLeaf]) -> None:
+    for leaf in leaves:
+        if not all(np.isfinite(chunk).all() for chunk in leaf.chunks.values()):
+            raise NonFiniteError(
+                f"step {update}: `{leaf.path}` is not finite after the update; it was not saved. "
+                f"Lower optimizer.learning_rate, or compute in float32."
+            )
 
 
 def _publish(plan: Plan, last: Path, workspace: Workspace) -> None:

@@ -1,12 +1,16 @@
 """A checkpoint verifies to the last byte or does not count; the damage here is real."""
 
+import concurrent.futures
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
+import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import equinox as eqx
@@ -18,13 +22,17 @@ from jax.sharding import Mesh
 
 from haliax.axis import Axis
 from haliax.core import NamedArray
+from modeling.artifacts import DiskFullError
+from modeling.experiment import ConfigError, validate
 from modeling.training import checkpoint
-from modeling.training.leaves import leaf_shardings, named_leaves, snapshot
+from modeling.training.config import TrainerConfig
+from modeling.training.leaves import HostMemory, leaf_shardings, named_leaves, snapshot
 from modeling.training.manifest import CheckpointError
 from modeling.training.pins import mark, pin, pinned, unpin
 from modeling.training.reading import read_leaf, read_manifest, verify
 from modeling.training.restoring import restore, restore_parameters
 from modeling.training.retention import open_checkpoints
+from modeling.training.saving import SaveSchedule
 
 Embed, Mlp, Layers = Axis("embed", 8), Axis("mlp", 4), Axis("layers", 2)
 FSDP = {"embed": "data"}
@@ -388,6 +396,125 @@ def test_a_save_does_not_see_what_happens_to_the_state_afterwards(tmp_path):
         jax.block_until_ready(state)
     found = restore(next(tmp_path.glob("step-*")), {"w": jnp.zeros(1 << 20)})
     np.testing.assert_array_equal(np.asarray(found["w"]), expected)
+
+
+def save_one(checkpoints, step, **how):
+    how = {"cursor": {}, "config": {}, "files": {}, "done": lambda _: None} | how
+    checkpoints.save(snapshot(make_state(step)), step=step, **how)
+
+
+@pytest.mark.parametrize("error", ["ENOSPC", "EROFS"])
+def test_a_failed_save_is_raised_by_the_next_look_and_leaves_nothing(tmp_path, monkeypatch, error):
+    monkeypatch.setenv("LEVANTER_FAULT", f"during-write@2:{error}")
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_one(checkpoints, 1)
+        checkpoints.wait()
+        save_one(checkpoints, 2)
+        concurrent.futures.wait([checkpoints._pending])
+        with pytest.raises(OSError, match=r"step-000002|Read-only") as raised:
+            checkpoints.raise_failure()
+        assert raised.value.errno == getattr(errno, error)
+        assert [path.name[:11] for path in tmp_path.glob("step-*")] == ["step-000001"]
+        # Once told it is over: the next save finds space again.
+        monkeypatch.delenv("LEVANTER_FAULT")
+        save_one(checkpoints, 3)
+        checkpoints.wait()
+        assert steps_on_disk(tmp_path) == [1, 3]
+
+
+def test_what_the_operating_system_refuses_to_write_is_told_as_such(tmp_path):
+    """TensorStore tells it as a `ValueError`; the limit is a full disk's double."""
+    state = {"w": jnp.ones((512, 512))}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with (
+            pytest.raises(DiskFullError, match=r"no space for the checkpoint of step 1 \(File too"),
+            open_checkpoints(tmp_path, keep=2) as held,
+        ):
+            held.save(snapshot(state), step=1, cursor={}, config={}, files={}, done=lambda _: None)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_one_set_of_host_memory_is_used_again_and_holds_the_last_state(tmp_path):
+    memory = HostMemory()
+    state = placed(make_state(0), mesh_of(data=4), FSDP)
+    first = snapshot(state, memory)
+    again = snapshot(placed(make_state(1), mesh_of(data=4), FSDP), memory)
+    for before, after in zip(first, again, strict=True):
+        for start, chunk in before.chunks.items():
+            assert after.chunks[start] is chunk
+    by_path = {leaf.path: leaf.assemble() for leaf in again}
+    expected = make_state(1)
+    np.testing.assert_array_equal(by_path["model.stacked"], expected.model.stacked.array)
+    assert by_path["half"].tobytes() == np.asarray(expected.half).tobytes()
+    # Another layout has other chunks, of other shapes.
+    other = {leaf.path: leaf.assemble() for leaf in snapshot(make_state(2), memory)}
+    np.testing.assert_array_equal(other["model.up"], make_state(2).model.up.array)
+
+
+# When a run saves, and what stays of it.
+
+
+def schedule_of(clock=time.monotonic, **fields):
+    fields = {"num_train_steps": 50, "train_batch_size": 8} | fields
+    return SaveSchedule(validate(TrainerConfig, fields, "trainer"), clock=clock)
+
+
+def test_rules_take_turns_in_what_they_keep():
+    keep = [{"every": 2, "until": 10}, {"every": 5, "until": 20}, {"every": 10}]
+    schedule = schedule_of(keep=keep, save_every_steps=None)
+    kept = [step for step in range(1, 50) if schedule.is_permanent(step)]
+    assert kept == [2, 4, 6, 8, 10, 15, 20, 30, 40]
+    assert [step for step in range(1, 51) if schedule.is_due(step)] == [*kept, 50]
+    bounded = schedule_of(keep=[{"every": 3, "until": 7}], save_every_steps=20)
+    assert [step for step in range(1, 51) if bounded.is_due(step)] == [3, 6, 20, 40, 50]
+    assert [step for step in range(1, 51) if bounded.is_permanent(step)] == [3, 6]
+
+
+def test_time_is_up_once_an_interval_since_the_last_save():
+    now = [1000.0]
+    schedule = schedule_of(save_interval="1.5m", clock=lambda: now[0])
+    said = []
+    for second in range(1000, 1400, 10):
+        now[0] = float(second)
+        if second == 1150:
+            schedule.begin_interval()
+        if schedule.time_is_up():
+            said.append(second)
+    assert said == [1090, 1240, 1330]
+    assert not schedule_of().time_is_up()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"save_interval": 10}, r"save_interval.*10 is no time: write it with its unit"),
+        ({"save_interval": "10"}, r"'10' is no time.*belongs in trainer\.save_every_steps"),
+        ({"save_interval": "0m"}, "longer than no time"),
+        ({"save_every_steps": "10m"}, "save_every_steps.*integer"),
+        ({"keep": [{"every": 5}, {"every": 9}]}, r"keep.*only the last rule may lack it"),
+        ({"keep": [{"every": 5, "until": 9}, {"every": 2, "until": 8}]}, r"`until` must rise"),
+        ({"keep": [{"every": 0}]}, r"keep\.0\.every"),
+        ({"keep": [{"every": "10m"}]}, r"keep\.0\.every.*integer"),
+        ({"keep_checkpoints": 1}, "keep_checkpoints.*2"),
+    ],
+)
+def test_a_schedule_that_makes_no_sense_is_refused_by_field(fields, message):
+    with pytest.raises(ConfigError, match=message):
+        schedule_of(**fields)
+
+
+def test_what_is_saved_for_ever_stays_when_its_rule_is_gone(tmp_path):
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            save_one(checkpoints, step, is_permanent=step == 1)
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.manifest(checkpoints.newest()).step == 3
+        save_all(checkpoints, [4, 5])
+    assert steps_on_disk(tmp_path) == [1, 4, 5]
+    assert pinned(tmp_path) == {1: "trainer.keep"}
 
 
 # Parts of a state, and what tools see of it.

@@ -1,10 +1,12 @@
 """What a run writes, tells and refuses; what it does bit for bit is in `test_bitwise`."""
 
+import concurrent.futures
 import dataclasses
 import json
 import logging
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -12,16 +14,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from modeling.artifacts import DiskFullError
 from modeling.experiment import ConfigError
 from modeling.models.lm import build_model
 from modeling.models.trained import load_model
-from modeling.training import history, trainer
+from modeling.training import history, retention, trainer
 from modeling.training.accounting import read_ledger
 from modeling.training.compile_cache import open_compile_cache
 from modeling.training.continuation import require_same_science, science_of
 from modeling.training.leaves import named_leaves
 from modeling.training.manifest import CheckpointError, array_sha256
 from modeling.training.peak import Peak
+from modeling.training.pins import pinned
 from modeling.training.reading import verify
 from modeling.training.restoring import restore_parameters
 from modeling.training.retention import open_checkpoints
@@ -375,6 +379,41 @@ def test_another_numerics_class_begins_anew_and_says_so(finished, caplog, tmp_pa
         built = train(threads, driver.counting_cache(), fresh, compile_cache=compile_cache)
     assert built.facts["resumed_from"] == 0
     assert "other numerics classes" in caplog.text
+
+
+def test_saves_by_the_clock_are_temporary_and_change_no_bit(finished, tmp_path, compile_cache):
+    saving = {"save_every_steps": None, "save_interval": "0.001s", "keep": [{"every": 3}]}
+    space, observer = driver.workspace(tmp_path), Recorder()
+    built = train(
+        driver.experiment(trainer=saving), driver.counting_cache(), space,
+        observer=observer, compile_cache=compile_cache,
+    )  # fmt: skip
+    assert built.content_id == finished[1].content_id
+    saved = observer.named("saved")
+    assert {3, 6} <= set(saved), "the rule that keeps says to save, too"
+    directory = trainer.checkpoint_directory(space, driver.experiment())
+    left = {int(path.name[5:11]) for path in directory.glob("step-*")}
+    assert left == {3, *saved[-2:]}
+    assert saved[-1] == 6
+    assert set(pinned(directory)) == {3, 6}
+
+
+def test_a_failing_write_ends_the_run_at_the_next_step(tmp_path, compile_cache, monkeypatch):
+    class AtOnce(ThreadPoolExecutor):
+        def submit(self, *args):
+            future = super().submit(*args)
+            concurrent.futures.wait([future])
+            return future
+
+    monkeypatch.setattr(retention, "ThreadPoolExecutor", AtOnce)
+    monkeypatch.setenv("LEVANTER_FAULT", "during-write@2:ENOSPC")
+    observer = Recorder()
+    with pytest.raises(DiskFullError, match="checkpoint of step 2"):
+        train(
+            driver.experiment(trainer={"log_every_steps": 1}), driver.counting_cache(),
+            driver.workspace(tmp_path), observer=observer, compile_cache=compile_cache,
+        )  # fmt: skip
+    assert observer.named("step")[-1].step == 2
 
 
 def test_a_second_trainer_on_the_same_progress_is_refused(tmp_path):
