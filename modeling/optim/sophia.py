@@ -72,16 +72,25 @@ def renewed(
             estimate(),
         )
 
-    is_due = updates_made % config.estimate_every == 0
-    return state._replace(hessian=jax.lax.cond(is_due, moved, lambda: state.hessian))
+    hessian = jax.lax.cond(is_due(config, updates_made), moved, lambda: state.hessian)
+    return state._replace(hessian=hessian)
+
+
+def is_due(config: SophiaConfig, updates_made: Any) -> Any:
+    """Returns whether the next update takes an estimate in; of an array, an array."""
+    return updates_made % config.estimate_every == 0
 
 
 def _clipped_share(ratios: Any) -> Float32[Array, ""]:
     leaves = jax.tree.leaves(ratios)
-    # Means of leaves, weighed by size: an integer sum over a large stack of layers would overflow.
     total = sum(leaf.size for leaf in leaves)
-    shares = [
-        jnp.mean((jnp.abs(leaf) >= 1.0).astype(jnp.float32)) * (leaf.size / total)
-        for leaf in leaves
-    ]
-    return jnp.minimum(jnp.sum(jnp.stack(shares)), 1.0)
+    counts = [_count(jnp.abs(leaf) >= 1.0) for leaf in leaves]
+    return jnp.minimum(jnp.sum(jnp.concatenate(counts)) / total, 1.0)
+
+
+def _count(is_clipped: Array) -> Float32[Array, " parts"]:
+    """Counts by integers, which no order of summation rounds; by layer what would overflow."""
+    is_large = is_clipped.size >= 2**32 and is_clipped.ndim > 1
+    axes = tuple(range(1 if is_large else 0, is_clipped.ndim))
+    counts = jnp.sum(is_clipped, axis=axes, dtype=jnp.uint32)
+    return jnp.atleast_1d(counts).astype(jnp.float32)

@@ -34,19 +34,23 @@ Measure = Callable[[AsModel, Any, LmExample, Any], Sums]
 
 def loss_gradient(as_model: AsModel, params: Any, example: LmExample, key: Any) -> Sums:
     """Returns the gradient of the summed loss, with dropout."""
-
-    def sums(params: Any) -> tuple[Array, Array]:
-        return next_token_loss(as_model(params), example, key=key)
-
-    (total, weight), gradient = jax.value_and_grad(sums, has_aux=True)(params)
-    return total, weight, gradient
+    return _gradient(next_token_loss, as_model, params, example, key)
 
 
 def own_label_gradient(as_model: AsModel, params: Any, example: LmExample, key: Any) -> Sums:
     """Returns the gradient of the summed loss towards labels that the model draws itself."""
+    return _gradient(own_label_loss, as_model, params, example, key)
 
+
+def _gradient(
+    loss: Callable[..., tuple[Array, Array]],
+    as_model: AsModel,
+    params: Any,
+    example: LmExample,
+    key: Any,
+) -> Sums:
     def sums(params: Any) -> tuple[Array, Array]:
-        return own_label_loss(as_model(params), example, key=key)
+        return loss(as_model(params), example, key=key)
 
     (total, weight), gradient = jax.value_and_grad(sums, has_aux=True)(params)
     return total, weight, gradient
@@ -67,6 +71,12 @@ def probed_hessian(as_model: AsModel, params: Any, example: LmExample, key: Any)
 
     products, (total, weight) = jax.grad(slope, has_aux=True)(params)
     return total, weight, jax.tree.map(jnp.multiply, probe, products)
+
+
+def estimate_key(key: Any, step: Array) -> Any:
+    """Returns what an estimate is drawn from, from the key of the run."""
+    # No step has this number, so that no other key is the same.
+    return jax.random.fold_in(jax.random.fold_in(key, 2**32 - 1), step)
 
 
 def measure_of(config: SophiaConfig) -> Measure:

@@ -15,14 +15,16 @@ bits hang on is held fixed too:
   a number which rows are its own;
 - sums are added by a program of additions alone: fused with the product that makes it, an addition
   would be a multiply-add and round once instead of twice;
-- dropout keys are folded with the number of the logical shard;
-- norms are taken of whole gradients, and the optimizer runs, in programs of their own (`step`): a
-  reduction sums in another order, and quotients are rewritten, when fused with other neighbours;
+- random keys are folded with the number of the logical shard;
+- whatever else sums numbers of a parameter, be it norms or an optimizer that sees a weight as a
+  matrix, is done by programs for one device too, on whole arrays, by every device alike; an
+  optimizer that treats each number by itself runs on the parts that a device holds;
 - the thread pool has the same size everywhere (`numerics`).
 
 The price is memory: weights are gathered whole on every device for the step, in the dtype of the
-computation, and gradients are whole until they are exchanged. State at rest is split as in any
-other run.
+computation, and gradients are whole until they are exchanged. An optimizer of matrices (Adafactor,
+Muon) has the whole state on every device while it updates it, and each device computes the whole
+update. State at rest is split as in any other run.
 """
 
 import math
@@ -33,7 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array
 
 from modeling.training.config import TrainerConfig
@@ -41,8 +43,50 @@ from modeling.training.mesh import Layout, mesh_axes
 
 Sums = tuple[Array, Array, list[Array]]
 """Of losses, of weights, and the gradient of the former by parameter."""
-ShardProgram = Callable[..., Sums]
-"""Takes operands on one device and the number of a logical shard; see `as_parts`."""
+SHARD_NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
+
+
+class Alone:
+    """A function compiled for each of this process's devices as if there were no other.
+
+    Compiled for all of them at once it would go through the partitioner, which rewrites it
+    otherwise than for one.
+    """
+
+    def __init__(self, function: Callable[..., Any], *operands: Any, layout: Layout) -> None:
+        """Compiles `function` for operands of these shapes."""
+        self._layout = layout
+        mine, traced = jax.process_index(), jax.jit(function)
+        devices = layout.mesh.devices.flatten().tolist()
+        self._programs = [
+            (number, device, traced.lower(*_shapes_on(device, operands)).compile())
+            for number, device in enumerate(devices)
+            if device.process_index == mine
+        ]
+
+    def __call__(self, *operands: Any) -> Any:
+        """Returns what every device makes of replicated operands: the same, so replicated too."""
+        results = [program(*_copies_on(device, operands)) for _, device, program in self._programs]
+        whole = NamedSharding(self._layout.mesh, PartitionSpec())
+        return _joined(results, whole)
+
+    def summed_over_shards(self, *operands: Any, num_shards: int) -> Sums:
+        """Returns each device's sums over its logical shards as one part of a split array.
+
+        The function takes the number of a shard after the operands, and gives `as_parts`.
+        """
+        mesh = self._layout.mesh
+        split = NamedSharding(mesh, PartitionSpec(_data_axis(self._layout)))
+        num_local, counter = num_shards // mesh.size, []
+        copies = [_copies_on(device, operands) for _, device, _ in self._programs]
+        for index in range(num_local):
+            sums = [
+                program(*mine, jax.device_put(np.int32(number * num_local + index), device))
+                for (number, device, program), mine in zip(self._programs, copies, strict=True)
+            ]
+            _count(counter, _joined(sums, split), index)
+        (total,) = counter
+        return total
 
 
 def check(layout: Layout, trainer: TrainerConfig, batch_size: int) -> None:
@@ -85,32 +129,6 @@ def as_parts(sums: Sums) -> Sums:
     return jax.tree_util.tree_map(jnp.atleast_1d, sums)
 
 
-def on_each_device(program: ShardProgram, *operands: Any, layout: Layout, num_shards: int) -> Sums:
-    """Returns, as parts, the sums over each device's logical shards by `program(*operands, shard)`.
-
-    Each device compiles the program for itself: compiled for all of them at once it would go
-    through the partitioner, which rewrites it otherwise than for one.
-    """
-    devices = layout.mesh.devices.flatten().tolist()
-    mine = jax.process_index()
-    here = [(n, device) for n, device in enumerate(devices) if device.process_index == mine]
-    num_local = num_shards // len(devices)
-    copies = {n: _copies_on(device, list(operands)) for n, device in here}
-    partial_sums: dict[int, list[Sums]] = {n: [] for n, _ in here}
-    for index in range(num_local):
-        for n, device in here:
-            shard = jax.device_put(np.int32(n * num_local + index), device)
-            _count(partial_sums[n], program(*copies[n], shard), index)
-    parts = [sums for (sums,) in partial_sums.values()]
-    sharding = NamedSharding(layout.mesh, PartitionSpec(_data_axis(layout)))
-
-    def joined(*parts: Array) -> Array:
-        shape = (len(devices) * parts[0].shape[0], *parts[0].shape[1:])
-        return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
-
-    return jax.tree_util.tree_map(joined, *parts)
-
-
 def exchanged(
     sums: Sums, specs: Sequence[PartitionSpec], *, layout: Layout
 ) -> tuple[Array, Array, list[Array], list[Array]]:
@@ -146,13 +164,32 @@ def _data_axis(layout: Layout) -> str:
     return axes[0]
 
 
-def _copies_on(device: Any, operands: list[Any]) -> list[Any]:
+def _shapes_on(device: Any, operands: Any) -> Any:
+    here = SingleDeviceSharding(device)
+    return jax.tree_util.tree_map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), operands
+    )
+
+
+def _copies_on(device: Any, operands: Any) -> Any:
     """The copies that a device holds of replicated arrays."""
 
     def copy(x: Array) -> Array:
         return next(shard.data for shard in x.addressable_shards if shard.device == device)
 
     return jax.tree_util.tree_map(copy, operands)
+
+
+def _joined(results: Sequence[Any], sharding: NamedSharding) -> Any:
+    """Returns arrays of the whole mesh from what this process's devices hold of them."""
+
+    def joined(*parts: Array) -> Array:
+        shape = parts[0].shape
+        if sharding.spec:
+            shape = (sharding.mesh.size * shape[0], *shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, list(parts))
+
+    return jax.tree_util.tree_map(joined, *results)
 
 
 def _split_dimension(spec: PartitionSpec, axis: str) -> int | None:

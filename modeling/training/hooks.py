@@ -30,12 +30,12 @@ from modeling.data.rows import Columns, Rows
 from modeling.models.lm import next_token_loss
 from modeling.training.accounting import Ledger
 from modeling.training.config import TrainerConfig
+from modeling.training.examples import example_of, row_shapes
 from modeling.training.mesh import Layout
 from modeling.training.observer import Observer
 from modeling.training.precision import Policy
 from modeling.training.processes import placed
 from modeling.training.state import Blueprint
-from modeling.training.step import example_of, row_shapes
 
 Decode = Callable[[Sequence[int]], str]
 PICTURE_ROWS = 2

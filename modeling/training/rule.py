@@ -7,9 +7,10 @@ Skipping an update leaves weights and optimizer state as they were, by selecting
 never waits for a decision of the host; the step counts all the same, and the data moves on.
 """
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
@@ -17,7 +18,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
 from modeling.optim.build import build_optimizer
-from modeling.optim.config import AbstractOptimizerConfig, AdamWConfig, LionConfig
+from modeling.optim.config import (
+    AbstractOptimizerConfig,
+    AdamWConfig,
+    LionConfig,
+    SophiaGConfig,
+    SophiaHConfig,
+)
 from modeling.optim.sophia import SophiaConfig
 from modeling.training.averages import next_averages
 from modeling.training.config import TrainerConfig
@@ -25,8 +32,16 @@ from modeling.training.state import Blueprint, TrainState, trainable
 
 Estimate = Callable[[SophiaConfig], Any]
 """Returns an estimate of the diagonal of the curvature, in the tree of parameters."""
-_ELEMENTWISE = (AdamWConfig, LionConfig)
+_ELEMENTWISE = (AdamWConfig, LionConfig, SophiaHConfig, SophiaGConfig)
 """Optimizers that treat each number by itself: no order of summation can change their bits."""
+
+
+class Norms(NamedTuple):
+    """Of the mean gradient."""
+
+    squares: Float32[Array, " leaves"]
+    """Of each parameter's, squared."""
+    whole: Float32[Array, ""]
 
 
 class Metrics(eqx.Module):
@@ -55,15 +70,20 @@ class Rule:
         self._max_norm = config.max_grad_norm
         self._optimizer = build_optimizer(config, trainer.num_train_steps)
 
-    def require_elementwise(self) -> None:
-        """Raises `ValueError` for an update that takes sums over parameters or batches."""
-        config = self._optimizer.config
-        if not isinstance(config, _ELEMENTWISE):
-            raise ValueError(
-                f"trainer.reproducibility: elastic cannot be with {type(config).__name__}, which "
-                f"sums over whole matrices or rows in an order that hangs on the mesh. Take "
-                f"optimizer.type adamw or lion, or reproducibility: fast."
-            )
+    @property
+    def is_elementwise(self) -> bool:
+        """Whether the update takes no sum over numbers of a parameter or over updates."""
+        return isinstance(self._optimizer.config, _ELEMENTWISE) and self._trainer.skip_step is None
+
+    @property
+    def curvature(self) -> SophiaConfig | None:
+        """How curvature is to be estimated, by an optimizer that needs it."""
+        return self._optimizer.curvature
+
+    def with_curvature(self, state: TrainState, estimate: Any) -> list[Any]:
+        """Returns the arrays of `state` with an estimate of the curvature taken in, if due."""
+        opt_state = self._optimizer.with_curvature(state.opt_state, state.step, lambda: estimate)
+        return self._blueprint.flatten(dataclasses.replace(state, opt_state=opt_state))
 
     def apply(
         self,
@@ -71,7 +91,7 @@ class Rule:
         total: Array,
         weight: Array,
         sums: Any,
-        squares: Array,
+        norms: Norms,
         estimate: Estimate | None = None,
     ) -> tuple[list[Any], Metrics]:
         """Returns the arrays of the next state.
@@ -81,19 +101,19 @@ class Rule:
             total: the sum of losses.
             weight: the sum of weights.
             sums: the gradient of `total`, in the tree of parameters.
-            squares: the squared norm of each gradient of `sums / weight`.
-            estimate: of the curvature's diagonal, asked for by an optimizer that needs it.
+            norms: of `sums / weight`.
+            estimate: of the curvature's diagonal, computed if one is due; without it, what is due
+                has been taken in already, by `with_curvature`.
         """
-        norm = jnp.sqrt(jnp.sum(squares))
+        norm = norms.whole
         factor = jnp.where(norm < self._max_norm, 1.0, self._max_norm / norm)
         gradients = jax.tree_util.tree_map(
             lambda g: mean_gradient(g, weight) * factor.astype(g.dtype), sums
         )
         params, rest = trainable(state.model)
         opt_state = state.opt_state
-        curvature = self._optimizer.curvature
-        if curvature is not None:
-            assert estimate is not None
+        curvature = self.curvature
+        if curvature is not None and estimate is not None:
             opt_state = self._optimizer.with_curvature(
                 opt_state, state.step, partial(estimate, curvature)
             )
@@ -115,8 +135,15 @@ class Rule:
         model = eqx.combine(params, rest)
         next_state = TrainState(state.step + 1, model, opt_state, state.key, averages, spikes)
         rate = self._optimizer.learning_rate(state.step)
-        metrics = Metrics(total / weight, weight, rate, squares, figures)
+        metrics = Metrics(total / weight, weight, rate, norms.squares, figures)
         return self._blueprint.flatten(next_state), metrics
+
+
+def norms_of(sums: Sequence[Array], weight: Array) -> Norms:
+    """Returns the norms of `sums / weight`."""
+    means = [mean_gradient(g, weight).astype(jnp.float32) for g in sums]
+    squares = jnp.stack([jnp.sum(jnp.square(mean)) for mean in means])
+    return Norms(squares, jnp.sqrt(jnp.sum(squares)))
 
 
 def mean_gradient(gradient: Array, weight: Array) -> Array:

@@ -20,20 +20,21 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float32
+from jaxtyping import Array
 
 from haliax import Axis, NamedArray
 from haliax.partitioning import axis_mapping, shard, sharding_for_axis
 from modeling.data.rows import TOKENS_ALONE, Columns, Rows
-from modeling.models.lm import LmExample, next_token_loss
+from modeling.models.lm import LmExample
 from modeling.optim.config import OptimizerConfig
 from modeling.optim.sophia import SophiaConfig
-from modeling.training import curvature, elastic
+from modeling.training import curvature
 from modeling.training.config import TrainerConfig
-from modeling.training.leaves import leaf_shardings
+from modeling.training.elastic_update import ElasticUpdate
+from modeling.training.examples import example_of, row_shapes
 from modeling.training.mesh import Layout, mesh_axes
 from modeling.training.precision import Policy
-from modeling.training.rule import Metrics, Rule, mean_gradient
+from modeling.training.rule import Metrics, Rule, norms_of
 from modeling.training.state import Blueprint, TrainState, trainable
 
 
@@ -71,9 +72,12 @@ def compile_step(
         columns: what rows have besides tokens.
     """
     rule = Rule(blueprint, optimizer, trainer)
+    if trainer.reproducibility == "elastic":
+        update = ElasticUpdate(
+            blueprint, rule, trainer, layout, Batch=Batch, Pos=Pos, columns=columns
+        )
+        return Step(update, None, update.batch_sharding, blueprint.parameter_names)
     with jax.set_mesh(layout.mesh):
-        if trainer.reproducibility == "elastic":
-            return _compile_elastic(blueprint, rule, trainer, layout, Batch, Pos)
         return _compile(blueprint, rule, trainer, layout, Batch, Pos, columns)
 
 
@@ -100,8 +104,7 @@ def _compile(
                 state.model, example, policy, layout, key,
                 Batch=Batch, num_microbatches=trainer.num_microbatches,
             )  # fmt: skip
-        means = [mean_gradient(g, weight) for g in jax.tree_util.tree_leaves(sums)]
-        squares = _squared_norms(means)
+        norms = norms_of(jax.tree_util.tree_leaves(sums), weight)
 
         def estimate(config: SophiaConfig) -> Any:
             with axis_mapping(layout.compute):
@@ -110,7 +113,7 @@ def _compile(
                     Batch=Batch, num_microbatches=trainer.num_microbatches,
                 )  # fmt: skip
 
-        return rule.apply(state, total, weight, sums, squares, estimate)
+        return rule.apply(state, total, weight, sums, norms, estimate)
 
     compiled = (
         jax.jit(
@@ -123,85 +126,6 @@ def _compile(
         .compile()
     )
     return Step(compiled, compiled, batch_sharding, blueprint.parameter_names)
-
-
-def _compile_elastic(
-    blueprint: Blueprint,
-    rule: Rule,
-    trainer: TrainerConfig,
-    layout: Layout,
-    Batch: Axis,
-    Pos: Axis,
-) -> Step:
-    """Compiles several programs instead of one, lest the mesh decide what is fused with what."""
-    elastic.check(layout, trainer, Batch.size)
-    num_shards = trainer.elastic_shards
-    rule.require_elementwise()
-    policy = Policy.parse(trainer.mp)
-    replicated = NamedSharding(layout.mesh, PartitionSpec())
-    shardings = list(blueprint.shardings.values())
-    params, rest = trainable(blueprint.template.model)
-    tree = jax.tree_util.tree_structure(params)
-    split = [sharding for _, sharding in leaf_shardings(params, layout.mesh, layout.parameters)]
-    dtypes = [p.dtype for p in jax.tree_util.tree_leaves(params)]
-
-    def gather(arrays: Sequence[Any]) -> list[Array]:
-        params = trainable(blueprint.unflatten(arrays).model)[0]
-        return jax.tree_util.tree_leaves(policy.cast_to_compute(params))
-
-    def shard_sums(
-        whole: list[Array], rows: Rows, key: Any, step: Array, shard: Array
-    ) -> elastic.Sums:
-        Here = Batch.resize(Batch.size // num_shards)
-        here = _named(elastic.rows_of_shard(rows, shard, num_shards), Here, Pos)
-        shard_key = jax.random.fold_in(jax.random.fold_in(key, step), shard)
-
-        def sums(whole: list[Array]) -> tuple[Array, Array]:
-            model = eqx.combine(jax.tree_util.tree_unflatten(tree, whole), cast_rest)
-            return next_token_loss(model, _example(here, Pos), key=shard_key)
-
-        cast_rest = policy.cast_to_compute(rest)
-        (total, weight), gradient = jax.value_and_grad(sums, has_aux=True)(whole)
-        # Sums of 16-bit gradients would stop growing long before the last shard.
-        wide = [g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in gradient]
-        return elastic.as_parts((total, weight, wide))
-
-    def exchange(sums: elastic.Sums) -> Any:
-        specs = [sharding.spec for sharding in split]
-        total, weight, gradients, whole = elastic.exchanged(sums, specs, layout=layout)
-        cast = [[g.astype(d) for g, d in zip(x, dtypes, strict=True)] for x in (gradients, whole)]
-        return total, weight, *cast
-
-    def norms(whole: list[Array], weight: Array) -> Array:
-        return _squared_norms([mean_gradient(g, weight) for g in whole])
-
-    def apply(
-        arrays: Sequence[Any], total: Array, weight: Array, sums: list[Array], squares: Array
-    ) -> tuple[list[Any], Metrics]:
-        tree_of_sums = jax.tree_util.tree_unflatten(tree, sums)
-        return rule.apply(blueprint.unflatten(arrays), total, weight, tree_of_sums, squares)
-
-    whole_params = jax.jit(gather, in_shardings=(shardings,), out_shardings=replicated)
-    next_state = jax.jit(
-        apply,
-        in_shardings=(shardings, replicated, replicated, split, replicated),
-        out_shardings=(shardings, replicated),
-        donate_argnums=0,
-    )
-    program = jax.jit(shard_sums)
-    exchange_sums = jax.jit(exchange, donate_argnums=0)
-    norms_of = jax.jit(norms, in_shardings=replicated, out_shardings=replicated)
-    where_key, where_step = blueprint.index_of("key"), blueprint.index_of("step")
-
-    def run(arrays: list[Any], rows: Rows) -> tuple[list[Any], Metrics]:
-        sums = elastic.on_each_device(
-            program, whole_params(arrays), rows, arrays[where_key], arrays[where_step],
-            layout=layout, num_shards=num_shards,
-        )  # fmt: skip
-        total, weight, gradients, whole = exchange_sums(sums)
-        return next_state(arrays, total, weight, gradients, norms_of(whole, weight))
-
-    return Step(run, None, replicated, blueprint.parameter_names)
 
 
 def summed(
@@ -271,8 +195,7 @@ def _curvature(
     pieces = curvature.estimate_microbatches(num_rows, Batch.size // num_microbatches, ways)
     part = _Pieces.cut(example, Batch, Batch.size // num_rows)
     first = dataclasses.replace(part, arrays=[array[0] for array in part.arrays]).named()
-    # No step has this number, so that no other key is the same.
-    key = jax.random.fold_in(jax.random.fold_in(state.key, 2**32 - 1), state.step)
+    key = curvature.estimate_key(state.key, state.step)
     _, weight, sums = summed(
         state.model, first, policy, layout, key,
         Batch=Batch.resize(num_rows), num_microbatches=pieces,
@@ -303,30 +226,5 @@ class _Pieces(eqx.Module):
         return jax.tree_util.tree_unflatten(self.tree, list(leaves))
 
 
-def _named(rows: Rows, Batch: Axis, Pos: Axis) -> Any:
-    """Returns the columns of rows as named arrays; those that are None stay so."""
-    return jax.tree_util.tree_map(lambda column: NamedArray(column, (Batch, Pos)), rows)
-
-
-def _example(rows: Any, Pos: Axis) -> LmExample:
-    return LmExample.causal(rows.tokens, Pos, rows.segment_ids, rows.loss_mask)
-
-
-def example_of(rows: Rows, Batch: Axis, Pos: Axis) -> LmExample:
-    """Returns the example that raw rows are."""
-    return _example(_named(rows, Batch, Pos), Pos)
-
-
-def row_shapes(Batch: Axis, Pos: Axis, columns: Columns) -> Any:
-    """Returns the shapes of a batch with these columns, to compile for."""
-    ids: Any = jax.ShapeDtypeStruct((Batch.size, Pos.size), jnp.int32)
-    mask: Any = jax.ShapeDtypeStruct((Batch.size, Pos.size), jnp.bool_)
-    return Rows(ids, ids if columns.segment_ids else None, mask if columns.loss_mask else None)
-
-
 def _is_named(node: Any) -> bool:
     return isinstance(node, NamedArray)
-
-
-def _squared_norms(gradients: Sequence[Array]) -> Float32[Array, " leaves"]:
-    return jnp.stack([jnp.sum(jnp.square(g.astype(jnp.float32))) for g in gradients])

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src import cache_key
 
 from haliax import Axis
 from modeling.experiment import ConfigError
@@ -28,6 +29,7 @@ import driver
 ADAFACTOR = {"type": "adafactor", "smallest_factored": 8, "learning_rate": 0.2}
 MUON, LION = {"type": "muon"}, {"type": "lion", "learning_rate": 1e-3}
 SOPHIA = {"estimate_every": 2, "estimate_rows": 4}
+SMALL = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2}
 
 
 def weights_over_time(count):
@@ -160,8 +162,8 @@ def test_everything_that_a_run_keeps_besides_its_weights_survives_a_death(tmp_pa
     assert "clipped_share" in str(reports[-1])
 
 
-def compiled(optimizer, **trainer):
-    experiment = driver.experiment(optimizer=optimizer, trainer=trainer)
+def compiled(optimizer, model=None, **trainer):
+    experiment = driver.experiment(optimizer=optimizer, model=model or {}, trainer=trainer)
     plan = make_plan(experiment, driver.counting_cache())
     step = compile_step(
         plan.blueprint, experiment.optimizer, experiment.trainer, plan.layout,
@@ -170,8 +172,9 @@ def compiled(optimizer, **trainer):
     return plan, step
 
 
-def losses_of(plan, step, count=4):
-    arrays, losses = plan.blueprint.initialize(plan.make, jax.random.PRNGKey(0)), []
+def losses_of(plan, step, count=4, *, elastic=False):
+    key, losses = jax.random.PRNGKey(0), []
+    arrays = plan.blueprint.initialize(plan.make, key, elastic=elastic)
     cache = driver.counting_cache()
     for number in range(count):
         rows = cache.rows("train", np.arange(8 * number, 8 * number + 8))
@@ -238,12 +241,53 @@ def test_a_skipped_update_leaves_weights_and_optimizer_as_they_were():
     assert after["spikes.losses"][0] == np.float32(metrics.loss)
 
 
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """Compiled programs, of which those for one device serve every device."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, function in driver.keys_for_any_device().items():
+            patch.setattr(cache_key, name, function)
+        with open_compile_cache(tmp_path_factory.mktemp("programs")) as programs:
+            yield programs
+
+
 @pytest.mark.parametrize(
-    "optimizer", [ADAFACTOR, MUON, {"type": "sophia_g"}], ids=lambda optimizer: optimizer["type"]
+    ("optimizer", "devices"),
+    [
+        ({**MUON, "newton_schulz_steps": 1}, (1, 4)),
+        ({"type": "sophia_g", "estimate_every": 3, "estimate_rows": 4}, (1, 2)),
+        pytest.param(ADAFACTOR, (1, 2, 4), marks=pytest.mark.slow),
+        pytest.param(MUON, (2, 4), marks=pytest.mark.slow),
+        pytest.param({"type": "sophia_h", **SOPHIA}, (1, 2, 4), marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-def test_optimizers_that_sum_over_what_a_mesh_splits_are_refused_in_elastic_runs(optimizer):
-    with pytest.raises(ValueError, match=r"reproducibility: elastic cannot be with \w+Config"):
-        compiled(optimizer, reproducibility="elastic", elastic_shards=4)
+def test_every_optimizer_gives_the_same_bits_on_any_number_of_devices(programs, optimizer, devices):
+    """The whole state after updates with and without an estimate of curvature."""
+    found = []
+    for count in devices:
+        plan, step = compiled(
+            optimizer, model=SMALL, mesh={"data": count}, reproducibility="elastic",
+            elastic_shards=4,
+        )  # fmt: skip
+        losses, arrays = losses_of(plan, step, elastic=True)
+        assert {len(array.sharding.device_set) for array in arrays} == {count}
+        found.append((losses, [np.asarray(array).tobytes() for array in arrays]))
+        programs.publish()
+    losses, arrays = found[0]
+    assert losses[-1] < losses[0]
+    paths = list(plan.blueprint.shardings)
+    for other_losses, other_arrays in found[1:]:
+        assert other_losses == losses
+        both = zip(paths, arrays, other_arrays, strict=True)
+        assert [path for path, a, b in both if a != b] == []
+
+
+def test_an_elastic_estimate_needs_rows_for_every_shard():
+    with pytest.raises(ValueError, match=r"estimate_rows: 2 .* 4 logical shards"):
+        compiled(
+            {"type": "sophia_g", "estimate_rows": 2}, reproducibility="elastic", elastic_shards=4
+        )
 
 
 def test_tokens_are_counted_across_changes_of_length_and_batch():

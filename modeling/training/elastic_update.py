@@ -1,0 +1,190 @@
+"""One update of an elastic run: several programs instead of one, see `elastic` for why.
+
+weights --gather--> sums of each logical shard --add, exchange--> gradients --norms--> update
+
+update of an optimizer that treats each number by itself: on the parts that devices hold
+update of any other: gather the state, the same whole update on every device, cut it again
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from haliax import Axis
+from modeling.data.rows import Columns, Rows
+from modeling.optim.sophia import SophiaConfig, is_due
+from modeling.training import curvature, elastic
+from modeling.training.config import TrainerConfig
+from modeling.training.elastic import SHARD_NUMBER, Alone, Sums, as_parts, rows_of_shard
+from modeling.training.examples import example_of, row_shapes
+from modeling.training.leaves import leaf_shardings
+from modeling.training.mesh import Layout
+from modeling.training.precision import Policy
+from modeling.training.rule import Metrics, Norms, Rule, norms_of
+from modeling.training.state import Blueprint, trainable
+
+KeyOf = Callable[[Any, Array], Any]
+"""From the state's key and step to what is drawn from."""
+Updated = tuple[list[Any], Metrics]
+
+
+class ElasticUpdate:
+    """From a state and a batch to the next state and what there is to tell; consumes the state."""
+
+    def __init__(
+        self,
+        blueprint: Blueprint,
+        rule: Rule,
+        trainer: TrainerConfig,
+        layout: Layout,
+        *,
+        Batch: Axis,
+        Pos: Axis,
+        columns: Columns,
+    ) -> None:
+        """Compiles the update of states like `blueprint` by batches of `Batch` rows of `Pos`."""
+        elastic.check(layout, trainer, Batch.size)
+        config = rule.curvature
+        if config is not None:
+            num_rows = _estimate_rows(config, Batch, trainer.elastic_shards)
+        self._blueprint, self._rule, self._layout = blueprint, rule, layout
+        self._Batch, self._Pos, self._num_shards = Batch, Pos, trainer.elastic_shards
+        self._policy = Policy.parse(trainer.mp)
+        params, self._rest = trainable(blueprint.template.model)
+        self._params, self._tree = jax.tree_util.tree_flatten(params)
+        split = [s for _, s in leaf_shardings(params, layout.mesh, layout.parameters)]
+        self._specs = [sharding.spec for sharding in split]
+        self._where_key, self._where_step = map(blueprint.index_of, ("key", "step"))
+        state, parts = blueprint.arrays, list(blueprint.shardings.values())
+        self.batch_sharding = whole = NamedSharding(layout.mesh, PartitionSpec())
+        weights = jax.eval_shape(self._weights_of, state)
+        key, step = state[self._where_key], state[self._where_step]
+        self._shard_operands = weights, row_shapes(Batch, Pos, columns), key, step, SHARD_NUMBER
+
+        self._weights = jax.jit(self._weights_of, in_shardings=(parts,), out_shardings=whole)
+        self._losses = self._alone_of(curvature.loss_gradient, jax.random.fold_in, Batch.size)
+        self._exchange = jax.jit(self._exchanged, donate_argnums=0)
+        scalar = jax.ShapeDtypeStruct((), jnp.float32)
+        self._norms = Alone(norms_of, self._params, scalar, layout=layout)
+        if rule.is_elementwise:
+            self._next = jax.jit(
+                self._applied,
+                in_shardings=(parts, whole, whole, split, whole),
+                out_shardings=(parts, whole),
+                donate_argnums=0,
+            )
+        else:
+            norms = jax.eval_shape(norms_of, self._params, scalar)
+            given = state, scalar, scalar, self._params, norms
+            self._next_whole = Alone(self._applied, *given, layout=layout)
+            self._gather = jax.jit(_same, in_shardings=(parts,), out_shardings=whole)
+            self._cut = jax.jit(_same, in_shardings=(whole,), out_shardings=parts)
+        if config is not None:
+            measure = curvature.measure_of(config)
+            self._estimates = self._alone_of(measure, curvature.estimate_key, num_rows)
+            self._renew = jax.jit(
+                partial(self._renewed, config),
+                in_shardings=(parts, whole, split),
+                out_shardings=parts,
+                donate_argnums=0,
+            )
+            self._after, self._updates_made = None, 0
+
+    def __call__(self, arrays: list[Any], rows: Rows) -> Updated:
+        """Returns the arrays of the next state, and metrics."""
+        config = self._rule.curvature
+        if config is not None and is_due(config, self._number(arrays[self._where_step])):
+            _, weight, gradients, _ = self._exchange(self._summed(self._estimates, arrays, rows))
+            arrays = self._renew(arrays, weight, gradients)
+        total, weight, gradients, whole = self._exchange(self._summed(self._losses, arrays, rows))
+        norms = self._norms(whole, weight)
+        if self._rule.is_elementwise:
+            arrays, metrics = self._next(arrays, total, weight, gradients, norms)
+        else:
+            gathered = self._gather(arrays)
+            for array in arrays:
+                array.delete()
+            new, metrics = self._next_whole(gathered, total, weight, whole, norms)
+            arrays = self._cut(new)
+        if config is not None:
+            self._after, self._updates_made = arrays[self._where_step], self._updates_made + 1
+        return arrays, metrics
+
+    def _number(self, step: Array) -> int:
+        """Returns how many updates were made; asking the device each time would wait for it."""
+        if step is not self._after:
+            self._updates_made = int(step)
+        return self._updates_made
+
+    def _alone_of(self, measure: curvature.Measure, key_of: KeyOf, num_rows: int) -> Alone:
+        """Compiles the sums of a logical shard over its share of `num_rows` rows of the batch."""
+        Here, every = self._Batch.resize(num_rows // self._num_shards), self._Batch.size // num_rows
+
+        def sums_of_shard(
+            weights: list[Array], rows: Rows, key: Any, step: Array, shard: Array
+        ) -> Sums:
+            mine = rows_of_shard(rows, shard, self._num_shards)
+            mine = jax.tree_util.tree_map(lambda column: column[::every], mine)
+            example = example_of(mine, Here, self._Pos)
+            own_key = jax.random.fold_in(key_of(key, step), shard)
+            total, weight, sums = measure(self._as_model, weights, example, own_key)
+            # Sums of 16-bit gradients would stop growing long before the last shard.
+            wide = [g.astype(jnp.promote_types(g.dtype, jnp.float32)) for g in sums]
+            return as_parts((total, weight, wide))
+
+        return Alone(sums_of_shard, *self._shard_operands, layout=self._layout)
+
+    def _summed(self, program: Alone, arrays: list[Any], rows: Rows) -> Sums:
+        return program.summed_over_shards(
+            self._weights(arrays), rows, arrays[self._where_key], arrays[self._where_step],
+            num_shards=self._num_shards,
+        )  # fmt: skip
+
+    def _weights_of(self, arrays: Sequence[Any]) -> list[Array]:
+        params = trainable(self._blueprint.unflatten(arrays).model)[0]
+        return jax.tree_util.tree_leaves(self._policy.cast_to_compute(params))
+
+    def _as_model(self, weights: list[Array]) -> Any:
+        params = jax.tree_util.tree_unflatten(self._tree, weights)
+        return eqx.combine(params, self._policy.cast_to_compute(self._rest))
+
+    def _exchanged(self, sums: Sums) -> tuple[Array, Array, list[Array], list[Array]]:
+        total, weight, parts, whole = elastic.exchanged(sums, self._specs, layout=self._layout)
+        return total, weight, self._narrowed(parts), self._narrowed(whole)
+
+    def _narrowed(self, sums: list[Array]) -> list[Array]:
+        return [g.astype(p.dtype) for g, p in zip(sums, self._params, strict=True)]
+
+    def _applied(
+        self, arrays: Sequence[Any], total: Array, weight: Array, sums: list[Array], norms: Norms
+    ) -> Updated:
+        in_tree = jax.tree_util.tree_unflatten(self._tree, sums)
+        return self._rule.apply(self._blueprint.unflatten(arrays), total, weight, in_tree, norms)
+
+    def _renewed(
+        self, config: SophiaConfig, arrays: Sequence[Any], weight: Array, sums: list[Array]
+    ) -> list[Any]:
+        in_tree = jax.tree_util.tree_unflatten(self._tree, sums)
+        estimate = curvature.estimate_of(config, in_tree, weight)
+        return self._rule.with_curvature(self._blueprint.unflatten(arrays), estimate)
+
+
+def _estimate_rows(config: SophiaConfig, Batch: Axis, num_shards: int) -> int:
+    num_rows = curvature.estimate_rows(config, Batch.size)
+    if num_rows % num_shards:
+        raise ValueError(
+            f"optimizer.estimate_rows: {config.estimate_rows} makes {num_rows} of the "
+            f"{Batch.size} rows of a batch, which the {num_shards} logical shards of an elastic "
+            f"run (trainer.elastic_shards) cannot share evenly; take a multiple of them."
+        )
+    return num_rows
+
+
+def _same(arrays: list[Any]) -> list[Any]:
+    return arrays
