@@ -50,11 +50,10 @@ class ElasticUpdate:
     ) -> None:
         """Compiles the update of states like `blueprint` by batches of `Batch` rows of `Pos`."""
         elastic.check(layout, trainer, Batch.size)
-        config = rule.curvature
-        if config is not None:
-            num_rows = _estimate_rows(config, Batch, trainer.elastic_shards)
+        config, num_shards = rule.curvature, trainer.elastic_shards
+        num_rows = 0 if config is None else _estimate_rows(config, Batch, num_shards)
         self._blueprint, self._rule, self._layout = blueprint, rule, layout
-        self._Batch, self._Pos, self._num_shards = Batch, Pos, trainer.elastic_shards
+        self._Batch, self._Pos, self._num_shards = Batch, Pos, num_shards
         self._policy = Policy.parse(trainer.mp)
         params, self._rest = trainable(blueprint.template.model)
         self._params, self._tree = jax.tree_util.tree_flatten(params)

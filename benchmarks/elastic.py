@@ -1,0 +1,112 @@
+"""What `trainer.reproducibility: elastic` costs against the fast mode, taking turns.
+
+    python benchmarks/elastic.py [--rounds 7] [--devices 1 4] [--optimizer adamw] [small|gpt2 ...]
+
+Both compile the same model with FSDP over the same virtual devices of one process, and take turns
+of a few updates; elastic ones have 8 logical shards. Prints a JSON line for each size and number of
+devices: medians of CPU milliseconds an update of either, their ratio, and CPU seconds to compile.
+CPU seconds count the work of all devices, so that what every device does alike counts for each.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from train_step import MODEL_FIELDS, random_cache
+
+from modeling import numerics
+from modeling.experiment import ExperimentConfig, validate
+
+SIZES: dict[str, dict[str, int]] = {
+    "small": {"hidden_dim": 128, "num_layers": 4, "num_heads": 4, "length": 128, "batch": 16,
+              "vocab": 4096},
+    # The widths, heads and rows of GPT-2 124M, with fewer layers and ids.
+    "gpt2": {"hidden_dim": 768, "num_layers": 2, "num_heads": 12, "length": 512, "batch": 8,
+             "vocab": 8192},
+}  # fmt: skip
+MODES = ("fast", "elastic")
+
+
+def main() -> None:
+    """Measures every size on every number of devices."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("sizes", nargs="*", default=["small"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--updates", type=int, default=2)
+    parser.add_argument("--devices", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--optimizer", default="adamw")
+    arguments = parser.parse_args()
+    largest = experiment(SIZES["small"], "elastic", max(arguments.devices), arguments.optimizer)
+    # Before JAX is imported, as the launcher would.
+    os.environ |= numerics.environment(largest.trainer, "cpu")
+    for size in arguments.sizes:
+        for devices in arguments.devices:
+            found = compared(SIZES[size], devices, arguments)
+            print(json.dumps({"size": size, "devices": devices} | found), flush=True)
+
+
+def experiment(sizes: dict[str, int], mode: str, devices: int, optimizer: str) -> ExperimentConfig:
+    """Returns what is trained."""
+    trainer = {"num_train_steps": 10**6, "train_batch_size": sizes["batch"], "mp": "p=f32,c=f32",
+               "mesh": {"data": devices}, "reproducibility": mode}  # fmt: skip
+    fields = {"dataset": "random", "sequence_length": sizes["length"], "trainer": trainer,
+              "model": {field: sizes[field] for field in MODEL_FIELDS},
+              "optimizer": {"type": optimizer}}  # fmt: skip
+    return validate(ExperimentConfig, fields, "benchmark")
+
+
+def compared(sizes: dict[str, int], devices: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the figures of both modes, after turns in alternating order."""
+    advance, compile_s = {}, {}
+    for mode in MODES:
+        began = time.process_time()
+        advance[mode] = contender(experiment(sizes, mode, devices, arguments.optimizer), sizes)
+        advance[mode](2)
+        compile_s[mode] = time.process_time() - began
+    spent: dict[str, list[float]] = {mode: [] for mode in MODES}
+    for turn in range(arguments.rounds):
+        for mode in MODES if turn % 2 else reversed(MODES):
+            began = time.process_time()
+            advance[mode](arguments.updates)
+            spent[mode].append((time.process_time() - began) / arguments.updates)
+    ms = {mode: 1000 * statistics.median(times) for mode, times in spent.items()}
+    return {
+        "optimizer": arguments.optimizer,
+        "cpu_ms": {mode: round(found, 1) for mode, found in ms.items()},
+        "elastic_over_fast": round(ms["elastic"] / ms["fast"], 3),
+        "compile_cpu_s": {mode: round(found, 1) for mode, found in compile_s.items()},
+    }
+
+
+def contender(config: ExperimentConfig, sizes: dict[str, int]) -> Callable[[int], None]:
+    """Returns a function that makes so many updates and waits for the last."""
+    import jax
+
+    from modeling.training.step import compile_step
+    from modeling.training.trainer import make_plan
+
+    cache = random_cache(sizes)
+    plan = make_plan(config, cache)
+    step = compile_step(
+        plan.blueprint, config.optimizer, config.trainer, plan.layout,
+        Batch=plan.batch_axis(0), Pos=plan.Pos,
+    )  # fmt: skip
+    arrays = plan.blueprint.initialize(plan.make, jax.random.PRNGKey(0))
+    rows = cache.rows("train", np.arange(sizes["batch"]))
+
+    def advance(count: int) -> None:
+        nonlocal arrays
+        for _ in range(count):
+            arrays, _ = step.run(arrays, jax.device_put(rows, step.batch_sharding))
+        jax.block_until_ready(arrays)
+
+    return advance
+
+
+if __name__ == "__main__":
+    main()
