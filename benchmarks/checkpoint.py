@@ -9,7 +9,8 @@ and restores it; the second save counts, since a run saves many times. All sync 
 what is restored must be the same bits. `--peers` names an interpreter that has `orbax-checkpoint`.
 
     ours          snapshot, then digests, arrays, manifest, commit and reading back in another
-                  thread, as the trainer saves
+                  thread, as the trainer saves; `ours-resume` verifies all of the newest before
+                  it restores it, as a run does that goes on
     raw           one file by `pwrite`; `raw-digest` with a SHA-256 of each array: the limit
     npy, safetensors, tensorstore (zarr 3, a chunk an array), orbax, orbax-async
 
@@ -156,31 +157,35 @@ class Contender:
     close: Callable[[], object] = lambda: None
 
 
-def ours(state: Arrays, directory: Path) -> Contender:
-    """The trainer's way; a resumed run looks for the newest that verifies, and restores it."""
+def ours(state: Arrays, directory: Path, *, resumes: bool = False) -> Contender:
+    """The trainer's way."""
     import jax
     import jax.numpy as jnp
 
-    from modeling.training import checkpoint
+    from modeling.training.leaves import HostMemory, snapshot
+    from modeling.training.restoring import restore as restored
     from modeling.training.retention import open_checkpoints
 
     tree = {path: jnp.asarray(array) for path, array in state.items()}
     template = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in tree.items()}
+    mesh, memory = jax.make_mesh((1,), ("data",)), HostMemory()
     stack = contextlib.ExitStack()
     held = stack.enter_context(open_checkpoints(directory, keep=2))
 
     def save(number: int) -> Callable[[], object]:
         held.save(
-            checkpoint.snapshot(tree), step=number, cursor={}, config={}, files={},
+            snapshot(tree, memory), step=number, cursor={}, config={}, files={},
             done=lambda path: None,
         )  # fmt: skip
         return held.wait
 
     def restore() -> Mapping[str, Any]:
+        newest: Path | None = max(directory.glob("step-*"))
         with open_checkpoints(directory, keep=2) as found:
-            newest = found.newest()
+            if resumes:
+                newest = found.newest()
             assert newest is not None
-            return jax.block_until_ready(checkpoint.restore(newest, template))
+            return jax.block_until_ready(restored(newest, template, mesh=mesh))
 
     return Contender(save, restore, stack.close)
 
@@ -306,6 +311,7 @@ def orbax(state: Arrays, directory: Path, *, is_async: bool = False) -> Contende
 
 CONTENDERS: dict[str, Callable[[Arrays, Path], Contender]] = {
     "ours": ours,
+    "ours-resume": functools.partial(ours, resumes=True),
     "raw": raw,
     "raw-digest": functools.partial(raw, digest=True),
     "npy": npy,

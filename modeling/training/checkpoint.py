@@ -5,7 +5,8 @@
       arrays/<leaf path>/c.0.1        little-endian bytes ++ crc32c, uncompressed, chunk = shard
       losses.json, ...                other files that belong to the state
       manifest.json                   every leaf: path, dtype, shape, axis names, SHA-256 of its
-                                      row-major bytes, and every file with its size and SHA-256
+                                      row-major bytes, and every file with its size, SHA-256 and,
+                                      if a chunk's, crc32c
       COMMIT                          the manifest's own SHA-256; written last
 
 Digests are taken from the arrays in memory, never from what was written, since storage lies in
@@ -21,7 +22,6 @@ each holds one at a time. The first process writes manifest and `COMMIT` when al
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import re
@@ -39,6 +39,7 @@ from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import (
     ARRAYS,
     COMMIT,
+    CRC_BYTES,
     MANIFEST,
     PARTS,
     CheckpointError,
@@ -52,13 +53,11 @@ from modeling.training.manifest import (
     to_json,
 )
 from modeling.training.reading import (
+    crc32c,
     read_chunks,
     read_manifest,
     require_chunks,
-    require_size,
 )
-
-_CRC_BYTES = 4
 
 
 def write(
@@ -167,15 +166,16 @@ def _write_arrays(directory: Path, leaves: Sequence[HostLeaf]) -> _Chunks:
             if chunk.size:
                 part = store[cells(start, chunk.shape)]
                 writes.append(part.write(chunk, can_reference_source_data_indefinitely=True))
-    records = {leaf.path: _chunk_records(leaf) for leaf in leaves}
+    files = {leaf.path: _chunk_files(leaf) for leaf in leaves}  # digests, while others write
     for pending in writes:
         try:
             pending.result()
         except ValueError as error:
             raise _os_error(error) from error
-    for chunk in itertools.chain.from_iterable(records.values()):
-        require_size(directory, chunk.file)
-    return records
+    return {
+        path: [ChunkRecord(file, start, crc32c(directory, file)) for start, file in of_leaf.items()]
+        for path, of_leaf in files.items()
+    }
 
 
 def _os_error(error: ValueError) -> Exception:
@@ -208,15 +208,15 @@ def _spec(directory: Path, leaf: HostLeaf) -> dict[str, Any]:
     }
 
 
-def _chunk_records(leaf: HostLeaf) -> list[ChunkRecord]:
-    chunks = []
+def _chunk_files(leaf: HostLeaf) -> dict[tuple[int, ...], FileRecord]:
+    """Returns the file of each chunk as it has to be, by where the chunk begins."""
+    files = {}
     for start, chunk in sorted(leaf.chunks.items()):
         if chunk.size:
             cells = (a // n for a, n in zip(start, leaf.chunk_shape, strict=True))
             path = f"{ARRAYS}/{leaf.path}/" + ".".join(["c", *map(str, cells)])
-            record = FileRecord(path, chunk.nbytes + _CRC_BYTES, array_sha256(chunk))
-            chunks.append(ChunkRecord(record, start))
-    return chunks
+            files[start] = FileRecord(path, chunk.nbytes + CRC_BYTES, array_sha256(chunk))
+    return files
 
 
 def _leaf_records(

@@ -17,7 +17,8 @@ from modeling import canonical
 
 MANIFEST, COMMIT, ARRAYS, PARTS = "manifest.json", "COMMIT", "arrays", "parts"
 """Names within a checkpoint's directory."""
-FORMAT = "levanter.checkpoint/1"
+FORMAT = "levanter.checkpoint/2"
+CRC_BYTES = 4
 MODEL_PREFIX = "model."
 AVERAGES_PREFIX = "averages."
 
@@ -41,6 +42,8 @@ class ChunkRecord:
 
     file: FileRecord
     start: tuple[int, ...]
+    crc32c: str
+    """The last four bytes of the file, in hex."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +140,7 @@ def from_json(content: Mapping[str, Any]) -> Manifest:
 
 def chunk_from_json(content: Mapping[str, Any]) -> ChunkRecord:
     """Returns the record of one chunk."""
-    return ChunkRecord(FileRecord(**content["file"]), tuple(content["start"]))
+    return ChunkRecord(FileRecord(**content["file"]), tuple(content["start"]), content["crc32c"])
 
 
 def likeness(path: str, known: Iterable[str]) -> str:

@@ -20,6 +20,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from modeling import faults
 from modeling.artifacts import needing_space
 from modeling.training import checkpoint
@@ -116,7 +118,7 @@ class Checkpoints:
                     path, leaves, step=step, cursor=cursor, config=config, files=files,
                     writers=writers,
                 )  # fmt: skip
-            self._verified[path] = verify(path) if self._is_first else written
+            self._verified[path] = verify(path, _held(leaves)) if self._is_first else written
             if self._is_first:
                 self._retire(step)
             done(path)
@@ -228,6 +230,10 @@ def _locked(directory: Path) -> Iterator[None]:
         lock.write(str(os.getpid()))
         lock.flush()
         yield
+
+
+def _held(leaves: Sequence[HostLeaf]) -> dict[tuple[str, tuple[int, ...]], np.ndarray]:
+    return {(leaf.path, start): chunk for leaf in leaves for start, chunk in leaf.chunks.items()}
 
 
 def _shared(crew: Crew | None, text: str) -> str:
