@@ -17,6 +17,7 @@ from modeling.experiment import ConfigError, ExperimentConfig
 from resources import panel
 from resources.head_start import HeadStartResource, stand_ins
 from resources.launcher import LauncherResource
+from resources.pools import ACCELERATOR
 from resources.store import StoreResource
 
 
@@ -32,7 +33,7 @@ def checkpoint_assets(
         of=experiment,
         kinds={"jax"},
         ins={"token_cache": [experiment.dataset, "token_cache", experiment.cache_name]},
-        pool="accelerator",
+        pool=ACCELERATOR,
     )
     def checkpoint(
         context: dg.AssetExecutionContext,
@@ -52,7 +53,7 @@ def checkpoint_assets(
             "tokenized_corpus": store.files(tokenized),
             "tokenizer": store.files(store.inputs_above(token_cache)["tokenizer"]),
         }
-        files |= _initial_checkpoint(experiment, store)
+        files |= initial_checkpoint(experiment, store)
         numerics = launcher.numerics(experiment)
         head_start.finish(context)
         return store.materialize(
@@ -81,7 +82,7 @@ def checkpoint_assets(
     return [checkpoint, leaves_verify, has_learned]
 
 
-def _initial_checkpoint(experiment: ExperimentConfig, store: StoreResource) -> dict[str, Path]:
+def initial_checkpoint(experiment: ExperimentConfig, store: StoreResource) -> dict[str, Path]:
     """Returns the files of the checkpoint to begin with, if there is to be one."""
     wanted = experiment.trainer.initialize_from
     if wanted is None:

@@ -15,6 +15,7 @@ from modeling.artifacts import Artifact
 from modeling.experiment import ExperimentConfig
 from resources import panel
 from resources.launcher import LauncherResource
+from resources.pools import ACCELERATOR
 from resources.store import StoreResource
 
 FIGURES = ("loss", "perplexity", "bits_per_byte")
@@ -32,7 +33,7 @@ def evaluation_assets(
         of=experiment,
         kinds={"jax"},
         ins={"checkpoint": [name, "checkpoint"]},
-        pool="accelerator",
+        pool=ACCELERATOR,
     )
     def eval_report(
         context: dg.AssetExecutionContext,

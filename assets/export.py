@@ -14,6 +14,7 @@ from modeling.artifacts import INVENTORY, Artifact
 from modeling.experiment import ExperimentConfig
 from resources import panel
 from resources.launcher import LauncherResource
+from resources.pools import ACCELERATOR
 from resources.store import StoreResource
 
 
@@ -30,7 +31,7 @@ def export_assets(
         of=experiment,
         kinds={"huggingface"},
         ins={"checkpoint": [name, "checkpoint"]},
-        pool="accelerator",
+        pool=ACCELERATOR,
     )
     def hf_model(
         context: dg.AssetExecutionContext,

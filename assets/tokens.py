@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import dagster as dg
 
 from assets.catalog import stage
+from assets.checkpoint import initial_checkpoint
 from assets.checks import artifact_check
 from assets.pictures import lengths_picture
 from modeling import recipes
@@ -60,12 +61,14 @@ def tokenized_assets(
         trained = context.run.tags.get(ON_DEMAND_TAG, "")
 
         def build(space: Workspace) -> Built:
-            pace = tokenized.unpaced
+            pace = None
             if trained in experiments:
                 pace = head_start.begin(
                     context, trained, experiments[trained], dataset, launcher, store,
                     tokenized=recipe, progress=space.progress,
-                    splits=corpus.splits(inputs[0]), tokenizer=inputs[1],
+                    text_bytes=corpus.text_bytes(inputs[0]),
+                    files=initial_checkpoint(experiments[trained], store)
+                    | {"tokenizer": inputs[1]},
                 )  # fmt: skip
             return tokenized.build(
                 dataset.tokenization,

@@ -227,6 +227,9 @@ def random_cache(sizes: dict[str, int]) -> "TokenCache":
         def known_rows(self, split: str, wanted: int) -> int:
             return len(self._rows)
 
+        def share(self, split: str) -> int:
+            return 1
+
         def rows(self, split: str, indices: np.ndarray) -> Rows:
             return Rows(self._rows[indices])
 

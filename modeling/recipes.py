@@ -108,7 +108,9 @@ def tokenized_params(dataset: DatasetConfig) -> Any:
         "tokenizers": importlib.metadata.version("tokenizers"),
     }
     rendering = dataset.format.rendering()
-    return params | {"format": rendering} if rendering else params
+    params |= {"format": rendering} if rendering else {}
+    # Of several sources it says how much text each has, which the order of rows depends on.
+    return params | ({"shares": "text_bytes"} if len(dataset.named_sources) > 1 else {})
 
 
 def tokenized_recipe(dataset: DatasetConfig, corpus: Artifact, tokenizer: Artifact) -> Recipe:

@@ -66,8 +66,7 @@ def run(
     catalog = catalog_from_environment()
     _require(experiment, catalog)
     if on_demand:
-        wanted_dataset = catalog.datasets[catalog.experiments[experiment].dataset]
-        require_on_demand(catalog.experiments[experiment], wanted_dataset)
+        require_on_demand(catalog.experiments[experiment])
     job = f"{experiment}{ON_DEMAND}" if on_demand else experiment
     defs = dg.Definitions.merge(
         build_defs(catalog), dg.Definitions(loggers={"terminal": terminal_logger})

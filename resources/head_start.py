@@ -11,14 +11,21 @@ head start to end, and then does what it always does: it takes up the progress t
 the stand-in, makes sure by its evidence that it was made of these rows, and publishes it. So
 whoever is killed, and however the run is started again, the same bits come of it.
 
-Training waits for rows when it is faster. Tokenization waits when it is `max_eras_ahead` eras ahead
-of what training asks for, so as to leave it the processors; and does not once training has ended.
+Training waits for rows when it is faster. Tokenization goes on with the source that training waits
+for, or else with the one that is least ahead of what it asks for; splits that are evaluated on
+during training come before all, for they are read as a whole. It waits when each source is
+`max_eras_ahead` eras ahead, so as to leave training the processors; and does not while training
+waits, nor once it has ended.
+
+Training holds the pool slot that its step would hold, and hands it to that step. While another run
+has it, tokenization goes on without training, which begins as soon as the slot is free.
 """
 
 import contextlib
-import json
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,10 +36,12 @@ from modeling import recipes
 from modeling.artifacts import Artifact, Recipe, Workspace, write_durably
 from modeling.experiment import ConfigError, ExperimentConfig
 from resources.launcher import LauncherResource, Running
+from resources.pools import ACCELERATOR, PoolSlot
 from resources.store import StoreResource
 
 if TYPE_CHECKING:
     from modeling.data.config import DatasetConfig
+    from modeling.data.tokenized import Pace
 
 ON_DEMAND_TAG = "levanter/on_demand"
 _POLL_S = 0.1
@@ -48,6 +57,7 @@ class HeadStartResource(dg.ConfigurableResource):
     _held: contextlib.ExitStack | None = PrivateAttr(default=None)
     _handoff: Path | None = PrivateAttr(default=None)
     _hear: Callable[[str], None] | None = PrivateAttr(default=None)
+    _slot: PoolSlot | None = PrivateAttr(default=None)
 
     def teardown_after_execution(self, context: dg.InitResourceContext) -> None:
         """Ends what still trains when the run ends; what it has saved is kept."""
@@ -55,6 +65,9 @@ class HeadStartResource(dg.ConfigurableResource):
             self._running.stop()
         self._running = None
         self._release()
+        if self._slot is not None:
+            self._slot.free()
+        self._slot = None
 
     def begin(
         self,
@@ -67,10 +80,10 @@ class HeadStartResource(dg.ConfigurableResource):
         *,
         tokenized: Recipe,
         progress: Path,
-        splits: tuple[str, ...],
-        tokenizer: Path,
-    ) -> Callable[[Mapping[str, int]], None]:
-        """Starts training; returns what tokenization calls, with tokens by split, to be slowed.
+        text_bytes: Mapping[str, int],
+        files: Mapping[str, Path],
+    ) -> "Pace":
+        """Starts training as soon as an accelerator is free; returns what slows tokenization.
 
         Args:
             context: of the step that tokenizes.
@@ -81,35 +94,50 @@ class HeadStartResource(dg.ConfigurableResource):
             store: keeps its progress.
             tokenized: recipe of the tokenized corpus that is being made.
             progress: where its shards are committed.
-            splits: what it will be made of.
-            tokenizer: files of the tokenizer.
+            text_bytes: of the splits that it will be made of.
+            files: of the tokenizer, and of the checkpoint to begin with, if any.
 
         Raises:
             ConfigError: this experiment cannot train before its cache is complete.
         """
         from modeling.data import growing
 
-        train_splits = [split for split in splits if split.split("/")[0] == "train"]
-        require_on_demand(experiment, dataset)
+        require_on_demand(experiment)
+        cache = dataset.cache(experiment.sequence_length, experiment.packing)
+        splits = {split: size for split, size in text_bytes.items() if _is_read(split, experiment)}
         numerics = launcher.numerics(experiment)
         stand_in = recipes.checkpoint_stand_in(experiment, tokenized.id)
         self._held = contextlib.ExitStack()
         report = context.log.info
         begun = store.open().begin(stand_in, numerics, lambda said: report(str(said)))
         space: Workspace = self._held.enter_context(begun)
-        self._handoff = space.progress.parent
-        (self._handoff / growing.FINISHED_FILE).unlink(missing_ok=True)
-        # Training replaces it once it has started; until then it asks for nothing.
-        write_durably(self._handoff / growing.DEMAND_FILE, dict.fromkeys(train_splits, 0))
+        handoff = self._handoff = space.progress.parent
+        growing.clear(handoff)
         job = launcher.job(
             "train", name, experiment, space,
-            numerics=numerics, handoff=self._handoff, tokens_in_progress=progress,
-            splits=train_splits, tokenizer=tokenizer,
+            numerics=numerics, handoff=handoff, tokens_in_progress=progress, shares=splits,
+            token_cache_config=dataclasses.asdict(cache), has_loss_mask=dataset.has_loss_mask,
+            **files,
         )  # fmt: skip
-        context.log.info(f"{name}: training begins as soon as its first rows are tokenized.")
         self._hear = lambda line: context.log.info(f"training: {line}")
-        self._running = launcher.start(job, self._heard)
-        return self._pace(context, experiment)
+        slot = PoolSlot.of_asset(context, dg.AssetKey([name, "checkpoint"]), ACCELERATOR)
+        self._slot = slot
+
+        def start() -> Running | None:
+            if self._running is None and slot.claim():
+                context.log.info(
+                    f"{name}: training begins as soon as its first rows are tokenized."
+                )
+                self._running = launcher.start(job, self._heard)
+            return self._running
+
+        if start() is None:
+            context.log.info(
+                f"{name}: training begins when pool {ACCELERATOR} has a slot; tokenization does "
+                f"not wait for it."
+            )
+        most = self.max_eras_ahead * experiment.trainer.data_order.era_rows
+        return _Pacer(context, start, handoff, tuple(splits), experiment.sequence_length, most)
 
     def tokenized(self, corpus: Path) -> None:
         """Tells training where the whole tokenized corpus is."""
@@ -144,70 +172,96 @@ class HeadStartResource(dg.ConfigurableResource):
             self._held.close()
         self._held = self._handoff = self._hear = None
 
-    def _pace(
-        self, context: dg.AssetExecutionContext, experiment: ExperimentConfig
-    ) -> Callable[[Mapping[str, int]], None]:
-        from modeling.data import growing
 
-        running, handoff = self._running, self._handoff
-        assert running is not None
-        assert handoff is not None
-        demand_file = handoff / growing.DEMAND_FILE
-        most = self.max_eras_ahead * experiment.trainer.data_order.era_rows
+class _Pacer:
+    """Chooses the split that tokenization goes on with, and holds it up: see the module."""
 
-        def rows_ahead(tokens: Mapping[str, int]) -> int:
-            demand = json.loads(demand_file.read_text(encoding="utf-8"))
-            length = experiment.sequence_length
-            # A source that lags behind is made at once, however far ahead the others are.
-            return min(tokens[split] // length - wanted for split, wanted in demand.items())
+    def __init__(
+        self,
+        context: dg.AssetExecutionContext,
+        start: Callable[[], Running | None],
+        handoff: Path,
+        splits: tuple[str, ...],
+        row_tokens: int,
+        most_rows: int,
+    ) -> None:
+        """Paces for a training.
 
-        def pace(tokens: Mapping[str, int]) -> None:
-            paused = False
-            while running.is_alive and (ahead := rows_ahead(tokens)) > most:
-                if not paused:
-                    context.log.info(
-                        f"tokenization pauses: it is {ahead:,} rows ahead of training, and "
-                        f"{self.max_eras_ahead} eras, {most:,} rows, is the most."
-                    )
-                paused = True
-                time.sleep(_POLL_S)
+        Args:
+            context: hears of pauses.
+            start: returns the training, begun now if it was not and can be.
+            handoff: where training says what it asks for.
+            splits: that it reads.
+            row_tokens: tokens of a row.
+            most_rows: rows of a source that tokenization may be ahead.
+        """
+        self._context = context
+        self._start = start
+        self._handoff = handoff
+        self._splits = splits
+        self._row_tokens = row_tokens
+        self._most_rows = most_rows
+        self._chosen: Counter[str] = Counter()
 
-        return pace
+    def __call__(self, tokens: Mapping[str, int], left: Sequence[str]) -> str:
+        """See `modeling.data.tokenized.Pace`."""
+        split = self._choose(tokens, [split for split in left if split in self._splits]) or left[0]
+        self._chosen[split] += 1
+        return split
+
+    def _choose(self, tokens: Mapping[str, int], left: Sequence[str]) -> str | None:
+        from modeling.data.growing import Demand
+
+        has_paused = False
+        while left:
+            demand = Demand.read(self._handoff)
+            asked = [split for split in left if split in demand.waited_for]
+            asked += [split for split in left if not is_trained_on(split)]
+            if asked:
+                return asked[0]
+            ahead = {split: tokens[split] // self._row_tokens - demand.rows.get(split, 0)
+                     for split in left}  # fmt: skip
+            # Of those as far, the one chosen least often: of what is under way nothing is known.
+            split = min(left, key=lambda split: (ahead[split], self._chosen[split]))
+            training = self._start()
+            if training is None or not training.is_alive or ahead[split] <= self._most_rows:
+                return split
+            if demand.waited_for:  # for what is being encoded, elsewhere, or has no document left
+                return split
+            if not has_paused:
+                self._context.log.info(
+                    f"tokenization pauses: it is {ahead[split]:,} rows ahead of training, and "
+                    f"{self._most_rows:,} rows are the most."
+                )
+            has_paused = True
+            time.sleep(_POLL_S)
+        return None
 
 
-def require_on_demand(experiment: ExperimentConfig, dataset: "DatasetConfig") -> None:
-    """Makes sure that rows of this experiment are known before the cache is complete.
+def is_trained_on(split: str) -> bool:
+    """Whether a split is one of those that updates are made with."""
+    return split.split("/")[0] == "train"
+
+
+def _is_read(split: str, experiment: ExperimentConfig) -> bool:
+    """Whether training reads a split: others than its own if it evaluates or draws meanwhile."""
+    trainer = experiment.trainer
+    looks = trainer.eval_every_steps is not None or trainer.pictures_every_steps is not None
+    return looks or is_trained_on(split)
+
+
+def require_on_demand(experiment: ExperimentConfig) -> None:
+    """Makes sure that an experiment can begin before its token cache has a content id.
 
     Raises:
-        ConfigError: they are not; says why.
+        ConfigError: it cannot; says why.
     """
-    trainer = experiment.trainer
-    if experiment.packing != "concat":
-        raise ConfigError(
-            f"on demand: packing `{experiment.packing}` lays documents into rows when all of them "
-            f"are there. Take packing: concat, or run without --on-demand."
-        )
-    if len(dataset.named_sources) > 1 and trainer.data_order.mixture is None:
-        raise ConfigError(
-            f"on demand: the order of {sorted(dataset.named_sources)} depends on how many rows "
-            f"each has in the end, unless trainer.data_order.mixture gives their weights. Add "
-            f"it, or run without --on-demand."
-        )
-    for field in ("eval_every_steps", "pictures_every_steps"):
-        if getattr(trainer, field) is not None:
-            raise ConfigError(
-                f"on demand: trainer.{field}: the rows held out are known when the whole corpus is "
-                f"tokenized. Leave it out, or run without --on-demand."
-            )
-    if trainer.initialize_from is not None:
+    wanted = experiment.trainer.initialize_from
+    if wanted is not None and not wanted.weights_only and "data" not in wanted.allow_changed:
         raise ConfigError(
             "on demand: trainer.initialize_from: whether its checkpoint has seen the same rows is "
-            "known when the whole corpus is tokenized. Run without --on-demand."
-        )
-    if dataset.format.type in ("chat", "supervised"):
-        raise ConfigError(
-            f"on demand: documents of format `{dataset.format.type}` have loss masks, which are "
-            f"not read before the tokenized corpus is complete. Run without --on-demand."
+            "known when the whole corpus is tokenized. Run without --on-demand, take its weights "
+            "alone with weights_only: true, or name `data` in allow_changed."
         )
 
 

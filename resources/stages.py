@@ -48,7 +48,7 @@ def train(arguments: Arguments, workspace: Workspace | None, channel: Channel) -
     ):
         built = trainer.train(
             experiment,
-            _training_data(experiment, arguments, channel),
+            _training_data(arguments, channel),
             workspace,
             observer=TrainingObserver(channel, tracker),
             peak=_peak(experiment),
@@ -249,24 +249,23 @@ def parity(
     }
 
 
-def _training_data(
-    experiment: ExperimentConfig, arguments: Arguments, channel: Channel
-) -> "TrainingData":
+def _training_data(arguments: Arguments, channel: Channel) -> "TrainingData":
     """Returns the token cache; one that still grows if the job has it handed over."""
-    from modeling.data.growing import GrowingCache
-    from modeling.data.shards import token_dtype
+    from modeling.data.config import TokenCacheConfig
+    from modeling.data.growing import GrowingCache, Vocabulary
     from modeling.data.tokenizer import load_tokenizer
 
     if "handoff" not in arguments:
         return _cache(arguments)
-    vocab_size = load_tokenizer(Path(arguments["tokenizer"])).vocab_size
+    tokenizer = load_tokenizer(Path(arguments["tokenizer"]))
     return GrowingCache(
         Path(arguments["tokens_in_progress"]),
         Path(arguments["handoff"]),
-        tuple(arguments["splits"]),
-        sequence_length=experiment.sequence_length,
-        vocab_size=vocab_size,
-        dtype=token_dtype(vocab_size),
+        arguments["shares"],
+        config=validate(TokenCacheConfig, arguments["token_cache_config"], "token cache"),
+        vocabulary=Vocabulary(
+            tokenizer.vocab_size, tokenizer.eos_id, bool(arguments["has_loss_mask"])
+        ),
         report=channel.say,
     )
 

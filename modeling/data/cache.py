@@ -55,6 +55,8 @@ class SplitIndex:
     """Files that hold the rows of a copy, in order."""
     windows: tuple[Window, ...] | None = None
     """Of packed documents."""
+    share: int = 1
+    """What it has of an epoch's beginning beside other sources: see `modeling.data.mixture`."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def _split_index(raw: Mapping[str, Any]) -> SplitIndex:
         raw["root"],
         tuple(raw.get("shards", ())),
         None if windows is None else tuple(Window(*window) for window in windows),
+        raw.get("share", 1),
     )
 
 
@@ -136,6 +139,7 @@ def build(
             root = _prefix_root(rows * config.length, split, stream.tokens)
             splits[name] = SplitIndex(rows, root)
             fate.lost_tokens = split.tokens - rows * config.length
+        splits[name] = replace(splits[name], share=manifest.shares.get(name, 1))
         _require_rows(name, split, splits[name].rows, config)
         facts[name] = _facts(config, split, splits[name].rows, fate)
     is_packed = config.packing == "documents"
@@ -260,6 +264,10 @@ class TokenCache:
         """Returns the number of rows, as a cache that still grows does of `wanted` rows."""
         return self.num_rows(split)
 
+    def share(self, split: str) -> int:
+        """Returns how much of an epoch's beginning a split is, beside what others are."""
+        return self._index.splits[split].share
+
     def stop_waiting(self) -> None:
         """Does nothing: all rows are here."""
 
@@ -270,14 +278,16 @@ class TokenCache:
     def refusal(self, seen: Mapping[str, Any]) -> str | None:
         """Returns why work with this evidence was done on other rows; None if on these."""
         if "token_cache" not in seen:
-            counts = {split: self.num_rows(split) for split in self.splits}
-            return evidence.refusal(seen, counts, self._stored_rows, self.sequence_length)
+            return evidence.refusal(
+                seen,
+                {split: self.num_rows(split) for split in self.splits},
+                self.rows,
+                sequence_length=self.sequence_length,
+                dtype=np.dtype(self._index.dtype),
+            )
         if seen["token_cache"] == self.content_id:
             return None
         return f"it read token cache {seen['token_cache'][:12]}, this is {self.content_id[:12]}"
-
-    def _stored_rows(self, split: str, indices: np.ndarray) -> np.ndarray:
-        return self.rows(split, indices).tokens.astype(self._index.dtype)
 
     @property
     def columns(self) -> Columns:
@@ -398,6 +408,8 @@ def _content_id(
         "eos_id": manifest.eos_id,
         "splits": {name: {"rows": s.rows, "root": s.root} for name, s in splits.items()},
     }
+    if manifest.shares:
+        identity["shares"] = manifest.shares
     if packing == "documents":
         identity["packing"] = packing
     elif manifest.has_loss_mask:

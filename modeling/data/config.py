@@ -628,6 +628,25 @@ class DatasetConfig:
                 )
 
     @property
+    def has_loss_mask(self) -> bool:
+        """Whether some tokens are not to be predicted."""
+        match self.format:
+            case ChatFormat(loss=loss):
+                return loss != "all"
+            case SupervisedFormat():
+                return True
+            case _:
+                return False
+
+    def cache(self, length: int, packing: Packing) -> TokenCacheConfig:
+        """Returns how the rows of a token cache are made, by what tells it from the others."""
+        wanted = length, packing
+        (found,) = [
+            cache for cache in self.sequence_lengths if (cache.length, cache.packing) == wanted
+        ]
+        return found
+
+    @property
     def named_sources(self) -> Mapping[str, Source]:
         """The sources by name; the name of an only one is empty."""
         return self.sources if self.source is None else {"": self.source}

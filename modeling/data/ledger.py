@@ -4,7 +4,7 @@
     units/<key>.json      its receipt, written after it: size and SHA-256. Without it nothing counts
     stream.jsonl          first line: dtype, vocab_size, eos_id, and the policy that keys depend on.
                           Then a line for each shard, in the order of its split; a shard is told
-                          when all before it are committed. Last line: {"complete": true}
+                          when all before it are committed. Last of each: {"complete": "train"}
 
 A retry digests the shards that have receipts, names and makes again what is damaged, and goes on.
 Units are committed in any order, by several workers at once. Whoever wants to read tokens while
@@ -74,7 +74,7 @@ def committed(progress: Path, split: str) -> Stream | None:
         if lines:
             header, *rest = map(json.loads, lines)
             shards = [_shard(line) for line in rest if line.get("split") == split]
-            complete = bool(rest) and "complete" in rest[-1]
+            complete = any(line.get("complete") == split for line in rest)
             return Stream(
                 tuple(shards), complete, header["dtype"], header["vocab_size"], header["eos_id"]
             )
@@ -172,9 +172,9 @@ class Ledger:
         told.append(shard)
         return shard
 
-    def complete(self) -> None:
-        """Says on the stream that no shard will follow."""
-        self._append({"complete": True})
+    def complete(self, split: str) -> None:
+        """Says on the stream that no shard of a split will follow."""
+        self._append({"complete": split})
 
     def _open_stream(self, header: Mapping[str, Any]) -> dict[str, list[Shard]]:
         path = self._progress / STREAM_FILE
@@ -193,7 +193,7 @@ class Ledger:
         for line in kept:
             told.setdefault(line["split"], []).append(_shard(line))
         whole = b"".join(_line(line) for line in [header, *kept])
-        with path.open("r+b") as stream:  # without half a line, or a marker of completion
+        with path.open("r+b") as stream:  # without half a line, or markers of completion
             stream.truncate(len(whole))
         return told
 

@@ -51,6 +51,10 @@ class RowSource(Protocol):
         """Returns how many rows a split has: at least `wanted`, or all; may wait for them."""
         ...
 
+    def share(self, split: str) -> int:
+        """Returns how much of an epoch's beginning a split is, beside what others are."""
+        ...
+
     def rows(self, split: str, indices: Integer[np.ndarray, " rows"]) -> Rows:
         """Returns rows of a split."""
         ...
@@ -108,7 +112,8 @@ class TrainLoader:
         sources = {
             source: partial(cache.known_rows, split) for source, split in self._split_of.items()
         }
-        self._order = data_order(config, sources, self._batches)
+        shares = {source: cache.share(split) for source, split in self._split_of.items()}
+        self._order = data_order(config, sources, self._batches, shares)
 
     @property
     def columns(self) -> Columns:

@@ -1,8 +1,11 @@
 """The order of all sources: whose turn it is at each position, and which of its rows is drawn.
 
-Without weights all sources are one: their rows, in the order of their names, are permuted over the
-whole epoch, so that each row is drawn once an epoch and sources come in proportion to their rows.
-(A dataset of one source keeps its eras, which let training begin before its last row is known.)
+Without weights all sources are one, each of whose rows is drawn once an epoch. They stand in a line
+in which row i of source s has the place (2i + 1) / b_s, where b_s is the source's bytes of text: so
+the first n of the line hold each source in proportion to its text, to within a row or so, as seats
+are given to parties (Webster 1832; Sainte-Lague 1910), until one source after another has no more.
+The line is cut into eras, and rows are permuted inside each, as those of an only source are. Bytes
+of text are known before the first token: training may begin before the last row is known.
 
 With weights positions run through blocks of B = `block_rows`. Of each block, source s has exactly
 
@@ -53,7 +56,10 @@ class DataOrder(Protocol):
 
 
 def data_order(
-    config: DataOrderConfig, sources: Mapping[str, KnownRows], batches: BatchSchedule
+    config: DataOrderConfig,
+    sources: Mapping[str, KnownRows],
+    batches: BatchSchedule,
+    shares: Mapping[str, int],
 ) -> DataOrder:
     """Returns the order that `config` asks for.
 
@@ -61,54 +67,96 @@ def data_order(
         config: seed, eras and weights.
         sources: the number of rows of each source by name; the only one may be unnamed ("").
         batches: where each step begins.
+        shares: of the sources in an epoch without weights, relative to each other.
 
     Raises:
         ValueError: the weights name a source that there is not, or too small a share of a block.
     """
     if config.mixture is not None:
         return MixedOrder(config, config.mixture, sources, batches)
-    return PooledOrder(config, sources)
+    return PooledOrder(config, sources, shares)
 
 
 class PooledOrder:
     """All sources as one."""
 
-    def __init__(self, config: DataOrderConfig, sources: Mapping[str, KnownRows]) -> None:
+    def __init__(
+        self,
+        config: DataOrderConfig,
+        sources: Mapping[str, KnownRows],
+        shares: Mapping[str, int],
+    ) -> None:
         """See `data_order`."""
         self._names = sorted(sources)
-        self._starts: Int64[np.ndarray, " ends"] | None = None
-        if len(sources) == 1:
-            (known_rows,), era_rows, name = sources.values(), config.era_rows, self._names[0]
-        else:
-            # Every size must be known, for a row's number says which source it is of.
-            sizes = [sources[name](EVERY_ROW) for name in self._names]
-            self._starts = np.cumsum([0, *sizes])
-            total = sum(sizes)
-            known_rows, era_rows, name = (lambda wanted: total), max(total, 1), POOL
-        self._known_rows: KnownRows = known_rows
+        self._known_rows = [sources[name] for name in self._names]
+        self._shares = [shares[name] for name in self._names]
+        self._era_rows = config.era_rows
+        # What is known of the line's beginning never changes, and each batch asks for it.
+        self._until = lru_cache(maxsize=8)(self._rows_until)
         self._order = RowOrder(
-            known_rows,
+            lambda wanted: sum(self._until(wanted)),
             seed=config.seed,
-            era_rows=era_rows,
-            source=name,
+            era_rows=config.era_rows,
+            source=self._names[0] if len(self._names) == 1 else POOL,
             max_epochs=config.max_epochs,
         )
 
     def draws(self, start: int, count: int) -> list[Draw]:
         """See `DataOrder`."""
         rows = self._order.rows_at(start, count)
-        if self._starts is None:
+        if len(self._names) == 1:
             return [Draw(self._names[0], np.arange(count), rows)]
-        of = np.searchsorted(self._starts, rows, side="right") - 1
         found = []
-        for index in np.unique(of).tolist():
-            places = np.flatnonzero(of == index)
-            found.append(Draw(self._names[index], places, rows[places] - self._starts[index]))
+        eras = rows // self._era_rows
+        for era in np.unique(eras).tolist():
+            first, end = (self._until(n * self._era_rows) for n in (era, era + 1))
+            starts = np.cumsum([0, *(b - a for a, b in zip(first, end, strict=True))])
+            places = np.flatnonzero(eras == era)
+            offsets = rows[places] - era * self._era_rows
+            of = np.searchsorted(starts, offsets, side="right") - 1
+            for index in np.unique(of).tolist():
+                here = of == index
+                of_source = offsets[here] - starts[index] + first[index]
+                found.append(Draw(self._names[index], places[here], of_source))
         return found
 
     def epochs(self, position: int) -> dict[str, float]:
         """See `DataOrder`."""
-        return dict.fromkeys(self._names, position / self._known_rows(EVERY_ROW))
+        return dict.fromkeys(self._names, position / sum(self._until(EVERY_ROW)))
+
+    def _rows_until(self, wanted: int) -> tuple[int, ...]:
+        """Returns how many of the line's first `wanted` rows, or of all, each source has."""
+        most: dict[int, int] = {}
+        while len(most) < len(self._names):
+            rest = [index for index in range(len(self._names)) if index not in most]
+            weights = [self._shares[index] for index in rest]
+            asked = dict(zip(rest, apportioned(wanted - sum(most.values()), weights), strict=True))
+            known = {index: self._known_rows[index](rows) for index, rows in asked.items()}
+            ended = {index: rows for index, rows in known.items() if rows < asked[index]}
+            most |= ended or asked
+        return tuple(most[index] for index in range(len(self._names)))
+
+
+def apportioned(rows: int, weights: Sequence[int]) -> list[int]:
+    """Returns how many of the first `rows` places (2i + 1) / w, i = 0, 1, ..., each weight has.
+
+    Of equal places that of the first weight comes first.
+    """
+    if rows <= 0:
+        return [0] * len(weights)
+    total = sum(weights)
+    counts = [(2 * rows * weight + total) // (2 * total) for weight in weights]
+
+    def place(index: int, row: int) -> tuple[Fraction, int]:
+        return Fraction(2 * row + 1, weights[index]), index
+
+    indices = range(len(weights))
+    while (lacking := rows - sum(counts)) > 0:
+        counts[min(indices, key=lambda index: place(index, counts[index]))] += 1
+    for _ in range(-lacking):
+        held = (index for index in indices if counts[index])
+        counts[max(held, key=lambda index: place(index, counts[index] - 1))] -= 1
+    return counts
 
 
 @dataclass(frozen=True)

@@ -144,10 +144,12 @@ class Packer:
         self._length = sequence_length
         self._long_documents: LongDocuments = long_documents
 
-    def windows(self, documents: Documents) -> Iterator[tuple[int, int]]:
-        """Yields the first document of each window and that of the next."""
+    def windows(self, documents: Documents, first: int = 0) -> Iterator[tuple[int, int]]:
+        """Yields the first document of each window and that of the next, from a window's on.
+
+        What ends before the last document ends there whatever follows it.
+        """
         most = max(WINDOW_TOKENS, WINDOW_ROWS * self._length)
-        first = 0
         while first < len(documents):
             stop = _window_end(documents, first, most)
             yield first, stop

@@ -16,7 +16,7 @@ from there. All files are the same whoever encoded, in which order, after how ma
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from modeling.data.encoding import document_encoder
 from modeling.data.ledger import FetchEarlier, Ledger, Shard, nothing_earlier
 from modeling.data.shards import FlatTokens, map_shard, token_dtype
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
-from modeling.data.units import UNIT_BYTES, cut_units
+from modeling.data.units import UNIT_BYTES, Unit, cut_units
 from modeling.merkle import MerkleHasher
 from modeling.progress import Meter, Report, ignore
 
@@ -47,12 +47,9 @@ MANIFEST_FILE = "manifest.json"
 FORMAT = "tokenized_corpus/2"
 LOCAL = LocalCompute()
 _MEGABYTE = 1e6
-Pace = Callable[[Mapping[str, int]], None]
-"""Slows a build down by waiting; takes the number of committed tokens by split."""
-
-
-def unpaced(tokens: Mapping[str, int]) -> None:
-    """Never waits."""
+Pace = Callable[[Mapping[str, int], Sequence[str]], str]
+"""Says which split a build goes on with, and may wait before that; takes the number of committed
+tokens by split, and the splits that have documents left."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +82,12 @@ class Manifest:
     eos_id: int
     has_loss_mask: bool
     splits: dict[str, SplitManifest]
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """The bytes of text of each source to train on, where there are several."""
+        train = {name: split for name, split in self.splits.items() if name.startswith("train/")}
+        return {name: split.text_bytes for name, split in train.items()} if len(train) > 1 else {}
 
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
@@ -127,7 +130,7 @@ def build(
     fetch_earlier: FetchEarlier = nothing_earlier,
     report: Report = ignore,
     unit_bytes: int = UNIT_BYTES,
-    pace: Pace = unpaced,
+    pace: Pace | None = None,
 ) -> Built:
     """Encodes every document that no shard holds yet.
 
@@ -141,7 +144,7 @@ def build(
         fetch_earlier: finds shards of other builds, to take where the documents are the same.
         report: is told how far it is, and what was reused or damaged.
         unit_bytes: bytes of text in a unit, of which each shard has one.
-        pace: called before each unit, with the tokens that can be read by split; it may wait.
+        pace: asked before each unit for the split to go on with; None goes through the corpus once.
 
     Raises:
         DiskFullError: there is no space for a shard; those before it are kept.
@@ -163,10 +166,14 @@ def build(
     }
     total = sum(corpus.num_bytes(corpus_dir, split) for split in corpus.splits(corpus_dir))
     meter = Meter(report, "tokenized corpus", total / _MEGABYTE, "MB")
+    if pace is None:
+        units = cut_units(corpus.record_batches(corpus_dir), unit_bytes)
+    else:
+        units = _paced_units(corpus_dir, unit_bytes, pace, streams)
 
     def unknown_units() -> Iterator[Keyed]:
         under_way = set()
-        for unit in cut_units(corpus.record_batches(corpus_dir), unit_bytes):
+        for unit in units:
             key = unit.key(encoding.policy)
             streams[unit.split].keys.append(key)
             if ledger.find(key) is not None:
@@ -174,7 +181,6 @@ def build(
                 streams[unit.split].advance()
             elif key not in under_way:
                 under_way.add(key)
-                pace({split: stream.num_tokens for split, stream in streams.items()})
                 yield key, unit
 
     if isinstance(compute, RayCompute):
@@ -187,7 +193,8 @@ def build(
         for stream in streams.values():
             stream.advance()
     meter.finish()
-    ledger.complete()
+    for stream in streams.values():
+        stream.end()
     manifest = Manifest(
         dtype=dtype.name,
         vocab_size=tokenizer.vocab_size,
@@ -236,6 +243,25 @@ class EarlierBuilds:
                         yield shard["key"], (content_id, Shard(**shard))
 
 
+def _paced_units(
+    corpus_dir: Path, unit_bytes: int, pace: Pace, streams: "Mapping[str, _Stream]"
+) -> Iterator[Unit]:
+    """Yields the units of each split in order, of one split or another as `pace` says.
+
+    The corpus is read through for each split, for which its documents need not wait in memory.
+    """
+    left = {split: cut_units(corpus.record_batches(corpus_dir, split), unit_bytes)
+            for split in streams}  # fmt: skip
+    while left:
+        tokens = {split: stream.num_tokens for split, stream in streams.items()}
+        split = pace(tokens, tuple(left))
+        if (unit := next(left[split], None)) is not None:
+            yield unit
+        else:
+            del left[split]
+            streams[split].end()
+
+
 class _Stream:
     """The shards of a split in their order, digested as far as they are committed."""
 
@@ -254,6 +280,7 @@ class _Stream:
         self._mask_hasher = MerkleHasher() if has_loss_mask else None
         self.num_tokens = 0
         """In the shards that can be read by now."""
+        self._has_ended = self._is_told = False
         self._longest = 0
         self._lengths = np.zeros(1, np.int64)
         self._num_unknown = 0
@@ -267,6 +294,14 @@ class _Stream:
             shard = self._ledger.tell(self._split, len(self._shards), key)
             self._fold(shard, self._ledger.path(key))
             self._shards.append(replace(shard, file=self._file(len(self._shards))))
+        if self._has_ended and not self._is_told:
+            self._ledger.complete(self._split)
+            self._is_told = True
+
+    def end(self) -> None:
+        """Knows that no document will follow."""
+        self._has_ended = True
+        self.advance()
 
     def _file(self, index: int) -> str:
         return f"{self._split.replace('/', '-')}-{index:05d}.arrow"
@@ -368,4 +403,6 @@ def _built(manifest: Manifest, encoder: str, reuse: dict[str, Any]) -> Built:
         "eos_id": manifest.eos_id,
         "leaves": leaves,
     }
+    if manifest.shares:
+        identity["shares"] = manifest.shares
     return Built(canonical.digest("tokenized_corpus/2", identity), facts=facts, leaves=leaves)

@@ -3,15 +3,23 @@
 import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from modeling.artifacts import Workspace, write_durably
-from modeling.data import cache, growing, tokenized
+from modeling.data import cache, corpus, growing, packing, tokenized
 from modeling.data.cache import TokenCache
-from modeling.data.config import TokenizationConfig
-from modeling.data.growing import GrowingCache, WaitingEndedError
+from modeling.data.config import (
+    FilesSource,
+    SupervisedFormat,
+    TokenCacheConfig,
+    TokenizationConfig,
+    ValidationConfig,
+)
+from modeling.data.corpus import TEXT
+from modeling.data.growing import Demand, GrowingCache, Vocabulary, WaitingEndedError
 from modeling.data.ledger import STREAM_FILE
 from modeling.data.loader import TrainLoader
 from modeling.training.config import DataOrderConfig
@@ -23,7 +31,9 @@ ORDER = DataOrderConfig(seed=3, era_rows=40)
 class Build:
     """A tokenization in a thread of its own that makes one unit each time it is let."""
 
-    def __init__(self, chain, root):
+    def __init__(self, chain, root, document_format=TEXT):
+        self.document_format = document_format
+        self.has_loss_mask = document_format is not TEXT
         self.space = Workspace(root / "progress", root / "output")
         self.handoff = root / "handoff"
         for directory in (self.space.progress, self.space.output, self.handoff):
@@ -33,6 +43,7 @@ class Build:
         self.free = False
         self.built = None
         self.paced = []
+        self.first = "train"
         self.thread = threading.Thread(target=self.run, args=(chain,))
 
     def run(self, chain):
@@ -41,43 +52,48 @@ class Build:
             chain.corpus_dir,
             chain.tokenizer_dir,
             self.space,
+            document_format=self.document_format,
             unit_bytes=1500,
             pace=self.pace,
         )
         self.waiting.set()
 
-    def pace(self, tokens):
+    def pace(self, tokens, left):
         self.paced.append(dict(tokens))
+        self.left = left
         self.waiting.set()
         if not self.free:
-            assert self.go.acquire(timeout=60)
+            assert self.go.acquire(timeout=120)
+        return self.first if self.first in left else left[0]
 
     def units(self, count):
         """Makes some units and returns when the next one is waited with."""
         for _ in range(count):
-            assert self.waiting.wait(60)
+            assert self.waiting.wait(120)
             self.waiting.clear()
             self.go.release()
-        assert self.waiting.wait(60)
+        assert self.waiting.wait(120)
 
-    def finish(self, published):
+    def end(self):
         self.free = True
         self.go.release()
-        self.thread.join(60)
+        self.thread.join(120)
+
+    def finish(self, published):
+        self.end()
         shutil.copytree(self.space.output, published)
         shutil.rmtree(self.space.progress)
         write_durably(self.handoff / growing.FINISHED_FILE, {"tokenized_corpus": str(published)})
 
-    def cache(self, chain, **options):
+    def cache(self, chain, *, splits=("train",), report=lambda line: None, **config):
         manifest = tokenized.Manifest.read(chain.tokenized_dir)
         return GrowingCache(
             self.space.progress,
             self.handoff,
-            ("train",),
-            sequence_length=LENGTH,
-            vocab_size=manifest.vocab_size,
-            dtype=np.dtype(manifest.dtype),
-            report=options.get("report", lambda line: None),
+            {split: manifest.splits[split].text_bytes for split in splits},
+            config=TokenCacheConfig(length=LENGTH, **config),
+            vocabulary=Vocabulary(manifest.vocab_size, manifest.eos_id, self.has_loss_mask),
+            report=report,
         )
 
 
@@ -86,9 +102,7 @@ def build(chain, tmp_path):
     made = Build(chain, tmp_path)
     made.thread.start()
     yield made
-    made.free = True
-    made.go.release()
-    made.thread.join(60)
+    made.end()
 
 
 @pytest.fixture
@@ -110,18 +124,113 @@ def test_rows_are_drawn_while_others_are_written_and_are_those_of_the_finished_c
     before = eras * 4
     for step in range(before):
         assert np.array_equal(loader.batch(step).tokens, whole.batch(step).tokens)
-    demand = json.loads((build.handoff / growing.DEMAND_FILE).read_text())
-    assert demand == {"train": eras * 40}
+    assert Demand.read(build.handoff) == ({"train": eras * 40}, ())
     assert build.built is None, "the build has not ended"
 
     waits = threading.Thread(target=loader.batch, args=(before,))
     waits.start()
+    while not Demand.read(build.handoff).waited_for:
+        pass
+    assert Demand.read(build.handoff) == ({"train": (eras + 1) * 40}, ("train",))
     build.finish(tmp_path / "published")
-    waits.join(60)
+    waits.join(120)
     assert not waits.is_alive()
     for step in range(before, 2 * num_rows // 10 + 1):
         assert np.array_equal(loader.batch(step).tokens, whole.batch(step).tokens)
     assert loader.epochs(num_rows) == {"": 10.0}
+
+
+def supervised_chain(chain, root, make_workspace):
+    """Prompts with completions, with the tokenizer of the texts."""
+    records = [
+        {"prompt": f"{n} " + "the value of " * (n % 7), "completion": "self == 42 " * (1 + n % 5)}
+        for n in range(300)
+    ]
+    (root / "records.jsonl").write_text("".join(json.dumps(each) + "\n" for each in records))
+    paths = (str(root / "records.jsonl"),)
+    source = FilesSource(type="files", paths=paths, format="jsonl")
+    listing = corpus.scan(source, validation=ValidationConfig(fraction=0.1))
+    spaces = [make_workspace(name) for name in ("records", "record tokens")]
+    document_format = SupervisedFormat(type="supervised")
+    corpus.build(source, listing, spaces[0], document_format=document_format)
+    made = SimpleNamespace(corpus_dir=spaces[0].output, tokenizer_dir=chain.tokenizer_dir)
+    made.tokenized_dir = spaces[1].output
+    tokenized.build(
+        TokenizationConfig(),
+        made.corpus_dir,
+        made.tokenizer_dir,
+        spaces[1],
+        document_format=document_format,
+    )
+    return made, document_format
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_rows_with_segments_and_masks_are_drawn_while_others_are_written(
+    packed, masked, chain, tmp_path, make_workspace, monkeypatch
+):
+    """Windows of packing are made small; then rows of each kind, half of them before the end."""
+    monkeypatch.setattr(packing, "WINDOW_TOKENS", 1)
+    monkeypatch.setattr(packing, "WINDOW_ROWS", 8)
+    material, document_format = chain, TEXT
+    if masked:
+        material, document_format = supervised_chain(chain, tmp_path, make_workspace)
+    config = TokenCacheConfig(length=LENGTH, packing="documents" if packed else "concat")
+    space = make_workspace("rows")
+    cache.build(config, material.tokenized_dir, space, tokenized_id="", tokenizer_id="")
+    finished = TokenCache.open(space.output, material.tokenized_dir)
+    whole = TrainLoader(finished, ORDER, 10)
+    assert whole.columns == (packed, packed or masked)
+
+    build = Build(material, tmp_path, document_format)
+    build.thread.start()
+    try:
+        rows = build.cache(material, packing=config.packing)
+        loader = TrainLoader(rows, ORDER, 10)
+        build.units(8)
+        steps = 2 * finished.num_rows("train") // 10
+        for step in range(4):
+            assert_same(loader.batch(step), whole.batch(step))
+        assert build.built is None, "the build has not ended"
+        seen = rows.evidence()
+        assert 40 <= seen["splits"]["train"]["rows"] < finished.num_rows("train")
+        assert ("segment_ids" in seen["splits"]["train"]) == packed
+        assert finished.refusal(seen) is None
+        for column in set(seen["splits"]["train"]) - {"rows"}:
+            other = json.loads(json.dumps(seen))
+            other["splits"]["train"][column] = "0" * 64
+            assert "are not those that it read" in str(finished.refusal(other))
+        build.finish(tmp_path / "published")
+        for step in range(4, steps):
+            assert_same(loader.batch(step), whole.batch(step))
+        assert rows.num_rows("train") == finished.num_rows("train")
+        assert rows.refusal(seen) is None
+        assert finished.refusal(rows.evidence()) is None
+    finally:
+        build.end()
+
+
+def assert_same(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours is None) == (theirs is None)
+        assert ours is None or np.array_equal(ours, theirs)
+
+
+def test_a_split_that_is_made_first_is_whole_before_the_others(chain, build, finished):
+    build.first = "validation"
+    rows = build.cache(chain, splits=("train", "validation"))
+    counted = []
+    waits = threading.Thread(target=lambda: counted.append(rows.num_rows("validation")))
+    waits.start()
+    build.units(1)
+    while "validation" in build.left:
+        build.units(1)
+    waits.join(120)
+    assert counted == [finished.num_rows("validation")]
+    assert build.paced[-1]["train"] == 0, "nothing to train on is tokenized yet"
+    indices = np.arange(counted[0])
+    assert_same(rows.rows("validation", indices), finished.rows("validation", indices))
 
 
 def test_a_wait_says_how_far_it_is_and_can_be_ended(chain, build, monkeypatch):
@@ -141,7 +250,7 @@ def test_a_wait_says_how_far_it_is_and_can_be_ended(chain, build, monkeypatch):
     while not lines:
         pass
     rows.stop_waiting()
-    waits.join(60)
+    waits.join(120)
     assert found == ["ended"]
     assert "of 1,000,000 of split `train` are tokenized" in lines[0]
     with pytest.raises(IndexError, match=r"rows are written"):
@@ -187,9 +296,9 @@ def test_a_finished_corpus_that_does_not_begin_with_what_was_read_is_refused(
     build.finish(tmp_path / "published")
     manifest = tmp_path / "published" / tokenized.MANIFEST_FILE
     content = json.loads(manifest.read_text())
-    content["splits"]["train"]["tokens_root"] = "0" * 64
+    content["splits"]["train"]["shards"].reverse()
     manifest.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="does not begin with the tokens that were committed"):
+    with pytest.raises(ValueError, match="does not begin with the documents that were committed"):
         rows.known_rows("train", 10**6)
 
 

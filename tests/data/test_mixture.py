@@ -8,7 +8,13 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from modeling.data.mixture import MixedOrder, PooledOrder, block_counts, data_order
+from modeling.data.mixture import (
+    MixedOrder,
+    PooledOrder,
+    apportioned,
+    block_counts,
+    data_order,
+)
 from modeling.data.order import EpochLimitError, RowOrder
 from modeling.experiment import ConfigError, validate
 from modeling.training.config import BatchSchedule, DataOrderConfig, TrainerConfig
@@ -20,10 +26,11 @@ def trainer(**fields) -> TrainerConfig:
     return validate(TrainerConfig, {"num_train_steps": 9, "train_batch_size": 8} | fields, "test")
 
 
-def order(mixture=None, *, sizes=SIZES, batches=8, **fields):
-    config = trainer(data_order={"era_rows": 32, "seed": 4, "mixture": mixture} | fields).data_order
+def order(mixture=None, *, sizes=SIZES, shares=None, batches=8, **fields):
+    fields = {"era_rows": 32, "seed": 4, "mixture": mixture} | fields
+    config = trainer(data_order=fields).data_order
     sources = {name: (lambda wanted, n=size: n) for name, size in sizes.items()}
-    return data_order(config, sources, BatchSchedule(batches))
+    return data_order(config, sources, BatchSchedule(batches), shares or sizes)
 
 
 def drawn(made, start, count):
@@ -148,7 +155,7 @@ def test_stages_count_in_steps_whatever_the_batch_size():
         train_batch_size=[{"start_step": 0, "size": 2}, {"start_step": 3, "size": 5}]
     ).batches
     config = trainer(data_order={"mixture": {"stages": stages}}).data_order
-    made = data_order(config, {name: lambda wanted: 50 for name in SIZES}, sizes)
+    made = data_order(config, {name: lambda wanted: 50 for name in SIZES}, sizes, SIZES)
     assert [name for name, _ in drawn(made, 0, 20)] == ["code"] * 11 + ["web"] * 9
 
 
@@ -162,6 +169,58 @@ def test_without_weights_each_row_of_every_source_is_drawn_once_an_epoch():
     halves = Counter(name for name, _ in epochs[0][: total // 2])
     assert 120 < halves["web"] < 180, "sources are spread over the epoch"
     assert made.epochs(2 * total) == dict.fromkeys(SIZES, 2.0)
+
+
+@settings(max_examples=40)
+@given(
+    st.dictionaries(
+        st.sampled_from("abcd"), st.tuples(st.integers(1, 60), st.integers(1, 999)), min_size=2
+    ),
+    st.integers(1, 40),
+)
+def test_an_era_of_all_sources_holds_their_next_rows_by_shares_until_they_end(sources, era_rows):
+    """The line is written out: row i of source s has the place (2i + 1) / share of s."""
+    sizes = {name: rows for name, (rows, _) in sources.items()}
+    shares = {name: share for name, (_, share) in sources.items()}
+    line = [
+        (name, row)
+        for _, name, row in sorted(
+            (Fraction(2 * row + 1, shares[name]), name, row)
+            for name in sizes
+            for row in range(sizes[name])
+        )
+    ]
+    made = order(sizes=sizes, shares=shares, era_rows=era_rows)
+    for start in range(0, len(line), era_rows):
+        era = line[start : start + era_rows]
+        assert sorted(drawn(made, start, len(era))) == sorted(era)
+
+
+def test_an_era_asks_no_source_for_more_than_its_part():
+    asked = {"a": 0, "b": 0}
+
+    def known(name):
+        def rows(wanted):
+            asked[name] = max(asked[name], wanted)
+            return wanted  # there is no end of it
+
+        return rows
+
+    config = trainer(data_order={"era_rows": 40}).data_order
+    made = data_order(config, {n: known(n) for n in asked}, BatchSchedule(8), {"a": 3, "b": 1})
+    made.draws(0, 41)
+    assert asked == {"a": 60, "b": 20}
+
+
+@given(st.lists(st.integers(1, 2**40), min_size=1, max_size=6), st.integers(0, 2**62))
+def test_shares_of_any_size_are_exact(weights, rows):
+    counts = apportioned(rows, weights)
+    assert sum(counts) == rows
+    places = [
+        (Fraction(2 * n - 1, w), Fraction(2 * n + 1, w))
+        for n, w in zip(counts, weights, strict=True)
+    ]
+    assert max(last for last, _ in places) <= min(following for _, following in places)
 
 
 def test_a_source_alone_keeps_its_eras():

@@ -1,5 +1,7 @@
 """Training that begins before its corpus is tokenized: when, what comes of it, and after a kill."""
 
+import dataclasses
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +15,7 @@ from modeling.experiment import ConfigError, load_catalog
 from pipelines.staleness import stale_assets
 from resources.head_start import HeadStartResource, require_on_demand
 from resources.launcher import LauncherResource
+from resources.pools import ACCELERATOR, PoolSlot
 from tests.pipelines.conftest import CATALOG
 
 STAGES = [("tales", "raw_corpus"), ("tales", "tokenizer"), ("tales", "tokenized_corpus"),
@@ -33,6 +36,15 @@ def story(chain, run_id):
             elif event.event_type_value == "ASSET_MATERIALIZATION":
                 told.append(event.asset_key.to_user_string())
     return told
+
+
+def slots(chain):
+    """Returns the steps that hold slots of the accelerators, or wait for one."""
+    with chain.instance() as instance:
+        info = instance.event_log_storage.get_concurrency_info(ACCELERATOR)
+    return {slot.step_key for slot in info.claimed_slots} | {
+        step.step_key for step in info.pending_steps
+    }
 
 
 def index(told, *words):
@@ -73,6 +85,7 @@ def test_training_ends_before_tokenization_does_and_gives_what_it_always_gives(
         stale = stale_assets(empty_chain.defs(), instance)
     assert not {dg.AssetKey(list(key)) for key in STAGES} & set(stale)
     assert not list((empty_chain.store_directory / "work").glob("*/*/progress"))
+    assert slots(empty_chain) == set()
 
 
 def test_training_killed_while_the_corpus_grows_is_gone_on_with_by_an_ordinary_run(
@@ -125,19 +138,91 @@ def test_a_run_killed_as_a_whole_loses_nothing_that_was_committed(chain, first_r
         assert shown[key]["content_id"] == expected[key]["content_id"]
 
 
-def test_what_cannot_be_read_before_its_end_is_refused():
-    catalog = load_catalog(CATALOG, {"tiny": ['dataset.format={"type": "supervised"}']})
-    with pytest.raises(ConfigError, match="format `supervised` have loss masks"):
-        require_on_demand(catalog.experiments["tiny"], catalog.datasets["tales"])
-    files = '{"type": "files", "paths": ["a.txt"]}'
-    several = [f'dataset.sources={{"a": {files}, "b": {files}}}', "dataset.source=null"]
-    catalog = load_catalog(CATALOG, {"tiny": several})
-    with pytest.raises(ConfigError, match=r"\['a', 'b'\].*data_order\.mixture gives their weights"):
-        require_on_demand(catalog.experiments["tiny"], catalog.datasets["tales"])
-    mixture = 'trainer.data_order.mixture={"weights": {"a": 1, "b": 2}}'
-    catalog = load_catalog(CATALOG, {"tiny": [*several, mixture]})
-    require_on_demand(catalog.experiments["tiny"], catalog.datasets["tales"])
-    begun = f'trainer.initialize_from={{"checkpoint": "{"e2" * 32}"}}'
-    catalog = load_catalog(CATALOG, {"tiny": [begun]})
+def of_records(chain, directory):
+    """Two sources of prompts with completions, one wholly before the other, and looks on the way.
+
+    Neither has a weight, so an era holds rows of both.
+    """
+    sources = {}
+    for name, digits in (("early", "0123"), ("late", "45")):
+        lines = [
+            json.dumps({"prompt": line, "completion": f" {line.lower()}"})
+            for path in sorted(chain.texts.glob(f"[{digits}]?.txt"))
+            for line in path.read_text().splitlines()
+        ]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines))
+        paths = [str(directory / f"{name}.jsonl")]
+        sources[name] = {"type": "files", "paths": paths, "format": "jsonl"}
+    return [
+        "dataset.source=null",
+        f"dataset.sources={json.dumps(sources)}",
+        "dataset.format.type=supervised",
+        "trainer.eval_every_steps=8",
+        "trainer.pictures_every_steps=16",
+    ]
+
+
+def packed(chain, directory):
+    """Whole documents; of so few all are in one window, which is known at the end."""
+    rows = {"length": 32, "packing": "documents"}
+    return ["packing=documents", f"dataset.sequence_lengths={json.dumps([rows])}"]
+
+
+def encoded_by_ray(chain, directory):
+    return ["dataset.compute={type: ray, max_workers: 2}"]
+
+
+@pytest.mark.parametrize(
+    ("case", "cache", "is_early"),
+    [
+        (of_records, "L32", True),
+        pytest.param(packed, "L32_documents", False, marks=pytest.mark.slow),
+        pytest.param(encoded_by_ray, "L32", True, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_trained_early_is_what_is_trained_late(
+    case, cache, is_early, chain, empty_chain, tmp_path
+):
+    changes = case(chain, tmp_path)
+    stages = [*STAGES[:3], ("tales", "token_cache", cache), STAGES[4]]
+    early = empty_chain.run(*changes, select=stages, job="tiny__on_demand", head_start=CLOSE)
+    assert early.success
+    told = story(empty_chain, early.run_id)
+    if is_early:
+        last_step = index(told, "training: step 16 of 16")
+        assert last_step < told.index("tales/tokenized_corpus")
+    afresh = dataclasses.replace(
+        empty_chain, home=tmp_path / "late" / "home", store_directory=tmp_path / "late" / "store"
+    )
+    late = afresh.run(*changes, select=stages)
+    assert late.success
+    shown = empty_chain.metadata_of(early)["tiny/checkpoint"]
+    expected = afresh.metadata_of(late)["tiny/checkpoint"]
+    for what in ("content_id", "recipe_id", "loss_curve"):
+        assert shown[what] == expected[what]
+    assert shown.get("validation_loss") == expected.get("validation_loss")
+
+
+def test_training_does_not_begin_while_another_run_has_the_accelerator(first_run, empty_chain):
+    other = dg.DagsterRun(job_name="other", run_id="00000000-0000-4000-8000-000000000000")
+    with empty_chain.instance() as instance:
+        assert PoolSlot(instance, other, "other__checkpoint", ACCELERATOR).claim()
+    result = empty_chain.run(select=STAGES[:3], job="tiny__on_demand", head_start=CLOSE)
+    assert result.success
+    told = story(empty_chain, result.run_id)
+    assert index(told, "training begins when pool accelerator has a slot") >= 0
+    assert not [line for line in told if "training begins as soon as" in line]
+    assert slots(empty_chain) == {"other__checkpoint"}
+
+
+def test_a_checkpoint_that_has_to_have_seen_the_same_rows_is_refused():
+    catalog = load_catalog(CATALOG)
+    require_on_demand(catalog.experiments["tiny"])
+    begun = f'{{"checkpoint": "{"e2" * 32}"}}'
+    catalog = load_catalog(CATALOG, {"tiny": [f"trainer.initialize_from={begun}"]})
     with pytest.raises(ConfigError, match=r"trainer\.initialize_from: whether its checkpoint"):
-        require_on_demand(catalog.experiments["tiny"], catalog.datasets["tales"])
+        require_on_demand(catalog.experiments["tiny"])
+    for more in ("trainer.initialize_from.weights_only=true",
+                 "trainer.initialize_from.allow_changed=[data]"):  # fmt: skip
+        changes = [f"trainer.initialize_from={begun}", more]
+        require_on_demand(load_catalog(CATALOG, {"tiny": changes}).experiments["tiny"])
