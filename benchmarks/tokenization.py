@@ -135,15 +135,15 @@ def measure(root: Path, arguments: argparse.Namespace) -> None:
 
 def contenders(root: Path, texts: list[bytes], turn: int) -> dict[str, Contender]:
     """Returns what is compared; every one gives the ids of the training split, without EOS."""
-    backend = tokenizer.Tokenizer.load(root / "tokenizer").backend
+    loaded = tokenizer.Tokenizer.load(root / "tokenizer")
     dtype = np.dtype(np.uint16)
 
     def ours() -> np.ndarray:
-        encoder = encoding.WordEncoder(backend, dtype)
+        encoder = encoding.WordEncoder(loaded, dtype)
         return np.concatenate([encoder.encode(batch).tokens for batch in batches(texts)])
 
     def library(method: str) -> Contender:
-        encode = getattr(backend, method)
+        encode = getattr(loaded.backend, method)
 
         def run() -> np.ndarray:
             encoded = (

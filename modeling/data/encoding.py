@@ -122,16 +122,14 @@ class LibraryEncoder:
 
     name = "library"
 
-    def __init__(self, backend: tokenizers.Tokenizer, dtype: np.dtype) -> None:
-        """Encodes with `backend` to ids of type `dtype`."""
-        self._backend = backend
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+        """Encodes with `tokenizer` to ids of type `dtype`."""
+        self._tokenizer = tokenizer
         self._dtype = dtype
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         """Returns the ids of UTF-8 texts, none added and none recognized as special."""
-        inputs = [text.decode() for text in texts]
-        encodings = self._backend.encode_batch_fast(inputs, add_special_tokens=False)
-        ids = [encoding.ids for encoding in encodings]
+        ids = self._tokenizer.encode_batch([text.decode() for text in texts])
         lengths = np.fromiter(map(len, ids), np.int64, len(ids))
         tokens = np.fromiter(chain.from_iterable(ids), self._dtype, int(lengths.sum()))
         return Encoded(tokens, lengths)
@@ -142,12 +140,12 @@ class WordEncoder:
 
     name = "distinct words"
 
-    def __init__(self, backend: tokenizers.Tokenizer, dtype: np.dtype) -> None:
-        """Encodes with `backend`, whose pattern `split_pattern` must know, to ids of `dtype`."""
-        pattern = split_pattern(backend)
+    def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
+        """Encodes with `tokenizer`, whose pattern `split_pattern` must know, to ids of `dtype`."""
+        pattern = split_pattern(tokenizer.backend)
         assert pattern is not None
         self._splitter = splitter(pattern)
-        self._library = LibraryEncoder(backend, dtype)
+        self._library = LibraryEncoder(tokenizer, dtype)
         self._dtype = dtype
         self._forget()
 
@@ -199,10 +197,10 @@ class WordEncoder:
         self._tokens = np.empty(0, self._dtype)
 
 
-def encoder_for(backend: tokenizers.Tokenizer, dtype: np.dtype) -> WordEncoder | LibraryEncoder:
-    """Returns the fastest encoder that gives exactly the ids of `backend`."""
-    kind = LibraryEncoder if split_pattern(backend) is None else WordEncoder
-    return kind(backend, dtype)
+def encoder_for(tokenizer: Tokenizer, dtype: np.dtype) -> WordEncoder | LibraryEncoder:
+    """Returns the fastest encoder that gives exactly the ids of `tokenizer`."""
+    kind = LibraryEncoder if split_pattern(tokenizer.backend) is None else WordEncoder
+    return kind(tokenizer, dtype)
 
 
 class TextEncoder:
@@ -213,7 +211,7 @@ class TextEncoder:
     def __init__(self, tokenizer: Tokenizer, bounds: "Bounds") -> None:
         """Encodes with `tokenizer`, bounding documents by `bounds`."""
         self._bounds = bounds
-        self._encoder = encoder_for(tokenizer.backend, token_dtype(tokenizer.vocab_size))
+        self._encoder = encoder_for(tokenizer, token_dtype(tokenizer.vocab_size))
 
     @property
     def name(self) -> str:
@@ -268,7 +266,7 @@ class PieceEncoder:
         self._bounds = bounds
         self._render = render
         self._dtype = token_dtype(tokenizer.vocab_size)
-        encoder = encoder_for(tokenizer.backend, self._dtype)
+        encoder = encoder_for(tokenizer, self._dtype)
         added = tokenizer.backend.get_added_tokens_decoder().values()
         swallows = any(token.lstrip or token.rstrip for token in added)
         if isinstance(encoder, WordEncoder) and not swallows:

@@ -14,17 +14,16 @@ where the model has a word of that spelling, as Unigram's vocabularies do.
 A token that stands half in what counts, counts, since part of it is to be predicted.
 """
 
-import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
 from jaxtyping import Int64, UInt8
-from tokenizers import AddedToken
 
 from modeling.data.chat import Piece, free_mark
 from modeling.data.tokenizer import Tokenizer
+from modeling.data.unspelled import renamed
 
 
 class JointEncoder:
@@ -70,7 +69,8 @@ class JointEncoder:
 
     def _clone(self, mark: str) -> tokenizers.Tokenizer:
         if mark not in self._clones:
-            self._clones[mark] = _renamed(self._json, self._special, mark)
+            names = {token: _name(token_id, mark) for token, token_id in self._special.items()}
+            self._clones[mark] = renamed(self._json, self._special, names)
         return self._clones[mark]
 
 
@@ -96,38 +96,3 @@ def _counts(
     counted_before = np.concatenate([[0], np.cumsum(np.repeat(counts, lengths))])
     start, end = np.array(offsets, np.int64).reshape(-1, 2).T
     return (counted_before[end] > counted_before[start]).astype(np.uint8)
-
-
-def _renamed(setup_json: str, special: dict[str, int], mark: str) -> tokenizers.Tokenizer:
-    """Returns the tokenizer with other names for its special tokens, and the same ids."""
-    setup = json.loads(setup_json)
-    names = {token: _name(token_id, mark) for token, token_id in special.items()}
-    model = setup["model"]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(word, word): row for word, row in model["vocab"].items()}
-    else:  # Unigram's, where ids are places
-        model["vocab"] = [[names.get(word, word), score] for word, score in model["vocab"]]
-    if isinstance(model.get("unk_token"), str):
-        model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
-    if "merges" in model:  # one that gives a special token must not, nor go on from it
-        model["merges"] = [
-            pair
-            for pair in model["merges"]
-            if not {*_parts(pair), "".join(_parts(pair))} & {*names}
-        ]
-    for token in setup["added_tokens"]:
-        if token["content"] in names:
-            token["content"] = names[token["content"]]
-            # The template has written it, whatever stands beside it.
-            token["single_word"] = token["normalized"] = False
-    setup["post_processor"] = None  # it trims offsets
-    clone = tokenizers.Tokenizer.from_str(json.dumps(setup))
-    of_added = {token.content for token in clone.get_added_tokens_decoder().values()}
-    in_vocabulary_alone = [name for name in names.values() if name not in of_added]
-    clone.add_special_tokens([AddedToken(n, normalized=False) for n in in_vocabulary_alone])
-    assert all(clone.token_to_id(names[token]) == row for token, row in special.items())
-    return clone
-
-
-def _parts(merge: Sequence[str] | str) -> Sequence[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge

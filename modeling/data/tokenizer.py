@@ -9,7 +9,8 @@
                           "eos_id": ..., "bos_id": ...}
 
 The content id covers the JSON (keys sorted), the special tokens and the template. Texts are encoded
-without looking for special tokens in them: a document that spells `<|endoftext|>` ends no document.
+without special tokens in them (`modeling.data.unspelled`): a document that spells `<|endoftext|>`
+ends no document.
 Nor does a post-processor add any: what begins and ends a document is said by `tokenization`.
 """
 
@@ -34,6 +35,7 @@ from modeling.data.config import (
     UnigramTokenizerConfig,
     WordPieceTokenizerConfig,
 )
+from modeling.data.unspelled import Unspelled
 from modeling.data.vocabularies import (
     CONTINUES,
     END_OF_TEXT,
@@ -117,6 +119,8 @@ class Tokenizer:
         self.eos_token = eos_token
         self.bos_id = None if bos_token is None else _id_of(backend, bos_token)
         self.eos_id = _id_of(backend, eos_token)
+        self.texts = Unspelled(backend, self.special_tokens)
+        """Gives what encodes texts, which `backend` alone would find special tokens in."""
         self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
         """The number of rows that an embedding needs: one more than the largest id."""
 
@@ -158,11 +162,12 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Returns the ids of `text`, with no special token added or recognized."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self.texts.for_texts([text]).encode(text, add_special_tokens=False).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Returns the ids of each text, using the library's threads."""
-        encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        backend = self.texts.for_texts(texts)
+        encodings = backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:

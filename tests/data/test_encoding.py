@@ -80,6 +80,10 @@ def backend(pattern):
     return train(pre_tokenizer(pattern))
 
 
+def encoder_of(backend):
+    return encoder_for(Tokenizer(backend, bos_token=None, eos_token=END), U16)
+
+
 def assert_same(fast, backend, texts):
     expected = backend.encode_batch_fast(texts, add_special_tokens=False)
     found = fast.encode([text.encode() for text in texts])
@@ -90,7 +94,7 @@ def assert_same(fast, backend, texts):
 
 
 def test_hostile_text_gets_the_librarys_ids(backend):
-    fast = encoder_for(backend, U16)
+    fast = encoder_of(backend)
     assert isinstance(fast, WordEncoder)
 
     @settings(max_examples=250, deadline=None)
@@ -129,7 +133,7 @@ def test_hostile_text_is_split_where_the_library_splits_it(backend, pattern):
 
 
 def test_every_four_kinds_of_character_in_a_row(backend, pattern):
-    fast = encoder_for(backend, U16)
+    fast = encoder_of(backend)
     kinds = ["'", "s", "l", "a", " ", "\n", "\u3000", "1", "!", "日", "\u0301"]
     kinds += ["r", "e", "²", "🎉"] if pattern == "gpt2" else ["A", "/"]
     texts = [a + b + c + d for a in kinds for b in kinds for c in kinds for d in kinds]
@@ -137,7 +141,7 @@ def test_every_four_kinds_of_character_in_a_row(backend, pattern):
 
 
 def test_each_region_of_unicode_is_classed_as_the_library_classes_it(backend):
-    fast = encoder_for(backend, U16)
+    fast = encoder_of(backend)
     code_points = [c for c in range(0, 0x110000, 211) if not 0xD800 <= c < 0xE000]
     assert_same(fast, backend, [f"a{chr(c)}1{chr(c)} {chr(c)}'s {chr(c)}" for c in code_points])
 
@@ -160,12 +164,12 @@ def test_words_are_what_the_patterns_say(pattern):
 def test_real_text_gets_the_librarys_ids(chain):
     backend = Tokenizer.load(chain.tokenizer_dir).backend
     texts = [document.text for document in corpus.documents(chain.corpus_dir)]
-    assert_same(encoder_for(backend, U16), backend, texts)
+    assert_same(encoder_of(backend), backend, texts)
 
 
 def test_words_forgotten_for_lack_of_room_are_asked_again(backend, monkeypatch):
     monkeypatch.setattr(encoding, "_MAX_KNOWN_WORDS", 20)
-    fast = encoder_for(backend, U16)
+    fast = encoder_of(backend)
     draw = random.Random(3)
     for _ in range(30):
         assert_same(fast, backend, ["".join(draw.choices(PIECES, k=30)) for _ in range(5)])
@@ -174,7 +178,7 @@ def test_words_forgotten_for_lack_of_room_are_asked_again(backend, monkeypatch):
 
 def test_text_beyond_arrows_reach_goes_through_the_library(backend, monkeypatch):
     monkeypatch.setattr(encoding, "_MAX_TEXT_BYTES", 10)
-    assert_same(encoder_for(backend, U16), backend, ["short", "and a long one's end"])
+    assert_same(encoder_of(backend), backend, ["short", "and a long one's end"])
 
 
 def gpt2_split():
@@ -184,12 +188,6 @@ def gpt2_split():
 def with_added_tokens():
     backend = train(gpt2_split())
     backend.add_tokens(["!a", "  "])
-    return backend
-
-
-def with_special_tokens_recognized():
-    backend = train(gpt2_split())
-    backend.encode_special_tokens = False
     return backend
 
 
@@ -206,7 +204,6 @@ OTHERS = {
     "normalizer": lambda: train(gpt2_split(), normalizer=normalizers.NFKC()),
     "digits": lambda: train(pre_tokenizers.Sequence([pre_tokenizers.Digits(True), gpt2_split()])),
     "added tokens": with_added_tokens,
-    "special tokens in text": with_special_tokens_recognized,
 }
 
 
@@ -214,7 +211,7 @@ OTHERS = {
 def test_other_tokenizers_go_through_the_library(kind):
     backend = OTHERS[kind]()
     assert split_pattern(backend) is None
-    encoder = encoder_for(backend, U16)
+    encoder = encoder_of(backend)
     assert isinstance(encoder, LibraryEncoder)
     draw = random.Random(4)
     assert_same(encoder, backend, ["".join(draw.choices(PIECES, k=30)) for _ in range(50)])
@@ -247,6 +244,6 @@ def test_an_untrained_tokenizer_of_single_bytes(tmp_path):
     backend.decoder = decoders.ByteLevel()
     bytewise = Tokenizer(backend, bos_token=END, eos_token=END)
     save(bytewise, tmp_path)
-    found = encoder_for(bytewise.backend, U16).encode([b"ab", b"", "é".encode()])
+    found = encoder_for(bytewise, U16).encode([b"ab", b"", "é".encode()])
     assert found.lengths.tolist() == [2, 0, 2]
     assert bytewise.decode(found.tokens.tolist()) == "abé"

@@ -171,7 +171,7 @@ def test_every_kind_loses_nothing_and_is_encoded_word_by_word(kind, chain, make_
         assert not set(ids) & set(tokenizer.special_tokens.values())
         assert lengths[ids].sum() == len(text.encode())
     assert set(KINDS[kind].special_tokens) < set(tokenizer.special_tokens)
-    encoder = encoder_for(tokenizer.backend, np.dtype(np.uint16))
+    encoder = encoder_for(tokenizer, np.dtype(np.uint16))
     assert isinstance(encoder, WordEncoder)
     encoded = encoder.encode([text.encode() for text in PROBE_TEXTS])
     expected = tokenizer.encode_batch(PROBE_TEXTS)
