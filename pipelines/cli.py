@@ -43,9 +43,12 @@ Writes an experiment into $DAGSTER_HOME/catalog and runs it.
   levanter train --model gpt2-nano --dataset pystdlib
   levanter train --model gpt2-small --dataset 'books/*.jsonl.gz' --trainer.train_batch_size 32
   levanter train --config_path my.yaml --optimizer.learning_rate 1e-3
+  levanter train --model gpt2-nano --dataset notes/ --tokenizer unigram:8192
 
-DATASET is a name of the catalog, or a file, folder, glob or URL of text or JSON lines. Any field of
-the experiment can be given as `--section.field value`.
+DATASET is a name of the catalog, or a file, folder, glob or URL of text or JSON lines. TOKENIZER is
+a directory or a `tokenizer.json`, a repository of the Hugging Face hub at a commit
+(OWNER/NAME@COMMIT), or one to train on DATASET (bpe, wordpiece or unigram, and how many ids).
+Any field of the experiment can be given as `--section.field value`.
 """
 _LAUNCH = """\
 Launches JOB through `dagster job launch`, streams its progress, prints a table of what was made
@@ -190,6 +193,10 @@ def make_parser() -> argparse.ArgumentParser:
     train = add("train", "Train a named model on a dataset, or from a file.", _TRAIN)
     train.add_argument("--model", metavar="NAME", help="a named size, such as gpt2-nano")
     train.add_argument("--dataset", metavar="NAME_OR_PATH", help="a dataset's name, or text")
+    train.add_argument(
+        "--tokenizer", metavar="TOKENIZER",
+        help="a directory or tokenizer.json, OWNER/NAME@COMMIT, or bpe:8192 and the like",
+    )  # fmt: skip
     train.add_argument("--config_path", type=Path, metavar="FILE.yaml", help="an experiment file")
     train.set_defaults(call=_train)
 
@@ -296,6 +303,7 @@ def _train(arguments: argparse.Namespace) -> int:
         dataset=arguments.dataset,
         config_path=arguments.config_path,
         overrides=arguments.overrides,
+        tokenizer=arguments.tokenizer,
     )
     return run(name, [])
 

@@ -3,14 +3,17 @@
     levanter train --model gpt2-nano --dataset pystdlib
     levanter train --model gpt2-nano --dataset notes/ --trainer.num_train_steps 200
     levanter train --config_path my.yaml --optimizer.learning_rate 1e-3
+    levanter train --model gpt2-nano --dataset pystdlib --tokenizer unigram:8192
 
-A dataset is a name of the catalog, or a path (file, folder, glob or URL), for which one is written.
-Both land in `$DAGSTER_HOME/catalog`, so that the UI, jobs and later runs know them. Overrides are
-written into the experiment: what it says is what was run.
+A dataset is a name of the catalog, or a path (file, folder, glob or URL), for which one is written;
+as is for a dataset of the catalog with another tokenizer, so that whoever else uses it keeps its
+own. All land in `$DAGSTER_HOME/catalog`, so that the UI, jobs and later runs know them. Overrides
+are written into the experiment: what it says is what was run.
 """
 
 import contextlib
 import hashlib
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +44,7 @@ def write_experiment(
     dataset: str | None,
     config_path: Path | None,
     overrides: Sequence[str],
+    tokenizer: str | None = None,
 ) -> str:
     """Writes the experiment, and its dataset if need be, into the catalog below `home`.
 
@@ -60,7 +64,8 @@ def write_experiment(
         raise ConfigError("no dataset: add `--dataset NAME_OR_PATH`, or `dataset:` to the file.")
     changes = [text.removeprefix("dataset.") for text in overrides if text.startswith("dataset.")]
     with _restored_on_error(home / "catalog"):
-        raw["dataset"] = _dataset(home, catalog, str(raw["dataset"]), raw, changes)
+        chosen = None if tokenizer is None else _tokenizer(tokenizer)
+        raw["dataset"] = _dataset(home, catalog, str(raw["dataset"]), raw, changes, chosen)
         name = _experiment_name(config_path, model, raw["dataset"])
         _write_new(home, catalog, name, raw)
         # As every later command will load it: a file that is wrong must not stay.
@@ -117,10 +122,17 @@ def _from_file(path: Path) -> dict[str, Any]:
 
 
 def _dataset(
-    home: Path, catalog: Catalog, dataset: str, raw: Mapping[str, Any], changes: Sequence[str]
+    home: Path,
+    catalog: Catalog,
+    dataset: str,
+    raw: Mapping[str, Any],
+    changes: Sequence[str],
+    tokenizer: Mapping[str, Any] | None,
 ) -> str:
-    """Returns the dataset's name, having written a file for it if it is a path."""
+    """Returns the dataset's name, having written a file for it if it is a path, or changed."""
     if dataset in catalog.datasets:
+        if tokenizer is not None:
+            return _with_tokenizer(home, catalog, dataset, raw, changes, tokenizer)
         if changes:
             raise ConfigError(
                 f"--dataset.{changes[0]}: {dataset!r} is a dataset of the catalog, which others "
@@ -134,9 +146,49 @@ def _dataset(
             f"dataset: {dataset!r} is neither one of {sorted(catalog.datasets)} nor an existing "
             f"file, folder, glob or URL."
         )
-    name = (
-        _slug(Path(dataset.rstrip("/")).stem) + "_" + hashlib.sha256(paths.encode()).hexdigest()[:6]
-    )
+    written = {
+        "description": f"Documents of {dataset}.",
+        "source": {"type": "files", "paths": [paths], "format": _format(paths)},
+        "tokenizer": tokenizer or {"type": "bpe", "vocab_size": _DEFAULT_VOCAB_SIZE},
+    }
+    return _write_dataset(
+        home, catalog, _slug(Path(dataset.rstrip("/")).stem), paths, written, raw, changes,
+        tokenizer,
+    )  # fmt: skip
+
+
+def _with_tokenizer(
+    home: Path,
+    catalog: Catalog,
+    dataset: str,
+    raw: Mapping[str, Any],
+    changes: Sequence[str],
+    tokenizer: Mapping[str, Any],
+) -> str:
+    """Writes a dataset of the catalog anew, under another name, with another tokenizer."""
+    places = [folder / "datasets" / f"{dataset}.yaml" for folder in (CATALOG, home / "catalog")]
+    path = next(place for place in places if place.exists())
+    written = read_yaml(path) | {"tokenizer": dict(tokenizer)}
+    template = written.get("format", {})
+    if "template_file" in template:
+        named = path.parent / str(template["template_file"])
+        written["format"] = template | {"template_file": str(named.resolve())}
+    return _write_dataset(home, catalog, dataset, dataset, written, raw, changes, tokenizer)
+
+
+def _write_dataset(
+    home: Path,
+    catalog: Catalog,
+    name: str,
+    source: str,
+    written: Mapping[str, Any],
+    raw: Mapping[str, Any],
+    changes: Sequence[str],
+    tokenizer: Mapping[str, Any] | None,
+) -> str:
+    """Writes a dataset with the rows that the experiment needs, and returns its name."""
+    told = source if tokenizer is None else json.dumps([source, tokenizer], sort_keys=True)
+    name = f"{name[:48]}_{hashlib.sha256(told.encode()).hexdigest()[:6]}"
     # What earlier experiments on these texts use stays built.
     known = catalog.datasets[name].sequence_lengths if name in catalog.datasets else ()
     wanted = raw.get("sequence_length", _DEFAULT_LENGTH), raw.get("packing", "concat")
@@ -146,14 +198,28 @@ def _dataset(
         for length, packing in caches
     ]
     path = home / "catalog" / "datasets" / f"{name}.yaml"
-    written = {
-        "description": f"Documents of {dataset}.",
-        "source": {"type": "files", "paths": [paths], "format": _format(paths)},
-        "tokenizer": {"type": "bpe", "vocab_size": _DEFAULT_VOCAB_SIZE},
-        "sequence_lengths": lengths,
-    }
-    _write(path, with_overrides(written, changes))
+    _write(path, with_overrides(dict(written) | {"sequence_lengths": lengths}, changes))
     return name
+
+
+def _tokenizer(text: str) -> dict[str, Any]:
+    """Returns the tokenizer that `--tokenizer` names.
+
+    Raises:
+        ConfigError: it is none of a path, a repository at a commit, and a kind with a size.
+    """
+    path = Path(text).expanduser()
+    if path.exists():
+        return {"type": "pretrained", "path": str(path.resolve())}
+    if kind := re.fullmatch(r"(bpe|wordpiece|unigram):(\d+)", text):
+        return {"type": kind[1], "vocab_size": int(kind[2])}
+    if hub := re.fullmatch(r"([\w.-]+(?:/[\w.-]+)?)@(\w+)", text):
+        return {"type": "pretrained", "hub": hub[1], "revision": hub[2]}
+    raise ConfigError(
+        f"--tokenizer {text}: expected an existing directory or tokenizer.json; a repository of "
+        f"the Hugging Face hub at a commit, OWNER/NAME@COMMIT; or a kind to train and its number "
+        f"of ids, such as bpe:8192, wordpiece:8192 or unigram:8192."
+    )
 
 
 def _format(paths: str) -> str:

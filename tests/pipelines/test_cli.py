@@ -365,3 +365,64 @@ def test_a_mistake_leaves_no_file_that_stops_later_commands(tmp_path, overrides,
     with pytest.raises(ConfigError, match=says):
         write(overrides)
     assert (tmp_path / "catalog/experiments/gpt2_nano_pystdlib.yaml").read_text() == written
+
+
+class TestTokenizerOfTrain:
+    COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+    def write(self, home, tokenizer, *overrides, dataset="pystdlib"):
+        from modeling.experiment import load_catalog, load_dataset, load_experiment
+        from pipelines.build import CATALOG
+        from pipelines.quickstart import write_experiment
+
+        catalog = load_catalog([CATALOG, home / "catalog"])
+        name = write_experiment(
+            home, catalog, model="gpt2-nano", dataset=dataset, config_path=None,
+            overrides=list(overrides), tokenizer=tokenizer,
+        )  # fmt: skip
+        experiment = load_experiment(home / "catalog" / "experiments" / f"{name}.yaml")
+        if (path := home / "catalog" / "datasets" / f"{experiment.dataset}.yaml").exists():
+            return load_dataset(path)
+        return catalog.datasets[experiment.dataset]
+
+    def test_each_way_to_name_one_is_what_the_dataset_says(self, tmp_path, monkeypatch):
+        (tmp_path / "made").mkdir()
+        (tmp_path / "made" / "tokenizer.json").touch()
+        monkeypatch.chdir(tmp_path)
+        home = tmp_path / "home"
+        for text, path in (("made", "made"), ("made/tokenizer.json", "made/tokenizer.json")):
+            tokenizer = self.write(home, text).tokenizer
+            assert (tokenizer.type, tokenizer.path) == ("pretrained", str(tmp_path / path))
+        tokenizer = self.write(home, f"owner/name@{self.COMMIT}").tokenizer
+        assert (tokenizer.hub, tokenizer.revision) == ("owner/name", self.COMMIT)
+        for kind in ("bpe", "wordpiece", "unigram"):
+            tokenizer = self.write(home, f"{kind}:1024").tokenizer
+            assert (tokenizer.type, tokenizer.vocab_size) == (kind, 1024)
+
+    @pytest.mark.parametrize("dataset", ["pystdlib", "texts"])
+    def test_other_experiments_on_the_texts_keep_theirs(self, dataset, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "texts").mkdir()
+        first = self.write(tmp_path, None, dataset=dataset)
+        other = self.write(tmp_path, "unigram:1024", "sequence_length=64", dataset=dataset)
+        more = self.write(tmp_path, "unigram:1024", "sequence_length=32", dataset=dataset)
+        assert self.write(tmp_path, None, dataset=dataset) == first
+        assert other.source == more.source == first.source
+        assert other.validation == first.validation
+        assert (first.tokenizer.type, more.tokenizer.type) == ("bpe", "unigram")
+        assert [cache.length for cache in more.sequence_lengths] == [32, 64]
+
+    @pytest.mark.parametrize(
+        ("tokenizer", "says"),
+        [
+            ("no/such/dir", "expected an existing directory or tokenizer.json"),
+            ("owner/name", "OWNER/NAME@COMMIT"),
+            ("owner/name@main", "revision` 'main' is not the 40 hexadecimal digits of a commit"),
+            ("bpe", "such as bpe:8192"),
+            ("bpe:12", "tokenizer.vocab_size"),
+        ],
+    )
+    def test_what_names_none_is_told_and_leaves_no_file(self, tokenizer, says, tmp_path):
+        with pytest.raises(ConfigError, match=says):
+            self.write(tmp_path, tokenizer)
+        assert not list(tmp_path.rglob("*.yaml"))
