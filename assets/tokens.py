@@ -74,7 +74,7 @@ def tokenized_assets(
                 dataset.tokenization,
                 *inputs,
                 space,
-                document_format=dataset.format,
+                document_format=dataset.formats,
                 compute=dataset.compute,
                 fetch_earlier=tokenized.EarlierBuilds(store.open()).fetch,
                 report=lambda now: context.log.info(str(now)),

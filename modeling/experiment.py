@@ -137,25 +137,37 @@ class _Changes:
 
 
 def load_dataset(path: Path, overrides: Sequence[str] = ()) -> DatasetConfig:
-    """Reads one dataset file, and the template that it names, and applies dotted overrides."""
+    """Reads one dataset file, and the templates that it names, and applies dotted overrides."""
     raw = with_overrides(read_yaml(path), overrides)
-    return validate(DatasetConfig, _with_template(raw, path), str(path))
+    raw = _with_template(raw, "format", "format", path)
+    if isinstance(raw.get("source"), Mapping):
+        source = _with_template(raw["source"], "record", "source.record", path)
+        raw = raw | {"source": source}
+    if isinstance(raw.get("sources"), Mapping):
+        sources = {
+            name: _with_template(source, "record", f"sources.{name}.record", path)
+            if isinstance(source, Mapping)
+            else source
+            for name, source in raw["sources"].items()
+        }
+        raw = raw | {"sources": sources}
+    return validate(DatasetConfig, raw, str(path))
 
 
-def _with_template(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Replaces `format.template_file` by what the file holds, since its name means nothing."""
-    section = raw.get("format")
+def _with_template(raw: Mapping[str, Any], field: str, shown: str, path: Path) -> dict[str, Any]:
+    """Replaces `template_file` of a field by what the file holds, since its name means nothing."""
+    section = raw.get(field)
     if not isinstance(section, Mapping) or "template_file" not in section:
-        return raw
+        return dict(raw)
     if "template" in section:
-        raise ConfigError(f"{path}: format: set either `template` or `template_file`.")
+        raise ConfigError(f"{path}: {shown}: set either `template` or `template_file`.")
     rest = {key: value for key, value in section.items() if key != "template_file"}
     template = path.parent / str(section["template_file"])
     try:
         rest["template"] = template.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: format.template_file: {template}: {error}.") from None
-    return raw | {"format": rest}
+        raise ConfigError(f"{path}: {shown}.template_file: {template}: {error}.") from None
+    return dict(raw) | {field: rest}
 
 
 def load_experiment(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:

@@ -7,6 +7,7 @@ of it.
 """
 
 import importlib.metadata
+from collections.abc import Mapping
 from typing import Any
 
 from modeling import canonical
@@ -63,9 +64,16 @@ def corpus_recipe(dataset: DatasetConfig, listing_root: str) -> Recipe:
 
 def _corpus_params(dataset: DatasetConfig) -> dict[str, Any]:
     sources = {"sources": dataset.sources} if dataset.sources else {"source": dataset.source}
-    reading = dataset.format.reading()
-    params = {**sources, "validation": dataset.validation}
-    return params | {"format": reading} if reading else params
+    readings = {name: one.reading() for name, one in dataset.formats.items()}
+    return {**sources, "validation": dataset.validation} | _formats(readings)
+
+
+def _formats(by_source: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns what records are, once where all sources have the same; nothing for plain text."""
+    first, *others = by_source.values()
+    if any(other != first for other in others):
+        return {"formats": {name: dict(one) for name, one in by_source.items()}}
+    return {"format": first} if first else {}
 
 
 def is_trained_here(tokenizer: TokenizerConfig) -> bool:
@@ -107,8 +115,7 @@ def tokenized_params(dataset: DatasetConfig) -> Any:
         "tokenization": dataset.tokenization,
         "tokenizers": importlib.metadata.version("tokenizers"),
     }
-    rendering = dataset.format.rendering()
-    params |= {"format": rendering} if rendering else {}
+    params |= _formats({name: one.rendering() for name, one in dataset.formats.items()})
     # Of several sources it says how much text each has, which the order of rows depends on.
     return params | ({"shares": "text_bytes"} if len(dataset.named_sources) > 1 else {})
 

@@ -46,34 +46,53 @@ class Encoding:
     """All that ids depend on beside the texts, in a form that travels."""
 
     config: TokenizationConfig
-    document_format: Format
+    formats: Mapping[str, Format]
+    """What the documents of each split are."""
     files: Mapping[str, bytes]
     """Of the built tokenizer, by name."""
 
     @classmethod
     def read(
-        cls, config: TokenizationConfig, document_format: Format, tokenizer_dir: Path
+        cls, config: TokenizationConfig, formats: Mapping[str, Format], tokenizer_dir: Path
     ) -> "Encoding":
         """Reads a built tokenizer."""
         paths = sorted(path for path in tokenizer_dir.iterdir() if path.name != INVENTORY)
-        return cls(config, document_format, {path.name: path.read_bytes() for path in paths})
+        return cls(config, formats, {path.name: path.read_bytes() for path in paths})
 
     @property
-    def policy(self) -> str:
-        """Digest of this and of the library's version: part of the key of each unit."""
+    def has_loss_mask(self) -> bool:
+        """Whether tokens are told apart into those to be predicted and others, in all splits."""
+        return not all(one.learns_all for one in self.formats.values())
+
+    @property
+    def digest(self) -> str:
+        """Of all of this."""
+        policies = {split: self.policy(split) for split in self.formats}
+        return canonical.digest("encodings/1", policies)
+
+    def policy(self, split: str) -> str:
+        """Digest of what the units of a split are encoded by: part of the key of each."""
         digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
-        rendering = dict(self.document_format.rendering())
+        document_format = self.formats[split]
+        rendering = dict(document_format.rendering())
+        if self.has_loss_mask and document_format.learns_all:
+            rendering["loss_mask"] = "of ones"
         library = tokenizers.__version__
         return canonical.digest("encoding/1", [self.config, rendering, digests, library])
 
-    def open(self) -> DocumentEncoder:
-        """Returns what encodes, wherever this has travelled."""
+    def open(self) -> dict[str, DocumentEncoder]:
+        """Returns what encodes the documents of each split, wherever this has travelled."""
         with tempfile.TemporaryDirectory() as directory:
             for name, data in self.files.items():
                 (Path(directory) / name).write_bytes(data)
-            return document_encoder(
-                load_tokenizer(Path(directory)), self.config, self.document_format
+            tokenizer = load_tokenizer(Path(directory))
+        by_policy = {
+            self.policy(split): document_encoder(
+                tokenizer, self.config, self.formats[split], has_loss_mask=self.has_loss_mask
             )
+            for split in self.formats
+        }
+        return {split: by_policy[self.policy(split)] for split in self.formats}
 
 
 def encode_unit(
@@ -104,10 +123,12 @@ Keyed = tuple[str, Unit]
 Result = tuple[str, Encoded, int]
 
 
-def encoded_here(encoder: DocumentEncoder, units: Iterable[Keyed]) -> Iterator[Result]:
+def encoded_here(
+    encoders: Mapping[str, DocumentEncoder], units: Iterable[Keyed]
+) -> Iterator[Result]:
     """Yields (key, ids, bytes of text) of each unit, in order."""
     for key, unit in units:
-        yield key, *encode_unit(encoder, unit.doc_ids, unit.texts)
+        yield key, *encode_unit(encoders[unit.split], unit.doc_ids, unit.texts)
 
 
 def encoded_by_ray(
@@ -137,7 +158,7 @@ def encoded_by_ray(
             while len(keys) >= workers * _TASKS_A_WORKER:
                 yield _first_finished(ray, keys)
             texts = [bytes(text) for text in unit.texts]
-            keys[task.remote(given, encoding.policy, unit.doc_ids, texts)] = key
+            keys[task.remote(given, encoding.digest, unit.split, unit.doc_ids, texts)] = key
         while keys:
             yield _first_finished(ray, keys)
 
@@ -188,19 +209,19 @@ def _first_finished(ray: Any, keys: dict[Any, str]) -> Result:
     return key, encoded, num_bytes
 
 
-_opened: dict[str, DocumentEncoder] = {}
+_opened: dict[str, dict[str, DocumentEncoder]] = {}
 
 
 def _run_task(
-    given: tuple[Encoding, Encode], policy: str, doc_ids: list[str], texts: list[Text]
+    given: tuple[Encoding, Encode], digest: str, split: str, doc_ids: list[str], texts: list[Text]
 ) -> tuple[Encoded, int]:
     """Runs in a worker, which keeps its encoder, and what this remembers, for the next task."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a task has one processor
     encoding, encode = given
-    if policy not in _opened:
+    if digest not in _opened:
         _opened.clear()
-        _opened[policy] = encoding.open()
-    return encode(_opened[policy], doc_ids, texts)
+        _opened[digest] = encoding.open()
+    return encode(_opened[digest][split], doc_ids, texts)
 
 
 def _end_of_batch(texts: list[Text], start: int) -> int:

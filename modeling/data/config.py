@@ -125,6 +125,136 @@ Validation = Annotated[
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class TextFormat:
+    """A record is a text, every token of which is learned."""
+
+    type: Literal["text"] = "text"
+
+    identity_tag: ClassVar[str] = "format.text/1"
+    __pydantic_config__ = STRICT
+
+    @property
+    def learns_all(self) -> bool:
+        """Whether every token of a document is to be predicted."""
+        return True
+
+    def reading(self) -> Mapping[str, Any]:
+        """What of this decides which documents a corpus holds."""
+        return {}
+
+    def rendering(self) -> Mapping[str, Any]:
+        """What of this decides which tokens a document becomes."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ChatFormat:
+    """A record is a list of messages; a template says how they are written."""
+
+    type: Literal["chat"]
+    messages_field: str = "messages"
+    """The field with the list of `{"role": ..., "content": ...}`."""
+    context_fields: tuple[str, ...] = ()
+    """Fields that the template reads beside the messages, such as `tools`; a record may lack them.
+    """
+    template: str | None = None
+    """Jinja, as in a Hugging Face `chat_template`; None takes the tokenizer's own. A file is named
+    by `template_file: PATH` instead, relative to the dataset's file."""
+    variables: Mapping[str, str | int | float | bool] = dataclasses.field(default_factory=dict)
+    """What else the template may read, the same for every document."""
+    loss: Literal["assistant", "all"] = "assistant"
+    """Learns what the template puts between `{% generation %}` and `{% endgeneration %}`, or all.
+    """
+
+    identity_tag: ClassVar[str] = "format.chat/1"
+    __pydantic_config__ = STRICT
+
+    @property
+    def learns_all(self) -> bool:
+        """Whether every token of a document is to be predicted."""
+        return self.loss == "all"
+
+    def reading(self) -> Mapping[str, Any]:
+        """What of this decides which documents a corpus holds."""
+        return {"type": "chat", "fields": [self.messages_field, *self.context_fields]}
+
+    def rendering(self) -> Mapping[str, Any]:
+        """What of this decides which tokens a document becomes."""
+        return {
+            "type": "chat",
+            "template": self.template,
+            "variables": dict(self.variables),
+            "loss": self.loss,
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SupervisedFormat:
+    """A record is a prompt and its completion, of which the completion alone is learned."""
+
+    type: Literal["supervised"]
+    prompt_field: str = "prompt"
+    completion_field: str = "completion"
+    separator: str = ""
+    """Text between the two; it belongs to the prompt."""
+
+    identity_tag: ClassVar[str] = "format.supervised/1"
+    __pydantic_config__ = STRICT
+
+    @property
+    def learns_all(self) -> bool:
+        """Whether every token of a document is to be predicted."""
+        return False
+
+    def reading(self) -> Mapping[str, Any]:
+        """What of this decides which documents a corpus holds."""
+        return {"type": "supervised", "fields": [self.prompt_field, self.completion_field]}
+
+    def rendering(self) -> Mapping[str, Any]:
+        """What of this decides which tokens a document becomes."""
+        return {"type": "supervised", "separator": self.separator}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IdsFormat:
+    """A record is a list of ids, tokenized elsewhere; it takes `tokenizer: {type: passthrough}`."""
+
+    type: Literal["ids"]
+    field: str = "input_ids"
+    """The field or column with the list, where the source has records."""
+    separator_id: Annotated[int, Field(ge=0)] | None = None
+    """The id that ends each document of a flat file of ids; it is no part of the document."""
+    dtype: Literal["uint16", "uint32"] | None = None
+    """Of a flat file without a header, little endian; `.npy` files say it themselves."""
+
+    identity_tag: ClassVar[str] = "format.ids/1"
+    __pydantic_config__ = STRICT
+
+    @property
+    def learns_all(self) -> bool:
+        """Whether every token of a document is to be predicted."""
+        return True
+
+    def reading(self) -> Mapping[str, Any]:
+        """What of this decides which documents a corpus holds."""
+        return {
+            "type": "ids",
+            "fields": [self.field],
+            "separator_id": self.separator_id,
+            "dtype": self.dtype,
+        }
+
+    def rendering(self) -> Mapping[str, Any]:
+        """What of this decides which tokens a document becomes."""
+        return {"type": "ids"}
+
+
+Format = Annotated[
+    TextFormat | ChatFormat | SupervisedFormat | IdsFormat, Field(discriminator="type")
+]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractSource:
     """What every source may say of its documents and of its mistakes."""
 
@@ -132,6 +262,9 @@ class AbstractSource:
     """In this order; a document has to pass all."""
     validation: Validation | None = dataclasses.field(default=None, metadata=added_later(None))
     """How documents of this source are held out; None: as the dataset says."""
+    record: Format | None = dataclasses.field(default=None, metadata=NOT_IDENTITY)
+    """What a record of this source is; None: what the dataset's `format` says. Of it the corpus
+    depends on what is read, and the tokens on how that is rendered (`DatasetConfig.formats`)."""
     on_error: Literal["fail", "skip"] = dataclasses.field(
         default="fail", metadata=added_later("fail")
     )
@@ -273,116 +406,6 @@ Source = Annotated[
     Field(discriminator="type"),
 ]
 SourceName = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TextFormat:
-    """A record is a text, every token of which is learned."""
-
-    type: Literal["text"] = "text"
-
-    identity_tag: ClassVar[str] = "format.text/1"
-    __pydantic_config__ = STRICT
-
-    def reading(self) -> Mapping[str, Any]:
-        """What of this decides which documents a corpus holds."""
-        return {}
-
-    def rendering(self) -> Mapping[str, Any]:
-        """What of this decides which tokens a document becomes."""
-        return {}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ChatFormat:
-    """A record is a list of messages; a template says how they are written."""
-
-    type: Literal["chat"]
-    messages_field: str = "messages"
-    """The field with the list of `{"role": ..., "content": ...}`."""
-    context_fields: tuple[str, ...] = ()
-    """Fields that the template reads beside the messages, such as `tools`; a record may lack them.
-    """
-    template: str | None = None
-    """Jinja, as in a Hugging Face `chat_template`; None takes the tokenizer's own. A file is named
-    by `template_file: PATH` instead, relative to the dataset's file."""
-    variables: Mapping[str, str | int | float | bool] = dataclasses.field(default_factory=dict)
-    """What else the template may read, the same for every document."""
-    loss: Literal["assistant", "all"] = "assistant"
-    """Learns what the template puts between `{% generation %}` and `{% endgeneration %}`, or all.
-    """
-
-    identity_tag: ClassVar[str] = "format.chat/1"
-    __pydantic_config__ = STRICT
-
-    def reading(self) -> Mapping[str, Any]:
-        """What of this decides which documents a corpus holds."""
-        return {"type": "chat", "fields": [self.messages_field, *self.context_fields]}
-
-    def rendering(self) -> Mapping[str, Any]:
-        """What of this decides which tokens a document becomes."""
-        return {
-            "type": "chat",
-            "template": self.template,
-            "variables": dict(self.variables),
-            "loss": self.loss,
-        }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SupervisedFormat:
-    """A record is a prompt and its completion, of which the completion alone is learned."""
-
-    type: Literal["supervised"]
-    prompt_field: str = "prompt"
-    completion_field: str = "completion"
-    separator: str = ""
-    """Text between the two; it belongs to the prompt."""
-
-    identity_tag: ClassVar[str] = "format.supervised/1"
-    __pydantic_config__ = STRICT
-
-    def reading(self) -> Mapping[str, Any]:
-        """What of this decides which documents a corpus holds."""
-        return {"type": "supervised", "fields": [self.prompt_field, self.completion_field]}
-
-    def rendering(self) -> Mapping[str, Any]:
-        """What of this decides which tokens a document becomes."""
-        return {"type": "supervised", "separator": self.separator}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class IdsFormat:
-    """A record is a list of ids, tokenized elsewhere; it takes `tokenizer: {type: passthrough}`."""
-
-    type: Literal["ids"]
-    field: str = "input_ids"
-    """The field or column with the list, where the source has records."""
-    separator_id: Annotated[int, Field(ge=0)] | None = None
-    """The id that ends each document of a flat file of ids; it is no part of the document."""
-    dtype: Literal["uint16", "uint32"] | None = None
-    """Of a flat file without a header, little endian; `.npy` files say it themselves."""
-
-    identity_tag: ClassVar[str] = "format.ids/1"
-    __pydantic_config__ = STRICT
-
-    def reading(self) -> Mapping[str, Any]:
-        """What of this decides which documents a corpus holds."""
-        return {
-            "type": "ids",
-            "fields": [self.field],
-            "separator_id": self.separator_id,
-            "dtype": self.dtype,
-        }
-
-    def rendering(self) -> Mapping[str, Any]:
-        """What of this decides which tokens a document becomes."""
-        return {"type": "ids"}
-
-
-Format = Annotated[
-    TextFormat | ChatFormat | SupervisedFormat | IdsFormat, Field(discriminator="type")
-]
 
 
 Pattern = Literal["gpt2", "llama3", "o200k"]
@@ -619,6 +642,12 @@ class DatasetConfig:
             )
         for name, source in self.named_sources.items():
             _check_source(f"sources.{name}" if name else "source", source, self.validation)
+        kinds = {one.type for one in self.formats.values()}
+        if "ids" in kinds and len(kinds) > 1:
+            raise ValueError(
+                f"sources: records are of formats {sorted(kinds)}; ids have no tokenizer here, and "
+                f"the others need one. Make them two datasets, or tokenize all of them here."
+            )
         names = [cache.name for cache in self.sequence_lengths]
         for name in names:
             if names.count(name) > 1:
@@ -628,15 +657,14 @@ class DatasetConfig:
                 )
 
     @property
+    def formats(self) -> Mapping[str, Format]:
+        """What a record of each source is; the name of an only one is empty."""
+        return {name: source.record or self.format for name, source in self.named_sources.items()}
+
+    @property
     def has_loss_mask(self) -> bool:
-        """Whether some tokens are not to be predicted."""
-        match self.format:
-            case ChatFormat(loss=loss):
-                return loss != "all"
-            case SupervisedFormat():
-                return True
-            case _:
-                return False
+        """Whether tokens are told apart into those to be predicted and others."""
+        return not all(one.learns_all for one in self.formats.values())
 
     def cache(self, length: int, packing: Packing) -> TokenCacheConfig:
         """Returns how the rows of a token cache are made, by what tells it from the others."""

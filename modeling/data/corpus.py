@@ -69,7 +69,7 @@ def build(
         sources: what was listed.
         listing: its files.
         workspace: where the corpus goes.
-        document_format: what a record of the sources is.
+        document_format: what a record of sources is that do not say it themselves.
         report: is told how far it is.
 
     Raises:
@@ -199,7 +199,7 @@ def _kept(
             name,
             source,
             validation=listing.validation,
-            document_format=document_format,
+            document_format=source.record or document_format,
             duplicates=duplicates,
             tally=tally,
         )

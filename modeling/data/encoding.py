@@ -206,10 +206,18 @@ def encoder_for(tokenizer: Tokenizer, dtype: np.dtype) -> WordEncoder | LibraryE
 class TextEncoder:
     """Encodes documents that are text, with the special tokens that the policy asks for."""
 
-    has_loss_mask = False
+    def __init__(
+        self, tokenizer: Tokenizer, bounds: "Bounds", *, has_loss_mask: bool = False
+    ) -> None:
+        """Encodes with `tokenizer`, bounding documents by `bounds`.
 
-    def __init__(self, tokenizer: Tokenizer, bounds: "Bounds") -> None:
-        """Encodes with `tokenizer`, bounding documents by `bounds`."""
+        Args:
+            tokenizer: encodes.
+            bounds: begin and end documents.
+            has_loss_mask: whether to say of the text's tokens, which all are learned, that they
+                are; documents beside these need it said.
+        """
+        self.has_loss_mask = has_loss_mask
         self._bounds = bounds
         self._encoder = encoder_for(tokenizer, token_dtype(tokenizer.vocab_size))
 
@@ -220,7 +228,7 @@ class TextEncoder:
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """Returns the ids of each UTF-8 text, with what begins and ends it."""
-        return self._bounds.added(self._encoder.encode(documents))
+        return self._bounds.added(self._masked(self._encoder.encode(documents)))
 
     def encode_long(self, document: bytes | memoryview) -> Encoded:
         """Returns the ids of one UTF-8 text, using little memory beside it and them.
@@ -242,7 +250,15 @@ class TextEncoder:
             part = parts.popleft()
             tokens[filled : filled + len(part)] = part
             filled += len(part)
-        return Encoded(tokens, length)
+        encoded = self._masked(Encoded(tokens, length))
+        if encoded.loss_mask is not None and self._bounds.bos_id is not None:
+            encoded.loss_mask[0] = False  # as `Bounds` has it, since no text begins with that id
+        return encoded
+
+    def _masked(self, encoded: Encoded) -> Encoded:
+        if not self.has_loss_mask:
+            return encoded
+        return replace(encoded, loss_mask=np.ones(len(encoded.tokens), np.uint8))
 
 
 class PieceEncoder:
@@ -416,8 +432,16 @@ def document_encoder(
     tokenizer: Tokenizer | PassthroughTokenizer,
     config: TokenizationConfig,
     document_format: Format = TEXT,
+    *,
+    has_loss_mask: bool | None = None,
 ) -> DocumentEncoder:
-    """Returns what encodes the documents of a dataset.
+    """Returns what encodes the documents of a source.
+
+    Args:
+        tokenizer: of the dataset.
+        config: the policy on special tokens.
+        document_format: what the documents are.
+        has_loss_mask: whether to say which tokens are learned; None: where not all are.
 
     Raises:
         ValueError: the format needs another tokenizer, or a chat template that there is not.
@@ -434,12 +458,13 @@ def document_encoder(
                 f"set `format: {{type: ids}}`, or another tokenizer."
             )
         return IdsEncoder(tokenizer, bounds)
+    if has_loss_mask is None:
+        has_loss_mask = not document_format.learns_all
     match document_format:
         case TextFormat():
-            return TextEncoder(tokenizer, bounds)
+            return TextEncoder(tokenizer, bounds, has_loss_mask=has_loss_mask)
         case ChatFormat():
             template = _chat_template(tokenizer, document_format)
-            has_loss_mask = document_format.loss != "all"
             return PieceEncoder(tokenizer, bounds, template.render, has_loss_mask=has_loss_mask)
         case SupervisedFormat():
             separator = document_format.separator

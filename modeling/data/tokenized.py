@@ -35,7 +35,6 @@ from modeling.artifacts import (
 from modeling.data import corpus
 from modeling.data.compute import Encoding, Keyed, encoded_by_ray, encoded_here
 from modeling.data.config import Compute, Format, LocalCompute, RayCompute, TokenizationConfig
-from modeling.data.encoding import document_encoder
 from modeling.data.ledger import FetchEarlier, Ledger, Shard, nothing_earlier
 from modeling.data.shards import FlatTokens, map_shard, token_dtype
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
@@ -125,7 +124,7 @@ def build(
     tokenizer_dir: Path,
     workspace: Workspace,
     *,
-    document_format: Format = corpus.TEXT,
+    document_format: Format | Mapping[str, Format] = corpus.TEXT,
     compute: Compute = LOCAL,
     fetch_earlier: FetchEarlier = nothing_earlier,
     report: Report = ignore,
@@ -139,7 +138,7 @@ def build(
         corpus_dir: the built raw corpus.
         tokenizer_dir: the built tokenizer.
         workspace: where the files go; its progress is gone on with.
-        document_format: what the corpus's documents are.
+        document_format: what the documents are, of all sources or of each by name.
         compute: who encodes.
         fetch_earlier: finds shards of other builds, to take where the documents are the same.
         report: is told how far it is, and what was reused or damaged.
@@ -149,22 +148,29 @@ def build(
     Raises:
         DiskFullError: there is no space for a shard; those before it are kept.
     """
-    encoding = Encoding.read(config, document_format, tokenizer_dir)
+    splits = corpus.splits(corpus_dir)
+    formats = (
+        {split: document_format[split.partition("/")[2]] for split in splits}
+        if isinstance(document_format, Mapping)
+        else dict.fromkeys(splits, document_format)
+    )
+    encoding = Encoding.read(config, formats, tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
-    encoder = document_encoder(tokenizer, config, document_format)
+    encoders = encoding.open()
+    policies = {split: encoding.policy(split) for split in splits}
     dtype = token_dtype(tokenizer.vocab_size)
     header = {
         "dtype": dtype.name,
         "vocab_size": tokenizer.vocab_size,
         "eos_id": tokenizer.eos_id,
-        "policy": canonical.digest("stream/1", [encoding.policy, unit_bytes]),
+        "policy": canonical.digest("stream/1", [encoding.digest, unit_bytes]),
     }
     ledger = Ledger(workspace.progress, header, fetch_earlier, report)
     streams = {
-        split: _Stream(split, ledger, dtype, encoder.has_loss_mask, unknown_id(tokenizer))
-        for split in corpus.splits(corpus_dir)
+        split: _Stream(split, ledger, dtype, encoding.has_loss_mask, unknown_id(tokenizer))
+        for split in splits
     }
-    total = sum(corpus.num_bytes(corpus_dir, split) for split in corpus.splits(corpus_dir))
+    total = sum(corpus.text_bytes(corpus_dir).values())
     meter = Meter(report, "tokenized corpus", total / _MEGABYTE, "MB")
     if pace is None:
         units = cut_units(corpus.record_batches(corpus_dir), unit_bytes)
@@ -174,7 +180,7 @@ def build(
     def unknown_units() -> Iterator[Keyed]:
         under_way = set()
         for unit in units:
-            key = unit.key(encoding.policy)
+            key = unit.key(policies[unit.split])
             streams[unit.split].keys.append(key)
             if ledger.find(key) is not None:
                 meter.skip(unit.num_bytes / _MEGABYTE)
@@ -186,7 +192,7 @@ def build(
     if isinstance(compute, RayCompute):
         results = encoded_by_ray(compute, encoding, unknown_units())
     else:
-        results = encoded_here(encoder, unknown_units())
+        results = encoded_here(encoders, unknown_units())
     for key, encoded, num_bytes in results:
         ledger.commit(key, encoded, num_bytes)
         meter.advance(num_bytes / _MEGABYTE, tokens=len(encoded.tokens))
@@ -199,7 +205,7 @@ def build(
         dtype=dtype.name,
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,
-        has_loss_mask=encoder.has_loss_mask,
+        has_loss_mask=encoding.has_loss_mask,
         splits={split: stream.manifest() for split, stream in streams.items()},
     )
     for split in manifest.splits.values():
@@ -213,7 +219,8 @@ def build(
             f"({reuse['percent']}%), {reuse['from_other_corpora']} of them from other corpora"
         )
     write_durably(workspace.output / MANIFEST_FILE, {"format": FORMAT} | asdict(manifest))
-    return _built(manifest, encoder.name, reuse)
+    used = sorted({encoder.name for encoder in encoders.values()})
+    return _built(manifest, ", ".join(used), reuse)
 
 
 class EarlierBuilds:

@@ -8,7 +8,8 @@ import pytest
 
 import haliax as hax
 from haliax import Axis
-from modeling.data import cache, corpus, tokenized, tokenizer
+from modeling import canonical, recipes
+from modeling.data import cache, compute, corpus, tokenized, tokenizer
 from modeling.data.config import (
     BpeTokenizerConfig,
     ChatFormat,
@@ -19,6 +20,8 @@ from modeling.data.config import (
     TokenizationConfig,
     ValidationConfig,
 )
+from modeling.data.shards import map_shard
+from modeling.experiment import ConfigError, load_dataset
 from modeling.models.config import Gpt2Config
 from modeling.models.lm import LmExample, build_model, next_token_loss
 
@@ -148,3 +151,119 @@ def test_an_id_beyond_the_vocabulary_is_named_by_file_and_line(tmp_path, make_wo
     records = [{"input_ids": [1, 2]}, {"input_ids": [3, 50]}]
     with pytest.raises(ValueError, match=r"records\.jsonl#2.* id 50, number 2 of the document"):
         build_chain(records, IdsFormat(type="ids"), config, 16, tmp_path, make_workspace)
+
+
+MIXED = """
+description: Pages and chats.
+sources:
+  pages: {{type: files, paths: ["{root}/*.txt"]}}
+  chats:
+    type: files
+    paths: ["{root}/chats.jsonl"]
+    format: jsonl
+    record: {{type: chat, template_file: chat.jinja}}
+  pairs:
+    type: files
+    paths: ["{root}/pairs.jsonl"]
+    format: jsonl
+    record: {{type: supervised, separator: " "}}
+validation: {{fraction: 0.0}}
+tokenizer: {{type: bpe, vocab_size: 300, special_tokens: ["<|im_start|>", "<|im_end|>"]}}
+tokenization: {{append_bos: true}}
+sequence_lengths: [16]
+"""
+
+
+@pytest.fixture
+def mixed(chats, tmp_path):
+    """A dataset whose sources hold records of three formats."""
+    pairs = [{"prompt": f"what is {n}?", "completion": f"the answer {n}"} for n in range(9)]
+    for name, records in (("chats", chats), ("pairs", pairs)):
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    for number in range(9):
+        (tmp_path / f"{number}.txt").write_text(f"page {number} about a question and its answer")
+    (tmp_path / "chat.jinja").write_text(TEMPLATE)
+    (tmp_path / "mixed.yaml").write_text(MIXED.format(root=tmp_path))
+    return load_dataset(tmp_path / "mixed.yaml")
+
+
+def test_sources_of_different_formats_share_a_dataset_each_with_its_own_mask(
+    mixed, make_workspace, monkeypatch
+):
+    spaces = {name: make_workspace(name) for name in ("corpus", "tokenizer", "tokens", "again")}
+    dirs = {name: space.output for name, space in spaces.items()}
+    listing = corpus.scan(mixed.named_sources, validation=mixed.validation)
+    corpus.build(mixed.named_sources, listing, spaces["corpus"], document_format=mixed.format)
+    tokenizer.build(mixed.tokenizer, dirs["corpus"], spaces["tokenizer"])
+    inputs = mixed.tokenization, dirs["corpus"], dirs["tokenizer"]
+    built = tokenized.build(*inputs, spaces["tokens"], document_format=mixed.formats)
+
+    manifest = tokenized.Manifest.read(dirs["tokens"])
+    assert manifest.has_loss_mask
+    assert mixed.has_loss_mask
+    encoder = tokenizer.Tokenizer.load(dirs["tokenizer"])
+    learned = {}
+    for split, stored in manifest.splits.items():
+        (shard,) = stored.shards or [None]
+        if shard is None:
+            continue
+        tokens, offsets, mask = map_shard(
+            dirs["tokens"] / shard.file, np.dtype(manifest.dtype), with_loss_mask=True
+        )
+        first = slice(offsets[0], offsets[1])
+        learned[split] = encoder.decode(tokens[first][mask[first] == 1].tolist())
+    end = encoder.eos_token
+    assert learned["train/pages"] == f"page 0 about a question and its answer{end}"
+    assert learned["train/chats"] == "answer 0<|im_end|>no<|im_end|>"
+    assert learned["train/pairs"] == f"the answer 0{end}"
+
+    # A document longer than a piece goes another way to the same mask.
+    monkeypatch.setattr(compute, "PIECE_BYTES", 8)
+    again = tokenized.build(*inputs, spaces["again"], document_format=mixed.formats)
+    assert again.content_id == built.content_id
+
+
+def encoded(dataset):
+    """What the identities of corpus and tokens take in of a dataset's file."""
+    params = recipes.corpus_params(dataset), recipes.tokenized_params(dataset)
+    return [*map(canonical.encode, params)]
+
+
+def test_another_template_of_a_source_reads_none_again(mixed, tmp_path):
+    template = tmp_path / "chat.jinja"
+    template.write_text(TEMPLATE.replace("im_start", "im_end"))
+    other = load_dataset(tmp_path / "mixed.yaml")
+    assert encoded(other)[0] == encoded(mixed)[0]
+    assert encoded(other)[1] != encoded(mixed)[1]
+    fields = load_dataset(
+        tmp_path / "mixed.yaml", ["sources.pairs.record.completion_field=response"]
+    )
+    assert encoded(fields)[0] != encoded(other)[0]
+    assert encoded(fields)[1] == encoded(other)[1]
+
+
+def test_a_format_of_every_source_is_that_of_the_dataset(tmp_path):
+    """Said here or there, it is the same recipe."""
+    body = (
+        "tokenizer: {type: bpe, vocab_size: 300}\nsequence_lengths: [16]\n"
+        "source: {type: files, paths: [a.jsonl], format: jsonl%s}\n%s"
+    )
+    found = []
+    for name, parts in (
+        ("here", (", record: {type: supervised}", "")),
+        ("there", ("", "format: {type: supervised}")),
+    ):
+        (tmp_path / f"{name}.yaml").write_text(body % parts)
+        found.append(encoded(load_dataset(tmp_path / f"{name}.yaml")))
+    assert found[0] == found[1]
+
+
+def test_ids_beside_texts_are_refused(mixed, tmp_path):
+    with pytest.raises(ConfigError, match=r"of formats \['chat', 'ids', 'supervised'\]"):
+        load_dataset(tmp_path / "mixed.yaml", ["sources.pages.record.type=ids"])
+    with pytest.raises(ConfigError, match=r"sources\.pages\.record\.template_file: .*No such"):
+        load_dataset(
+            tmp_path / "mixed.yaml",
+            ["sources.pages.record={type: chat, template_file: none.jinja}"],
+        )

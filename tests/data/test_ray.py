@@ -76,7 +76,8 @@ def cluster():
 
 @pytest.fixture
 def encoding(chain):
-    return compute.Encoding.read(DEFAULT, corpus.TEXT, chain.tokenizer_dir)
+    formats = dict.fromkeys(("train", "validation"), corpus.TEXT)
+    return compute.Encoding.read(DEFAULT, formats, chain.tokenizer_dir)
 
 
 def units_of(chain):

@@ -26,16 +26,17 @@ CORPUS, TOKENIZER, TOKENS, CACHE, CHECKPOINT, REPORT, EXPORT = (
     )
 )  # fmt: skip
 LAYOUT = "mesh|processes|axis_resources|parameter_axis_resources|cpu_threads"
+RECORD = r"dataset\.(format|sources?\.record)"
 RULES = [
     # Pins say what must be found, and compute how it is worked out: neither changes what is found.
     (r"dataset\.sources?\.(sha256|listing_sha256|streaming)", NOTHING),
-    (r"dataset\.(sources?|validation)(\..*)?", CORPUS),
     (r"dataset\.tokenizer\..*", TOKENIZER),
     (r"dataset\.tokenization\..*", TOKENS),
     # What is read of a record is the corpus; how it becomes a text is a matter of the tokens.
-    (r"dataset\.format\.(messages|prompt|completion|context)_fields?", CORPUS),
-    (r"dataset\.format\.(field|separator_id|dtype)", CORPUS),
-    (r"dataset\.format\.(template|variables|loss|separator)", TOKENS),
+    (rf"{RECORD}\.(messages|prompt|completion|context)_fields?", CORPUS),
+    (rf"{RECORD}\.(field|separator_id|dtype)", CORPUS),
+    (rf"{RECORD}\.(template|variables|loss|separator)", TOKENS),
+    (r"dataset\.(sources?|validation)(\..*)?", CORPUS),
     (r"dataset\.(compute|unit_bytes|description|owners)(\..*)?", NOTHING),
     (r"dataset\.sequence_lengths\.layout", NOTHING),  # a copy is an asset beside the view
     (r"dataset\.sequence_lengths\..*", CACHE),
