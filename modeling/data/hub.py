@@ -82,13 +82,18 @@ def _opened(source: DatasetSource, split: str | None, shown: str) -> Any:
 
     match source:
         case HuggingFaceSource():
-            return datasets.load_dataset(
-                source.id or str(source.path),
-                source.name,
-                revision=source.revision,
-                split=split,
-                streaming=source.streaming,
-            )
+            try:
+                return datasets.load_dataset(
+                    source.id or str(source.path),
+                    source.name,
+                    revision=source.revision,
+                    split=split,
+                    streaming=source.streaming,
+                )
+            except Exception as error:  # those of its HTTP client have no class in common
+                raise SourceError(
+                    f"{shown}: cannot be opened: {error}", reason="damaged dataset"
+                ) from error
         case SavedDatasetSource():
             saved = datasets.load_from_disk(source.path)
             is_one = isinstance(saved, datasets.Dataset)

@@ -98,7 +98,7 @@ def _fetched(config: PretrainedTokenizerConfig) -> Path:
         return Path(
             snapshot_download(config.hub, revision=config.revision, allow_patterns=list(_FILES))
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # those of its HTTP client have no class in common with its own
         raise PretrainedTokenizerError(
             f"tokenizer.hub: {config.hub} at {config.revision} cannot be fetched: {error}"
         ) from error

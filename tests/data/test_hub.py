@@ -1,15 +1,17 @@
 """Datasets of `datasets`: of a local directory, streamed or copied, and saved to disk."""
 
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
-from modeling.data import corpus
+from modeling.data import corpus, tokenizer
 from modeling.data.config import (
     DatasetConfig,
     HuggingFaceSource,
+    PretrainedTokenizerConfig,
     RegexFilter,
     SavedDatasetSource,
     ValidationConfig,
@@ -17,6 +19,7 @@ from modeling.data.config import (
 )
 from modeling.data.sources import SourceError
 from modeling.experiment import ConfigError, validate
+from tests.data.fake_hub import FakeHub
 
 ALL_TRAIN = ValidationConfig(fraction=0.0)
 RECORDS = [{"id": i, "text": f"text {i}, naïve 日本語", "lang": "ab"[i % 2]} for i in range(2500)]
@@ -147,3 +150,117 @@ def test_the_library_is_imported_only_to_read_such_a_source():
     code = "import sys, modeling.data.corpus; print('datasets' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
+
+
+CANARY = "hf_canarycanarycanarycanarycanary"
+ASKS = """
+import json, sys
+from pathlib import Path
+from modeling.artifacts import Workspace
+from modeling.data import corpus, tokenizer
+from modeling.data.config import DatasetConfig, ValidationConfig
+from modeling.experiment import validate
+
+root, cases, found = Path(sys.argv[1]), json.loads(sys.argv[2]), {}
+for name, fields in cases.items():
+    space = Workspace(root / name / "progress", root / name / "output")
+    space.progress.mkdir(parents=True)
+    space.output.mkdir()
+    dataset = validate(DatasetConfig, fields | {"sequence_lengths": [16]}, "d.yaml")
+    try:
+        if dataset.tokenizer.type == "pretrained":
+            built = tokenizer.build(dataset.tokenizer, None, space)
+        else:
+            source, validation = dataset.source, ValidationConfig(fraction=0.0)
+            built = corpus.build(source, corpus.scan(source, validation=validation), space)
+        found[name] = built.content_id
+    except ValueError as error:
+        found[name] = str(error)
+print(json.dumps(found))
+"""
+
+
+def ask(hub, root, cases):
+    """Builds what a process that knows of this hub alone makes of each case."""
+    environment = os.environ | {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(root / "hf"),
+        "HF_TOKEN": CANARY,
+        "HF_HUB_OFFLINE": "0",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", ASKS, str(root), json.dumps(cases)],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert CANARY not in done.stdout + done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_hub_gives_the_bytes_of_a_commit_and_the_token_goes_nowhere_else(
+    chain, places, tmp_path, make_workspace
+):
+    bpe = {"type": "bpe", "vocab_size": 300}
+
+    def texts(name, revision=COMMIT, **fields):
+        source = {"type": "huggingface", "id": f"owner/{name}", "revision": revision}
+        return {"source": source | fields, "tokenizer": bpe}
+
+    def vocabulary(name, revision=COMMIT):
+        taken = {"type": "pretrained", "hub": f"owner/{name}", "revision": revision}
+        anything = {"type": "files", "paths": ["a.txt"]}
+        return {"source": anything, "tokenizer": taken | {"eos_token": "<|endoftext|>"}}
+
+    hub = FakeHub()
+    of_tokenizer = {path.name: path.read_bytes() for path in chain.tokenizer_dir.iterdir()}
+    hub.repositories["models", "owner/vocabulary", COMMIT] = of_tokenizer | {"big.bin": b"0"}
+    lines = (places / "dir" / "train.jsonl").read_bytes()
+    for name in ("texts", "odd"):
+        hub.repositories["datasets", f"owner/{name}", COMMIT] = {"train.jsonl": lines}
+    hub.answers_with["owner/odd"] = COMMIT[::-1]
+    hub.gone.add("owner/gone")
+    with hub.serving():
+        found = ask(hub, tmp_path, {
+            "copied": texts("texts"),
+            "streamed": texts("texts", streaming=True),
+            "other commit": texts("texts", COMMIT[::-1]),
+            "odd": texts("odd"),
+            "gone": texts("gone"),
+            "vocabulary": vocabulary("vocabulary"),
+            "vocabulary of another commit": vocabulary("vocabulary", COMMIT[::-1]),
+            "no vocabulary": vocabulary("nothing"),
+        })  # fmt: skip
+
+    assert found["copied"] == found["streamed"]
+    documents = [d.text for d in corpus.documents(tmp_path / "copied" / "output")]
+    assert documents == [record["text"] for record in RECORDS]
+    for name in ("other commit", "odd"):  # it answers with another commit than the one pinned
+        assert found[name].startswith(f"owner/{'odd' if name == 'odd' else 'texts'}@")
+        assert "doesn't exist" in found[name]
+    assert found["gone"].startswith(f"owner/gone@{COMMIT[:12]}, split train: cannot be opened")
+
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "tokenizer.json").write_bytes(of_tokenizer["tokenizer.json"])
+    local = PretrainedTokenizerConfig(
+        type="pretrained", path=str(tmp_path / "here"), eos_token="<|endoftext|>"
+    )
+    assert found["vocabulary"] == tokenizer.build(local, None, make_workspace("local")).content_id
+    for name in ("vocabulary of another commit", "no vocabulary"):
+        assert "tokenizer.hub: owner/" in found[name]
+        assert "cannot be fetched: 404" in found[name]
+    asked = [path for path, _ in hub.asked]
+    assert not [path for path in asked if "big.bin" in path], "only what is needed is fetched"
+    assert CANARY in {token.removeprefix("Bearer ") for _, token in hub.asked}
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in kept if CANARY.encode() in path.read_bytes()]
+
+
+@pytest.mark.slow
+def test_a_tokenizer_of_a_hub_that_is_gone_is_an_error_after_some_tries(tmp_path):
+    hub = FakeHub()
+    hub.gone.add("owner/gone")
+    taken = {"type": "pretrained", "hub": "owner/gone", "revision": COMMIT}
+    anything = {"type": "files", "paths": ["a.txt"]}
+    with hub.serving():
+        found = ask(hub, tmp_path, {"gone": {"source": anything, "tokenizer": taken}})
+    assert found["gone"].startswith(f"tokenizer.hub: owner/gone at {COMMIT} cannot be fetched")
