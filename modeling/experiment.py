@@ -18,11 +18,12 @@ from types import UnionType
 from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from modeling.canonical import NOT_IDENTITY
 from modeling.data.config import DatasetConfig, Owner, Packing, TokenCacheConfig
 from modeling.evaluation.config import EvaluationConfig
+from modeling.fields import STRICT
 from modeling.hf.config import ExportConfig
 from modeling.models.config import MODEL_PRESETS, ModelConfig
 from modeling.optim.config import AdamWConfig, OptimizerConfig
@@ -53,7 +54,7 @@ class ExperimentConfig:
     """Who answers for its assets."""
 
     identity_tag: ClassVar[str] = "experiment/1"
-    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+    __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
         for section in ("evaluation", "export"):

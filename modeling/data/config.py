@@ -1,24 +1,13 @@
 """What a dataset is: source, format, validation split, tokenizer, lengths. Imports no JAX."""
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Field, Tag
 
 from modeling.canonical import NOT_IDENTITY, added_later
-
-STRICT = ConfigDict(extra="forbid", strict=True)
-
-
-def _compilable(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from None
-    return pattern
-
+from modeling.fields import STRICT, RegularExpression, is_commit, type_or
 
 Owner = Annotated[str, Field(pattern=r"^(team:[A-Za-z0-9_-]+|[^@\s]+@[^@\s]+\.[^@\s]+)$")]
 """`team:data`, or a mail address."""
@@ -48,8 +37,8 @@ class RegexFilter:
     """
 
     type: Literal["regex"]
-    pattern: Annotated[str, AfterValidator(_compilable)]
-    """As Python's `re` reads it; `(?i)` and the like may begin it."""
+    pattern: RegularExpression
+    """`(?i)` and the like may begin it."""
     field: str | None = None
     keep: Literal["matching", "others"] = "matching"
 
@@ -109,18 +98,11 @@ class ValidationSplit:
     __pydantic_config__ = STRICT
 
 
-def _validation_type(value: Any) -> Any:
-    """Returns which way of holding out is meant; the oldest one needs no name."""
-    if isinstance(value, Mapping):
-        return value.get("type", "hash")
-    return getattr(value, "type", None)
-
-
 Validation = Annotated[
     Annotated[ValidationConfig, Tag("hash")]
     | Annotated[ValidationFiles, Tag("files")]
     | Annotated[ValidationSplit, Tag("split")],
-    Discriminator(_validation_type),
+    type_or("hash"),
 ]
 
 
@@ -358,7 +340,7 @@ class HuggingFaceSource(AbstractSource):
             raise ValueError("give either `id` (on the hub) or `path` (a local directory).")
         if self.path is not None and self.revision is not None:
             raise ValueError("a local directory has no `revision`; leave it out.")
-        if self.id is not None and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+        if self.id is not None and not is_commit(self.revision):
             raise ValueError(
                 f"`revision` {self.revision!r} is no commit: a branch or tag can move. Pin it by "
                 f"the 40 hex digits that `git ls-remote https://huggingface.co/datasets/{self.id}` "
@@ -484,7 +466,7 @@ class PretrainedTokenizerConfig:
             raise ValueError("set either `path` or `hub` (with `revision`).")
         if self.hub is None and self.revision is not None:
             raise ValueError("`revision` goes with `hub`, not with `path`.")
-        if self.hub is not None and not re.fullmatch(r"[0-9a-f]{40}", self.revision or ""):
+        if self.hub is not None and not is_commit(self.revision):
             raise ValueError(
                 f"`revision` {self.revision!r} is not the 40 hexadecimal digits of a commit; a "
                 f"branch or tag may move, and then nobody could tell which tokenizer this was. "

@@ -1,15 +1,11 @@
 """What the eval report measures. No JAX is imported here."""
 
 import dataclasses
-from typing import Annotated, ClassVar
-
-from pydantic import ConfigDict, Field
+from typing import ClassVar
 
 from modeling.canonical import added_later
+from modeling.fields import STRICT, Positive
 from modeling.training.config import WeightsChoice
-
-STRICT = ConfigDict(extra="forbid", strict=True)
-Positive = Annotated[int, Field(ge=1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,9 @@
 import dataclasses
 from typing import ClassVar, Literal
 
-from pydantic import ConfigDict
-
 from modeling.canonical import added_later
+from modeling.fields import STRICT
 from modeling.training.config import WeightsChoice
-
-STRICT = ConfigDict(extra="forbid", strict=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

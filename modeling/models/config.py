@@ -3,12 +3,11 @@
 import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import Field
 
 from modeling.canonical import NOT_IDENTITY, added_later
+from modeling.fields import STRICT, Positive
 
-STRICT = ConfigDict(extra="forbid", strict=True)
-Positive = Annotated[int, Field(ge=1)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 

@@ -6,33 +6,23 @@ update, `1.0` the whole run.
 """
 
 import dataclasses
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import AfterValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import Field, Tag
 
 from modeling.canonical import added_later
+from modeling.fields import STRICT, Positive, RegularExpression, type_or
 
-STRICT = ConfigDict(extra="forbid", strict=True)
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Rate = Annotated[float, Field(ge=0.0, lt=1.0)]
 """Of a moving average: 1.0 would never take anything in."""
-Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 NonNegativeFloat = Annotated[float, Field(ge=0.0)]
 Duration = Annotated[int, Field(ge=0)] | Fraction
 
 
-def _readable(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from None
-    return pattern
-
-
-Pattern = Annotated[str, AfterValidator(_readable)]
+Pattern = RegularExpression
 """A regular expression of parameters: of their whole dotted path, or of any whole part of it."""
 
 UNDECAYED: tuple[str, ...] = (
@@ -129,17 +119,6 @@ class CyclesScheduleConfig:
     __pydantic_config__ = STRICT
 
 
-def _type_or(default: str) -> Discriminator:
-    """Tells members of a union by `type`, which may be left out for one of them."""
-
-    def tag(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return value.get("type", default)
-        return getattr(value, "type", None)
-
-    return Discriminator(tag)
-
-
 ScheduleConfig = Annotated[
     Annotated[ConstantScheduleConfig, Tag("constant")]
     | Annotated[LinearScheduleConfig, Tag("linear")]
@@ -147,7 +126,7 @@ ScheduleConfig = Annotated[
     | Annotated[InverseSqrtScheduleConfig, Tag("inverse_sqrt")]
     | Annotated[WsdScheduleConfig, Tag("wsd")]
     | Annotated[CyclesScheduleConfig, Tag("cycles")],
-    _type_or("cosine"),
+    type_or("cosine"),
 ]
 
 
@@ -289,5 +268,5 @@ OptimizerConfig = Annotated[
     | Annotated[MuonConfig, Tag("muon")]
     | Annotated[SophiaHConfig, Tag("sophia_h")]
     | Annotated[SophiaGConfig, Tag("sophia_g")],
-    _type_or("adamw"),
+    type_or("adamw"),
 ]

@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from modeling.canonical import NOT_IDENTITY, added_later
+from modeling.fields import STRICT, Positive
 from modeling.optim.config import Duration
 
-STRICT = ConfigDict(extra="forbid", strict=True)
-Positive = Annotated[int, Field(ge=1)]
 AxisMapping = Mapping[str, str | tuple[str, ...]]
 """From logical axes to a mesh axis each, or to several, the slowest first."""
 

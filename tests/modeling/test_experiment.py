@@ -139,7 +139,10 @@ def test_overrides_reach_the_experiment_and_its_dataset(catalog_dir: Path):
             "optimizer.schedule={type: cycles, cycles: [a]}",
             "optimizer.schedule.cycles.0: Input should be a valid integer (found 'a')",
         ),
-        ("optimizer.undecayed=['(']", "optimizer.undecayed.0: Value error, '(' is not a regular"),
+        (
+            "optimizer.undecayed=['(']",
+            "optimizer.undecayed.0: Value error, '(' is no regular expression",
+        ),
         (
             "trainer.sequence_length_schedule=[{start_step: 0, lenght: 8}]",
             "trainer.sequence_length_schedule.0.lenght: no such field; did you mean `length`?",
