@@ -28,7 +28,7 @@ from modeling.data.encoding import (
     document_encoder,
 )
 from modeling.data.pieces import PIECE_BYTES
-from modeling.data.tokenizer import load_tokenizer
+from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
 from modeling.data.units import Text, Unit
 
 _BATCH_BYTES = 4 * 1024 * 1024
@@ -80,12 +80,8 @@ class Encoding:
         library = tokenizers.__version__
         return canonical.digest("encoding/1", [self.config, rendering, digests, library])
 
-    def open(self) -> dict[str, DocumentEncoder]:
-        """Returns what encodes the documents of each split, wherever this has travelled."""
-        with tempfile.TemporaryDirectory() as directory:
-            for name, data in self.files.items():
-                (Path(directory) / name).write_bytes(data)
-            tokenizer = load_tokenizer(Path(directory))
+    def encoders(self, tokenizer: Tokenizer | PassthroughTokenizer) -> dict[str, DocumentEncoder]:
+        """Returns what encodes the documents of each split, by the tokenizer of these files."""
         by_policy = {
             self.policy(split): document_encoder(
                 tokenizer, self.config, self.formats[split], has_loss_mask=self.has_loss_mask
@@ -93,6 +89,13 @@ class Encoding:
             for split in self.formats
         }
         return {split: by_policy[self.policy(split)] for split in self.formats}
+
+    def open(self) -> dict[str, DocumentEncoder]:
+        """Returns the encoders, wherever this has travelled."""
+        with tempfile.TemporaryDirectory() as directory:
+            for name, data in self.files.items():
+                (Path(directory) / name).write_bytes(data)
+            return self.encoders(load_tokenizer(Path(directory)))
 
 
 def encode_unit(

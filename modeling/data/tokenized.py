@@ -156,7 +156,7 @@ def build(
     )
     encoding = Encoding.read(config, formats, tokenizer_dir)
     tokenizer = load_tokenizer(tokenizer_dir)
-    encoders = encoding.open()
+    encoders = encoding.encoders(tokenizer)
     policies = {split: encoding.policy(split) for split in splits}
     dtype = token_dtype(tokenizer.vocab_size)
     header = {
