@@ -387,6 +387,14 @@ class ArtifactStore:
         note = Note(self.filesystem, f"{self.root}/aliases/{name}")
         note.replace(_json_bytes({"content_id": content_id}))
 
+    def aliases(self) -> dict[str, str]:
+        """Returns the content id of each alias, by name."""
+        paths = sorted(self.filesystem.glob(f"{self.root}/aliases/*"))
+        return {
+            path.rpartition("/")[2]: json.loads(self.filesystem.cat_file(path))["content_id"]
+            for path in paths
+        }
+
     def resolve(self, reference: str) -> str:
         """Returns the content id meant by an alias, or by six or more of its first digits."""
         alias = f"{self.root}/aliases/{reference}"
@@ -427,6 +435,15 @@ class ArtifactStore:
             _require(_DIGEST, numerics, "numerics id")
         return f"{self.root}/recipes/{recipe_id}/{numerics}/artifact.json"
 
+    def builders(self, recipe_id: str) -> list[leases.Holder]:
+        """Returns who builds a recipe, in any numerics class, by the leases that they renew."""
+        paths = sorted(self.filesystem.glob(f"{self.root}/leases/{recipe_id}/*.json"))
+        holders = [leases.holder_of(Note(self.filesystem, path)) for path in paths]
+        return [holder for holder in holders if holder is not None]
+
+    def _lease(self, recipe_id: str, numerics: str) -> Note:
+        return Note(self.filesystem, f"{self.root}/leases/{recipe_id}/{numerics}.json")
+
     @contextlib.contextmanager
     def begin(
         self,
@@ -464,9 +481,8 @@ class ArtifactStore:
     def _exclusive(self, recipe_id: str, numerics: str, report: Report) -> Iterator[Path]:
         """Yields the work directory, which is nobody else's meanwhile, under a lease."""
         work = self._work(recipe_id, numerics)
-        note = Note(self.filesystem, f"{self.root}/leases/{recipe_id}/{numerics}.json")
         with leases.held(
-            note,
+            self._lease(recipe_id, numerics),
             work.with_suffix(".lock"),
             self._terms,
             doing=lambda: _told_progress(work / "progress"),

@@ -245,23 +245,18 @@ def _broken_links(
 
 def _broken_aliases(store: ArtifactStore, objects: set[Key]) -> Iterator[Damage]:
     known = {content_id for _, content_id in objects}
-    for path, content_id in _aliases(store):
+    for name, content_id in store.aliases().items():
         if content_id not in known:
             yield Damage(
-                path,
+                f"{store.root}/aliases/{name}",
                 f"points at {content_id[:12]}, which is not stored",
                 "Point it elsewhere with `levanter alias`, or make that artifact again.",
             )
 
 
-def _aliases(store: ArtifactStore) -> Iterator[tuple[str, str]]:
-    for path in sorted(store.filesystem.glob(f"{store.root}/aliases/*")):
-        yield path, json.loads(store.filesystem.cat_file(path))["content_id"]
-
-
 def _pins(store: ArtifactStore) -> set[Key]:
     """Returns what aliases and Dagster instances name."""
-    named = {content_id for _, content_id in _aliases(store)}
+    named = set(store.aliases().values())
     pins = {key for key in _objects(store) if key[1] in named}
     for path in store.filesystem.find(f"{store.root}/refs"):
         if "/latest/" in path:

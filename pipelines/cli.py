@@ -86,6 +86,18 @@ Lists what no record, alias or Dagster instance reaches: objects without a recor
 builds that are done, attempts of processes that are gone. Deletes it only with --delete. Records,
 and so the artifacts on record, last for ever unless --expire-records gives them an age.
 """
+_CHECKPOINT = """\
+Looks after what training has saved. CHECKPOINT is an experiment (what it has published, or the last
+step that it has saved), one of its steps (nano@1200), an artifact's content id or alias, or a
+directory. Needs no accelerator, and no model: every checkpoint tells what it is made of.
+
+  levanter checkpoint ls nano                   steps in progress and published, size, age, state
+  levanter checkpoint show nano@1200            every array, and what they add up to
+  levanter checkpoint diff nano@1200 nano       exits 1 if they differ, and 2 if one is damaged
+  levanter checkpoint export nano weights.safetensors
+  levanter checkpoint verify nano               reads every byte; exits 1 and names what is damaged
+  levanter checkpoint pin nano@1200             keeps a step that would be retired
+"""
 _SHOW = """\
 Shows rows of a dataset's token cache, decoded token by token: where tokens end, which documents a
 row holds, what the loss mask leaves out.
@@ -253,6 +265,8 @@ def make_parser() -> argparse.ArgumentParser:
     alias.add_argument("artifact", metavar="ARTIFACT")
     alias.set_defaults(call=_alias)
 
+    _add_checkpoint(add("checkpoint", "Look after what training has saved.", _CHECKPOINT))
+
     show = add("show", "Show examples of a dataset, token by token.", _SHOW)
     show.add_argument("dataset", metavar="DATASET")
     show.add_argument("--seq-len", type=int, metavar="L", help="tokens in a row")
@@ -275,6 +289,35 @@ def make_parser() -> argparse.ArgumentParser:
     ui.add_argument("--port", type=int, default=3000)
     ui.set_defaults(call=_ui)
     return parser
+
+
+def _add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def add(name: str, help_line: str, *operands: str) -> argparse.ArgumentParser:
+        action = actions.add_parser(name, help=help_line, description=help_line, allow_abbrev=False)
+        for operand in operands:
+            action.add_argument(operand, metavar=operand.upper())
+        action.set_defaults(call=_checkpoint)
+        return action
+
+    ls = add("ls", "List checkpoints in progress and published.")
+    ls.add_argument("experiment", nargs="?", metavar="EXPERIMENT")
+    ls.add_argument("--verify", action="store_true", help="read every byte of each")
+    show = add("show", "Show every array, and what they add up to.", "checkpoint")
+    for action in (ls, show):
+        action.add_argument("--json", action="store_true", help="as JSON")
+    add("diff", "Compare two checkpoints array by array.", "checkpoint", "other")
+    export = add("export", "Write the weights to one safetensors file.", "checkpoint")
+    export.add_argument("file", type=Path, metavar="FILE.safetensors")
+    export.add_argument(
+        "--weights", default="last", metavar="NAME",
+        help="`last`, an average (`ema`, `tail_average`), or `state`: the optimizer's too",
+    )  # fmt: skip
+    add("verify", "Read every byte and name what is damaged.", "checkpoint")
+    pin = add("pin", "Keep a saved step, whatever the run retires.", "checkpoint")
+    pin.add_argument("--why", default="by hand", metavar="TEXT")
+    add("unpin", "Let a saved step be retired again.", "checkpoint")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -391,6 +434,31 @@ def _alias(arguments: argparse.Namespace) -> int:
 
     store = open_store()
     return alias(store, arguments.name, content_id_of(store, arguments.artifact))
+
+
+def _checkpoint(arguments: argparse.Namespace) -> int:
+    from modeling.training.manifest import CheckpointError
+    from pipelines import checkpoints
+    from resources.store import open_store
+
+    store = open_store()
+    actions: dict[str, Callable[[], int]] = {
+        "ls": lambda: checkpoints.ls(
+            store, arguments.experiment, verify=arguments.verify, as_json=arguments.json
+        ),
+        "show": lambda: checkpoints.show(store, arguments.checkpoint, as_json=arguments.json),
+        "diff": lambda: checkpoints.diff(store, arguments.checkpoint, arguments.other),
+        "export": lambda: checkpoints.export(
+            store, arguments.checkpoint, arguments.file, weights=arguments.weights
+        ),
+        "verify": lambda: checkpoints.verify(store, arguments.checkpoint),
+        "pin": lambda: checkpoints.pin(store, arguments.checkpoint, arguments.why),
+        "unpin": lambda: checkpoints.unpin(store, arguments.checkpoint),
+    }
+    try:
+        return actions[arguments.action]()
+    except (CheckpointError, FileExistsError) as error:
+        raise ValueError(error) from error
 
 
 def _show(arguments: argparse.Namespace) -> int:

@@ -33,8 +33,8 @@ def gc(store: ArtifactStore, *, delete: bool, expire_records_after_days: float |
     """Lists what nothing reaches, and deletes it if asked to."""
     found = upkeep.garbage(store, expire_records_after_days=expire_records_after_days)
     for one in found:
-        _say(f"{_bytes(one.num_bytes):>9}  {one.path}  ({one.why})")
-    total = f"{len(found)} of it, {_bytes(sum(one.num_bytes for one in found))}"
+        _say(f"{human_bytes(one.num_bytes):>9}  {one.path}  ({one.why})")
+    total = f"{len(found)} of it, {human_bytes(sum(one.num_bytes for one in found))}"
     if not found:
         _say(f"{store.url}: nothing to collect.")
     elif delete:
@@ -60,7 +60,8 @@ def _say(line: str) -> None:
     sys.stdout.write(f"{line}\n")
 
 
-def _bytes(count: float) -> str:
+def human_bytes(count: float) -> str:
+    """Returns a size as people read it."""
     for unit in _UNITS:
         if count < 1000 or unit == _UNITS[-1]:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

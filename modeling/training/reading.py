@@ -11,7 +11,8 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,6 +84,23 @@ def verify(
             if not _is_on_disk(directory, chunk, in_memory):
                 raise _changed(directory, chunk)
     return manifest
+
+
+def faults(directory: Path) -> Iterator[str]:
+    """Yields what is wrong with a checkpoint, of every file; nothing if `verify` finds it sound."""
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError as error:
+        yield str(error)
+        return
+    checks: list[Callable[[], object]] = []
+    checks += [partial(_check_file, directory, record) for record in manifest.files]
+    checks += [partial(read_leaf, directory, leaf) for leaf in manifest.leaves]
+    for check in checks:
+        try:
+            check()
+        except CheckpointError as error:
+            yield str(error)
 
 
 def read_leaf(directory: Path, leaf: LeafRecord) -> np.ndarray:
