@@ -1,4 +1,4 @@
-"""`levanter checkpoint ls|show|diff|export|verify|pin|unpin`: what training has saved, by its files.
+"""`levanter checkpoint ls|show|diff|export|verify|pin|unpin`: what training has saved.
 
 A checkpoint is named by an experiment (`nano`: what it has published, or the last step that it has
 saved), by one of its steps that is still there (`nano@1200`), by an artifact's content id, the
@@ -20,8 +20,8 @@ from fsspec.implementations.local import LocalFileSystem
 from modeling import recipes
 from modeling.artifacts import INVENTORY, Artifact, ArtifactStore, Recipe, inventory_faults
 from modeling.experiment import Catalog, ConfigError, ExperimentConfig
-from modeling.training import inspecting, pins, reading
-from modeling.training.manifest import (
+from modeling.training import inspecting, pins, reading  # noqa: TID253 (none loads JAX)
+from modeling.training.manifest import (  # noqa: TID253
     AVERAGES_PREFIX,
     COMMIT,
     MODEL_PREFIX,
@@ -37,8 +37,8 @@ _PARTS = {
     MODEL_PREFIX: "model",
     AVERAGES_PREFIX: "averages",
     "opt_state": "optimizer",
-    "key": "random key",
-    "step": "step counter",
+    "key": "PRNG key",
+    "step": "counter of steps",
 }
 _COLUMNS = ("checkpoint", "step", "size", "age", "state", "kept", "class", "directory")
 
