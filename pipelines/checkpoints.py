@@ -2,8 +2,8 @@
 
 A checkpoint is named by an experiment (`nano`: what it has published, or the last step that it has
 saved), by one of its steps that is still there (`nano@1200`), by an artifact's content id, the
-first digits of it, or an alias, or by its directory. None of this loads JAX, and all but names of
-experiments need no configuration.
+first digits of it, or an alias, or by its directory. None of this loads JAX, and none of it builds
+the model.
 """
 
 import dataclasses
@@ -74,7 +74,7 @@ def ls(store: ArtifactStore, experiment: str | None, *, verify: bool, as_json: b
             rows += _in_progress(store, name, recipe_id, verify=verify)
             builders += [f"{name} is being trained by {it}." for it in store.builders(recipe_id)]
         own = [record for record in records if record["recipe_id"] in ids]
-        rows += _published(store, name, own, verify=verify)
+        rows += _published(store, own, verify=verify)
     if as_json:
         _say(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
         return 0
@@ -166,12 +166,12 @@ def find(store: ArtifactStore, reference: str) -> Path:
     Raises:
         ConfigError: nothing has that name.
     """
-    if Path(reference).is_dir():
-        return _newest_in(Path(reference))
     name, at, step = reference.partition("@")
     catalog = catalog_from_environment()
-    if name in catalog.experiments:
+    if name in catalog.experiments:  # before a directory of its name, which is `./nano`
         return _of_experiment(store, catalog, name, step if at else None)
+    if Path(reference).is_dir():
+        return _newest_in(Path(reference))
     content_id = _content_id(store, reference)
     if not store.contains("checkpoint", content_id):
         raise ConfigError(
@@ -187,7 +187,9 @@ def _content_id(store: ArtifactStore, reference: str) -> str:
         return content_id_of(store, reference)
     except ValueError as error:
         known = sorted(catalog_from_environment().experiments)
-        raise ConfigError(f"{error} It is no directory, and no experiment of {known}.") from None
+        raise ConfigError(
+            f"{error} It is neither an experiment, of which there are {known}, nor a directory."
+        ) from None
 
 
 def _newest_in(directory: Path) -> Path:
@@ -327,7 +329,7 @@ def _state(directory: Path, *, verify: bool) -> str:
 
 
 def _published(
-    store: ArtifactStore, name: str, records: Sequence[dict[str, Any]], *, verify: bool
+    store: ArtifactStore, records: Sequence[dict[str, Any]], *, verify: bool
 ) -> Iterator[Saved]:
     aliases = {content_id: alias for alias, content_id in store.aliases().items()}
     now = datetime.datetime.now(datetime.UTC)

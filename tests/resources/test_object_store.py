@@ -147,6 +147,24 @@ def test_of_two_publishers_one_is_first_wherever_the_other_stands(url, tmp_path)
     assert count == 5, "before each of two files, the inventory and the record"
 
 
+def test_a_reader_sees_nothing_of_what_is_being_published_or_all(url, tmp_path):
+    seen = []
+    for count in range(1, 5):
+        place = f"{url}/read-{count}"
+        reader = ArtifactStore(place, scratch=tmp_path / f"b{count}")
+        reader.content_ids("raw_corpus")  # what a listing has shown is not remembered
+
+        def look(reader=reader):
+            seen.append((reader.find(RECIPE), reader.content_ids("raw_corpus")))
+
+        writer = ArtifactStore(place, scratch=tmp_path / f"a{count}")
+        writer.filesystem = Interrupted(writer.filesystem, count, look)
+        made = publishes(writer, tmp_path / f"output-{count}", "text")
+        assert reader.find(RECIPE) == made
+        assert (reader.local("raw_corpus", CONTENT) / "a.txt").read_text() == "text"
+    assert seen == [(None, [])] * 3 + [(None, [CONTENT])], "the record is last"
+
+
 def test_other_content_is_refused_also_by_who_was_not_told_before(url, tmp_path):
     here = ArtifactStore(f"{url}/race", scratch=tmp_path / "a")
     there = ArtifactStore(f"{url}/race", scratch=tmp_path / "b")
