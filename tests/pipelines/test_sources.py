@@ -2,6 +2,7 @@
 
 import dataclasses
 import gzip
+import json
 import shutil
 import uuid
 
@@ -33,6 +34,41 @@ def bucket(request):
     if request.param == "gs":
         return request.getfixturevalue("gcs")
     return f"memory://{uuid.uuid4().hex}"
+
+
+TEMPLATE = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content }}"
+    "{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}"
+)
+PACKED = [("tales", "token_cache", "L32_documents"), ("tales", "token_cache_copy", "L32_documents")]
+
+
+def test_chats_and_packed_rows_are_the_same_on_an_object_store(bucket, empty_chain, tmp_path):
+    """Each stage reads what the one before has left there, through copies that are checked."""
+    lines = "".join(
+        json.dumps({"messages": [{"role": "user", "content": text[:40]},
+                                 {"role": "assistant", "content": text[40:400]}]}) + "\n"
+        for text in (path.read_text() for path in sorted(empty_chain.texts.glob("*.txt")))
+    )  # fmt: skip
+    fs, root = fsspec.url_to_fs(bucket)
+    fs.pipe_file(f"{root}/chats.jsonl", lines.encode())
+    (tmp_path / "chats.jsonl").write_text(lines)
+    rows = {"length": 32, "packing": "documents", "layout": "copy"}
+    found = []
+    for place, store in ((bucket, f"{bucket}/store"), (str(tmp_path), str(tmp_path / "here"))):
+        chain = dataclasses.replace(empty_chain, home=tmp_path / f"home{len(found)}")
+        changes = [
+            f'dataset.source.paths=["{place}/chats.jsonl"]',
+            "dataset.source.format=jsonl",
+            f"dataset.format={json.dumps({'type': 'chat', 'template': TEMPLATE})}",
+            f"dataset.sequence_lengths={json.dumps([32, rows])}",
+        ]
+        result = chain.run(*changes, select=[*DATA, *PACKED], variables={"LEVANTER_STORE": store})
+        checks = result.get_asset_check_evaluations()
+        assert len(checks) == 6
+        assert all(check.passed for check in checks)
+        found.append(content_ids(chain, result))
+    assert found[0] == found[1]
 
 
 def test_the_chain_runs_on_an_object_store(bucket, empty_chain, local_ids, tmp_path):
