@@ -76,8 +76,13 @@ class Example:
     def __str__(self) -> str:
         """Returns what stands above it."""
         tokens = sum(len(document.tokens) for document in self.documents)
+        num_learned = sum(document.num_learned for document in self.documents)
+        learned = f", {num_learned} learned" if num_learned < tokens else ""
         padding = f", {self.padding} of padding" if self.padding else ""
-        return f"{self.split} {self.number} of {self.num_rows:,}: {tokens} tokens{padding}"
+        return (
+            f"{self.split}, row {self.number} of {self.num_rows:,}: {tokens} tokens{learned}"
+            f"{padding}"
+        )
 
 
 def read_example(

@@ -83,7 +83,7 @@ def test_plain_text_tells_tokens_documents_and_masks_apart(tokenizer):
     mask = [False, True, True, False, False, False, False]
     example = read(tokenizer, ids, [1, 1, 2, 2, 2, 0, 0], mask)
     assert to_text(example).splitlines() == [
-        "train 7 of 4,321: 5 tokens, 2 of padding",
+        "train, row 7 of 4,321: 5 tokens, 2 learned, 2 of padding",
         "-- document 1: 2 tokens, 1 learned --",
         "[ab|] the|",
         "-- document 2: 3 tokens, 1 learned --",
@@ -91,7 +91,7 @@ def test_plain_text_tells_tokens_documents_and_masks_apart(tokenizer):
     ]
     assert "257:ab|" in to_text(example, ids=True)
     whole = read(tokenizer, ids[:3])
-    assert to_text(whole) == "train 7 of 4,321: 3 tokens\nab| the|ab|"
+    assert to_text(whole) == "train, row 7 of 4,321: 3 tokens\nab| the|ab|"
 
 
 class Tags(HTMLParser):

@@ -112,10 +112,11 @@ def shown(chain, **options):
 
 def test_show_prints_a_row_with_its_documents(chain, run):
     text = shown(chain, packing="documents", split="validation", numbers=(0, 1))
-    assert text.startswith("validation 0 of ")
+    assert text.startswith("validation, row 0 of ")
     assert "-- document 1: 48 tokens --" in text
     plain = shown(chain, length=32)
-    assert plain.startswith("train 0 of ")
+    assert plain.startswith("train, row 0 of ")
+    assert plain.count("[brackets] hold what is not learned") == 1
     words = plain.split("\n", 1)[1].replace("|", "").replace("↵", "").strip()
     assert any(words[:60] in tale.read_text() for tale in chain.texts.iterdir())
 
