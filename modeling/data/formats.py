@@ -255,9 +255,10 @@ def _paragraphs(file: FoundFile, stored: StoredFile, reading: Reading) -> Docume
     _require_texts(reading.records, file.shown)
     lines: list[bytes] = []
     first = num_bytes = 0
-    for number, line in _lines(stored, file, reading):
-        if isinstance(line, SourceError):
-            raise line
+    for number, held in _lines(stored, file, reading):
+        if isinstance(held, SourceError):
+            raise held
+        line = held.pop()
         if line.strip():
             first = first if lines else number
             lines.append(line)
@@ -280,24 +281,23 @@ def _paragraph(file: FoundFile, reading: Reading, first: int, lines: list[bytes]
 
 
 def _json_lines(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
-    for number, line in _lines(stored, file, reading):
+    for number, held in _lines(stored, file, reading):
         doc_id = f"{file.document_path}#{number}"
-        if isinstance(line, SourceError):
-            yield Found(doc_id, line, _NO_FIELDS)
-            continue
-        if line.isspace():
-            continue
-        where = f"{file.shown}:{number}"
-        try:
-            record = _parsed(line, where)
-        except SourceError as error:
-            yield Found(doc_id, error, _NO_FIELDS)
-        else:
-            yield reading.found(doc_id, record, where)
+        if isinstance(held, SourceError):
+            yield Found(doc_id, held, _NO_FIELDS)
+        elif not held[0].isspace():
+            yield _json_line(doc_id, held, f"{file.shown}:{number}", reading)
+
+
+def _json_line(doc_id: str, held: list[bytes], where: str, reading: Reading) -> Found:
+    try:
+        return reading.found(doc_id, _parsed(held, where), where)
+    except SourceError as error:
+        return Found(doc_id, error, _NO_FIELDS)
 
 
 def _json_array(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
-    values = _parsed(_whole(stored, file, reading), file.shown)
+    values = _parsed([_whole(stored, file, reading)], file.shown)
     if not isinstance(values, list):
         raise SourceError(
             f"{file.shown}: holds a {type(values).__name__}, expected an array of objects; for an "
@@ -380,15 +380,19 @@ def _require_strings(schema: pa.Schema, text_field: str, where: str) -> None:
 
 def _lines(
     stored: StoredFile, file: FoundFile, reading: Reading
-) -> Iterator[tuple[int, bytes | SourceError]]:
-    """Yields the lines with their numbers, or what is wrong with one, which is then passed over."""
+) -> Iterator[tuple[int, list[bytes] | SourceError]]:
+    """Yields the number of each line and a list of it, or what is wrong with one, passed over.
+
+    Whoever takes a line out of its list has it alone: a gigabyte is not kept here as well.
+    """
     stream, limit = stored.content(), reading.max_document_bytes
     number = 0
-    while line := stream.readline(limit + 1):
+    while (held := [stream.readline(limit + 1)])[0]:
         number += 1
-        if len(line) <= limit:
-            yield number, line
+        if len(held[0]) <= limit:
+            yield number, held
             continue
+        line = held.pop()
         try:
             reading.bounded(line, f"{file.shown}:{number}")
         except SourceError as error:
@@ -431,8 +435,9 @@ def _decoded(data: bytes, where: str) -> str:
         ) from error
 
 
-def _parsed(data: bytes, where: str) -> Any:
-    text = _decoded(data, where)
+def _parsed(held: list[bytes], where: str) -> Any:
+    """Returns the value of the JSON that a list holds, and takes it out."""
+    text = _decoded(held.pop(), where)
     try:
         if not text.startswith("{"):
             return json.loads(text)
