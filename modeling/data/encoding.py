@@ -39,8 +39,8 @@ from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
 
 TEXT = TextFormat()
 _SEPARATOR_WORD = bytes([SEPARATOR])
-_MAX_KNOWN_WORDS = 1 << 20
-_MAX_KNOWN_BYTES = 1 << 26
+_MAX_KNOWN_WORDS = 1 << 18
+_MAX_KNOWN_IDS = 1 << 24
 _MAX_TEXT_BYTES = (1 << 31) - 1
 
 
@@ -169,7 +169,7 @@ class WordEncoder:
     def _ids_of(self, words: list[bytes]) -> pa.ListArray:
         """Returns the ids of each word, a row a word; the library is asked for new ones."""
         new = [word for word in words if word not in self._known]
-        if len(self._known) + len(new) > _MAX_KNOWN_WORDS or len(self._tokens) > _MAX_KNOWN_BYTES:
+        if len(self._known) + len(new) > _MAX_KNOWN_WORDS or len(self._tokens) > _MAX_KNOWN_IDS:
             self._forget()
             new = [word for word in words if word not in self._known]
         if new:
