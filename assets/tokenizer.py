@@ -53,7 +53,8 @@ def tokenizer_assets(
     def taken(store: StoreResource) -> dg.MaterializeResult[Artifact]:
         from modeling.data import tokenizer
 
-        recipe = recipes.tokenizer_recipe(dataset, None, tokenizer.files_root(dataset.tokenizer))
+        files = tokenizer.file_digests(dataset.tokenizer)
+        recipe = recipes.tokenizer_recipe(dataset, None, tokenizer.files_root(files))
         return store.materialize(
             recipe,
             lambda space: tokenizer.build(dataset.tokenizer, None, space),

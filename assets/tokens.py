@@ -227,12 +227,12 @@ def _first_example(files: Path, tokens_dir: Path, tokenizer_dir: Path) -> dg.Mar
 
 def _splits(artifact: Artifact) -> dict[str, Mapping[str, Any]]:
     """Returns the facts of each split."""
-    from modeling.data.corpus import SPLITS
+    from modeling.data.splits import ROLES, role_of
 
     return {
         name: facts
         for name, facts in artifact.facts.items()
-        if name.partition("/")[0] in SPLITS and isinstance(facts, Mapping)
+        if role_of(name) in ROLES and isinstance(facts, Mapping)
     }
 
 

@@ -38,6 +38,7 @@ from modeling.data.config import (
     TokenizationConfig,
     ValidationConfig,
 )
+from modeling.data.splits import TRAIN
 
 BATCH_BYTES = 4 * 1024 * 1024
 BASELINE = "encode_batch_fast"
@@ -83,7 +84,7 @@ def main() -> None:
 def measure(root: Path, arguments: argparse.Namespace) -> None:
     """Runs every contender in every round; `root` is named as its pattern."""
     num_rounds, interpreter = arguments.rounds, arguments.peers
-    texts = list(corpus.texts(root / "corpus", corpus.TRAIN))
+    texts = list(corpus.texts(root / "corpus", TRAIN))
     peers = [] if interpreter is None else installed_peers(interpreter)
     write_json_lines(root / "peers", texts)
     megabytes = sum(map(len, texts)) / 1e6
@@ -159,7 +160,7 @@ def contenders(root: Path, texts: list[bytes], turn: int) -> dict[str, Contender
         config = TokenizationConfig(append_eos=False)
         space = workspace(root, f"tokenized-{turn}")
         tokenized.build(config, root / "corpus", root / "tokenizer", space)
-        split = tokenized.Manifest.read(space.output).splits[corpus.TRAIN]
+        split = tokenized.Manifest.read(space.output).splits[TRAIN]
         tokens = tokenized.flat_tokens(space.output, split, dtype)
         return np.array(tokens.span(0, len(tokens)))
 
@@ -244,7 +245,7 @@ def write_json_lines(directory: Path, texts: list[bytes]) -> None:
 
 def write_start(whole: Path, directory: Path, num_bytes: float) -> None:
     """Writes the first documents of a raw corpus, of so many bytes, as one of their own."""
-    texts = list(corpus.texts(whole, corpus.TRAIN))
+    texts = list(corpus.texts(whole, TRAIN))
     ends = np.cumsum(list(map(len, texts)))
     first = texts[: int(np.searchsorted(ends, num_bytes)) + 1]
     write_table(directory, ((f"{number}.py", text) for number, text in enumerate(first)))

@@ -11,8 +11,6 @@ from typing import Any
 
 from modeling.artifacts import ArtifactStore
 
-_ROLES = ("train", "validation")
-
 Record = Mapping[str, Any]
 
 
@@ -108,7 +106,9 @@ def _plain(node: Node) -> dict[str, Any]:
 
 
 def _total(facts: Mapping[str, Any], name: str) -> int:
-    return sum(facts[split][name] for split in facts if split.split("/")[0] in _ROLES)
+    from modeling.data.splits import ROLES, role_of
+
+    return sum(facts[split][name] for split in facts if role_of(split) in ROLES)
 
 
 _FIGURES = {

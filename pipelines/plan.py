@@ -101,7 +101,7 @@ def _tokenizer_now(dataset: "DatasetConfig") -> _Outside | None:
     from modeling.data import tokenizer
 
     files = tokenizer.file_digests(dataset.tokenizer)
-    root = tokenizer.files_root(dataset.tokenizer)
+    root = tokenizer.files_root(files)
     return _Outside(recipes.tokenizer_recipe(dataset, None, root).id, files) if files else None
 
 

@@ -240,7 +240,9 @@ class _Pacer:
 
 def is_trained_on(split: str) -> bool:
     """Whether a split is one of those that updates are made with."""
-    return split.split("/")[0] == "train"
+    from modeling.data.splits import TRAIN, role_of
+
+    return role_of(split) == TRAIN
 
 
 def _is_read(split: str, experiment: ExperimentConfig) -> bool:

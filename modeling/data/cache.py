@@ -27,15 +27,14 @@ import numpy as np
 from jaxtyping import Integer
 
 from modeling import canonical
-from modeling.artifacts import Built, Workspace, write_durably
+from modeling.artifacts import Built, Workspace, needing_space, write_durably
 from modeling.data import evidence
 from modeling.data.config import LongDocuments, Packing, TokenCacheConfig
-from modeling.data.corpus import TRAIN
 from modeling.data.packing import Documents, Fate, PackedRows, Packer, Pieces, Window
 from modeling.data.rows import Columns, Rows
-from modeling.data.shards import FlatTokens, map_rows, map_shard, write_rows
+from modeling.data.shards import FlatTokens, map_rows, map_shard, prefix_root_of, write_rows
+from modeling.data.splits import TRAIN, file_stem, role_of
 from modeling.data.tokenized import Manifest, SplitManifest
-from modeling.merkle import BLOCK_BYTES, prefix_root
 
 Layout = Literal["view", "copy"]
 INDEX_FILE = "index.json"
@@ -175,6 +174,9 @@ def copy(
         tokenized_dir: what it is a view of.
         workspace: where the files go.
         shard_tokens: most tokens in one file.
+
+    Raises:
+        DiskFullError: there is no space for it.
     """
     index, opened = Index.read(cache_dir), TokenCache.open(cache_dir, tokenized_dir)
     splits, facts = {}, {}
@@ -182,9 +184,10 @@ def copy(
         step = max(shard_tokens // index.sequence_length, 1)
         files = []
         for start in range(0, split.rows, step):
-            files.append(f"{_file_name(name)}-{len(files):05d}.arrow")
+            files.append(f"{file_stem(name)}-{len(files):05d}.arrow")
             columns = _columns(opened, index, name, start, min(start + step, split.rows))
-            write_rows(workspace.output / files[-1], columns, index.sequence_length)
+            with needing_space("rows of a token cache", workspace.output):
+                write_rows(workspace.output / files[-1], columns, index.sequence_length)
         splits[name] = replace(split, shards=tuple(files), windows=None)
         facts[name] = {"rows": split.rows, "files": len(files)}
     replace(index, layout="copy", splits=splits).write(workspace.output)
@@ -373,18 +376,11 @@ def _packed_root(split: SplitManifest, windows: Sequence[Window]) -> str:
 
 def _prefix_root(num_tokens: int, split: SplitManifest, tokens: FlatTokens) -> str:
     """Returns the Merkle root of a split's first tokens, reading only their last partial block."""
-    leaves = [bytes.fromhex(leaf) for leaf in split.token_leaves]
-    if num_tokens == 0:
-        return prefix_root(leaves, 0, b"")
-    item_bytes = tokens.span(0, 1).itemsize
-    num_bytes = num_tokens * item_bytes
-    block_start = num_bytes // BLOCK_BYTES * BLOCK_BYTES // item_bytes
-    last_block = np.ascontiguousarray(tokens.span(block_start, num_tokens))
-    return prefix_root(leaves, num_bytes, last_block.data.cast("B"))
+    return prefix_root_of(tokens, [bytes.fromhex(leaf) for leaf in split.token_leaves], num_tokens)
 
 
 def _require_rows(name: str, split: SplitManifest, rows: int, config: TokenCacheConfig) -> None:
-    if rows or not (split.documents or name.split("/")[0] == TRAIN):
+    if rows or not (split.documents or role_of(name) == TRAIN):
         return
     if config.packing == "documents":
         raise ValueError(
@@ -467,10 +463,6 @@ def _column_dtypes(index: Index) -> dict[str, np.dtype]:
     if index.columns.loss_mask:
         dtypes["loss_mask"] = np.dtype(np.uint8)
     return dtypes
-
-
-def _file_name(split: str) -> str:
-    return split.replace("/", "-")
 
 
 def _copied(cache_dir: Path, index: Index, name: str) -> StoredRows:

@@ -30,13 +30,12 @@ from modeling.data.config import Format, Source, TextFormat, Validation, Validat
 from modeling.data.filters import Duplicates
 from modeling.data.listing import Listing, Sources, file_rows, named
 from modeling.data.listing import scan as scan
-from modeling.data.reading import TRAIN, VALIDATION, Kept, SourceReader, Tally, split_name
+from modeling.data.reading import Kept, SourceReader, Tally
 from modeling.data.sources import SourceError, SourceFile
+from modeling.data.splits import split_name
 from modeling.merkle import MerkleHasher
 from modeling.progress import Meter, Report, ignore
 
-SPLITS = (TRAIN, VALIDATION)
-"""Of a corpus of one source; see `splits` for others."""
 TEXT = TextFormat()
 DOCUMENTS_FILE = "documents.arrow"
 FILES_FILE = "files.json"

@@ -19,6 +19,7 @@ from pathlib import Path
 from modeling.data.sources import FoundFile
 
 _REST_NS = 2 * 10**9
+_WRITTEN_EVERY_S = 1.0
 
 
 class DigestMemo:
@@ -28,15 +29,46 @@ class DigestMemo:
         """Keeps them in a database at `path`, which is made when something is to be kept."""
         self._path = path
 
+    @contextlib.contextmanager
+    def session(self) -> Iterator["DigestSession"]:
+        """Yields the memo with one connection to it, and keeps at last what it was told."""
+        with contextlib.ExitStack() as stack:
+            session = DigestSession(self._path, stack)
+            try:
+                yield session
+            finally:
+                session.write()
+
+
+class DigestSession:
+    """The memo while many files are looked at.
+
+    What is new is written about once a second, so that other processes never wait for long, and a
+    crash loses a second's digests.
+    """
+
+    def __init__(self, path: Path, stack: contextlib.ExitStack) -> None:
+        """Connects to the database at `path` once there is one, until `stack` is closed."""
+        self._path = path
+        self._stack = stack
+        self._database: sqlite3.Connection | None = None
+        self._new: list[tuple[str, str, str, int]] = []
+        self._written = time.monotonic()
+
     def find(self, file: FoundFile) -> tuple[int, str] | None:
         """Returns size and SHA-256 of a file that is as it was when they were computed."""
-        if not self._path.exists() or (stamp := file.stamp()) is None:
+        if self._database is None and not self._path.exists():
             return None
-        with self._opened() as database:
-            return database.execute(
+        if (stamp := file.stamp()) is None:
+            return None
+        return (
+            self._connected()
+            .execute(
                 "SELECT size, sha256 FROM file WHERE location = ? AND stamp = ?",
                 (file.location, stamp),
-            ).fetchone()
+            )
+            .fetchone()
+        )
 
     def keep(self, file: FoundFile, stamp_before: str | None, size: int, sha256: str) -> None:
         """Remembers what was read of a file, unless it may have changed meanwhile.
@@ -49,21 +81,29 @@ class DigestMemo:
         """
         if stamp_before is None or file.stamp() != stamp_before or not _has_rested(file):
             return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._opened() as database:
-            database.execute(
-                "INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?)",
-                (file.location, stamp_before, sha256, size),
-            )
+        self._new.append((file.location, stamp_before, sha256, size))
+        if time.monotonic() - self._written >= _WRITTEN_EVERY_S:
+            self.write()
 
-    @contextlib.contextmanager
-    def _opened(self) -> Iterator[sqlite3.Connection]:
-        with contextlib.closing(sqlite3.connect(self._path, timeout=60)) as database, database:
-            database.execute(
-                "CREATE TABLE IF NOT EXISTS file "
-                "(location TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT, size INTEGER)"
-            )
-            yield database
+    def write(self) -> None:
+        """Writes what is new."""
+        if self._new:
+            with self._connected() as database:
+                database.executemany("INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?)", self._new)
+        self._new.clear()
+        self._written = time.monotonic()
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._database is None:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            opened = sqlite3.connect(self._path, timeout=60)
+            self._database = self._stack.enter_context(contextlib.closing(opened))
+            with self._database as database:
+                database.execute(
+                    "CREATE TABLE IF NOT EXISTS file "
+                    "(location TEXT PRIMARY KEY, stamp TEXT, sha256 TEXT, size INTEGER)"
+                )
+        return self._database
 
 
 def _has_rested(file: FoundFile) -> bool:

@@ -6,6 +6,7 @@ is listed by what pins it. Files can be pinned too: `sha256` says what single fi
 `listing_sha256` what all of a source must be.
 """
 
+import contextlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,9 +22,9 @@ from modeling.data.config import (
     ValidationConfig,
     ValidationFiles,
 )
-from modeling.data.digests import DigestMemo
+from modeling.data.digests import DigestMemo, DigestSession
 from modeling.data.hub import commit_digest, dataset_path, dataset_splits
-from modeling.data.reading import VALIDATION, is_held_out, split_name
+from modeling.data.reading import is_held_out
 from modeling.data.sources import (
     FoundFile,
     SourceError,
@@ -34,6 +35,7 @@ from modeling.data.sources import (
     unique_files,
     without_secrets,
 )
+from modeling.data.splits import VALIDATION, split_name
 
 Sources = Source | Mapping[str, Source]
 """One source, or several by name."""
@@ -51,7 +53,7 @@ class Listing:
     @property
     def root(self) -> str:
         """Digest over (path, size, SHA-256) of every file: what the recipe of a corpus takes in."""
-        return canonical.digest("listing/1", file_rows(self.files))
+        return listing_root(self.files)
 
     def of_source(self, name: str) -> tuple[SourceFile, ...]:
         """Returns the files of one source."""
@@ -61,10 +63,7 @@ class Listing:
     @property
     def roots(self) -> str | dict[str, str]:
         """What `listing_sha256` of each source may pin it to."""
-        by_name = {
-            name: canonical.digest("listing/1", file_rows(self.of_source(name)))
-            for name in self.source_names
-        }
+        by_name = {name: listing_root(self.of_source(name)) for name in self.source_names}
         return by_name.get("", by_name)
 
     @property
@@ -85,7 +84,8 @@ def scan(sources: Sources, *, validation: Validation, memo: DigestMemo | None = 
         SourceError: nothing matches, or a file is unreadable, empty, or not what it is pinned to.
     """
     by_name = named(sources)
-    files = [file for name in by_name for file in _scan(name, by_name[name], validation, memo)]
+    with contextlib.nullcontext() if memo is None else memo.session() as known:
+        files = [file for name in by_name for file in _scan(name, by_name[name], validation, known)]
     return Listing(tuple(files), validation, tuple(by_name))
 
 
@@ -96,7 +96,7 @@ def named(sources: Sources) -> dict[str, Source]:
 
 
 def _scan(
-    name: str, source: Source, default: Validation, memo: DigestMemo | None
+    name: str, source: Source, default: Validation, memo: DigestSession | None
 ) -> list[SourceFile]:
     """Returns the files of one source as they are now."""
     validation = source.validation or default
@@ -142,7 +142,7 @@ def _digested(
     found: FoundFile,
     validation: Validation,
     held_out: bool | None,
-    memo: DigestMemo | None,
+    memo: DigestSession | None,
 ) -> SourceFile:
     known = memo.find(found) if memo is not None else None
     if known is None:
@@ -186,7 +186,7 @@ def _require_pinned(name: str, source: Source, files: list[SourceFile]) -> None:
                 f"{without_secrets(file.location)}: has SHA-256 {file.sha256}, but source.sha256 "
                 f"pins it to {pinned}. Restore the file, or pin what it is now."
             )
-    root = canonical.digest("listing/1", file_rows(files))
+    root = listing_root(files)
     if source.listing_sha256 not in (None, root):
         raise SourceError(
             f"{f'sources.{name}' if name else 'source'}: its {len(files)} files have the listing "
@@ -197,6 +197,11 @@ def _require_pinned(name: str, source: Source, files: list[SourceFile]) -> None:
 
 def _prefixed(name: str, path: str) -> str:
     return f"{name}/{path}" if name else path
+
+
+def listing_root(files: Iterable[SourceFile]) -> str:
+    """Returns the digest over (path, size, SHA-256) of every file."""
+    return canonical.digest("listing/1", file_rows(files))
 
 
 def file_rows(files: Iterable[SourceFile]) -> list[list[Any]]:

@@ -17,10 +17,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Integer
 
-from modeling.data.corpus import TRAIN
 from modeling.data.mixture import Draw, data_order
 from modeling.data.order import EpochLimitError
 from modeling.data.rows import Columns, Rows
+from modeling.data.splits import TRAIN, role_of, source_of
 from modeling.training.config import BatchSchedule, DataOrderConfig
 
 Indices = Integer[np.ndarray, " rows"]
@@ -105,9 +105,7 @@ class TrainLoader:
         self._cache = cache
         self._batches = BatchSchedule(batches) if isinstance(batches, int) else batches
         self._split_of = {
-            split.removeprefix(TRAIN).removeprefix("/"): split
-            for split in cache.splits
-            if split.split("/")[0] == TRAIN
+            source_of(split): split for split in cache.splits if role_of(split) == TRAIN
         }
         sources = {
             source: partial(cache.known_rows, split) for source, split in self._split_of.items()

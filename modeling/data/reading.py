@@ -36,8 +36,8 @@ from modeling.data.sources import (
     UndecodableError,
     require_moderate,
 )
+from modeling.data.splits import split_name
 
-TRAIN, VALIDATION = "train", "validation"
 _SHOWN_SKIPPED = 10
 
 
@@ -78,12 +78,6 @@ class Tally:
             "first_skipped": self.first_skipped,
             "filtered": self.filtered,
         }
-
-
-def split_name(held_out: bool, source_name: str) -> str:
-    """Returns the split of documents of a source; an only source has no name."""
-    role = VALIDATION if held_out else TRAIN
-    return f"{role}/{source_name}" if source_name else role
 
 
 def is_held_out(doc_id: str, validation: ValidationConfig) -> bool:

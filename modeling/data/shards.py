@@ -21,6 +21,8 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32, Integer, UInt8
 
+from modeling.merkle import BLOCK_BYTES, prefix_root
+
 Ids = Integer[np.ndarray, "_"]
 _MOST_TOKENS = (1 << 31) - 1
 
@@ -194,6 +196,21 @@ class FlatTokens:
                 self._parts[shard], length
             )
         return self._windows[key]
+
+
+def prefix_root_of(tokens: FlatTokens, leaves: Sequence[bytes], num_tokens: int) -> str:
+    """Returns the Merkle root of a stream's first tokens, reading only their last partial block.
+
+    Args:
+        tokens: the stream.
+        leaves: of the tree over all of it, as far as its blocks are full.
+        num_tokens: how many count.
+    """
+    item_bytes = tokens.span(0, 0).itemsize
+    num_bytes = num_tokens * item_bytes
+    start = num_bytes // BLOCK_BYTES * BLOCK_BYTES // item_bytes
+    last_block = np.ascontiguousarray(tokens.span(start, num_tokens))
+    return prefix_root(leaves, num_bytes, last_block.data.cast("B"))
 
 
 def _documents_schema(dtype: np.dtype, *, with_loss_mask: bool) -> pa.Schema:

@@ -37,6 +37,7 @@ from modeling.data.compute import Encoding, Keyed, encoded_by_ray, encoded_here
 from modeling.data.config import Compute, Format, LocalCompute, RayCompute, TokenizationConfig
 from modeling.data.ledger import FetchEarlier, Ledger, Shard, nothing_earlier
 from modeling.data.shards import FlatTokens, map_shard, token_dtype
+from modeling.data.splits import file_stem
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
 from modeling.data.units import UNIT_BYTES, Unit, cut_units
 from modeling.merkle import MerkleHasher
@@ -311,7 +312,7 @@ class _Stream:
         self.advance()
 
     def _file(self, index: int) -> str:
-        return f"{self._split.replace('/', '-')}-{index:05d}.arrow"
+        return f"{file_stem(self._split)}-{index:05d}.arrow"
 
     def manifest(self) -> SplitManifest:
         """Returns what is known when all units are committed."""

@@ -35,6 +35,7 @@ from modeling.data.config import (
     UnigramTokenizerConfig,
     WordPieceTokenizerConfig,
 )
+from modeling.data.splits import TRAIN
 from modeling.data.unspelled import Unspelled
 from modeling.data.vocabularies import (
     CONTINUES,
@@ -208,9 +209,8 @@ def file_digests(config: TokenizerConfig) -> dict[str, str]:
     return pretrained.file_digests(config) if isinstance(config, PretrainedTokenizerConfig) else {}
 
 
-def files_root(config: TokenizerConfig) -> str | None:
-    """Returns the digest of the files that `config` names by a path; None where it names none."""
-    digests = file_digests(config)
+def files_root(digests: Mapping[str, str]) -> str | None:
+    """Returns the digest of files that are named by a path; None where none are."""
     return pretrained.files_root(digests) if digests else None
 
 
@@ -302,10 +302,10 @@ def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
 
 
 def _training_texts(corpus_dir: Path, report: Report) -> Iterator[list[str]]:
-    total = corpus.num_documents(corpus_dir, corpus.TRAIN)
+    total = corpus.num_documents(corpus_dir, TRAIN)
     meter = Meter(report, "tokenizer", total, "documents")
     batch: list[str] = []
-    for document in corpus.documents(corpus_dir, corpus.TRAIN):
+    for document in corpus.documents(corpus_dir, TRAIN):
         batch.append(document.text)
         if len(batch) == _TRAIN_BATCH_DOCUMENTS:
             yield batch

@@ -27,6 +27,7 @@ from haliax import Axis
 from haliax.partitioning import axis_mapping, sharding_for_axis
 from modeling.data.loader import TrainingData
 from modeling.data.rows import Columns, Rows
+from modeling.data.splits import VALIDATION, role_of
 from modeling.models.lm import next_token_loss
 from modeling.training.accounting import Ledger
 from modeling.training.config import TrainerConfig
@@ -192,7 +193,7 @@ def _validation_splits(setting: Setting) -> dict[str, np.ndarray]:
         return {}
     found = {}
     for split in cache.splits:
-        if split.partition("/")[0] == "validation" and (available := cache.num_rows(split)):
+        if role_of(split) == VALIDATION and (available := cache.num_rows(split)):
             taken = min(available, trainer.eval_max_rows)
             # Evenly spaced, since neighbours come from one document.
             found[split] = np.arange(taken) * available // taken

@@ -1,11 +1,13 @@
 """The token cache: rows cut from the stream of tokens, whatever shards it stands in."""
 
+import resource
 from collections import Counter
 
 import numpy as np
 import pytest
 
 from modeling import merkle
+from modeling.artifacts import DiskFullError
 from modeling.canonical import digest
 from modeling.data import cache, corpus, tokenized
 from modeling.data.cache import TokenCache
@@ -15,6 +17,7 @@ from modeling.data.config import (
     TokenizationConfig,
     ValidationConfig,
 )
+from modeling.data.splits import ROLES
 
 IDS = {"tokenized_id": "a" * 64, "tokenizer_id": "b" * 64}
 
@@ -46,7 +49,7 @@ def test_rows_are_the_stream_cut_at_the_length(length, chain, make_workspace):
     built = cache.build(rows_of(length), chain.tokenized_dir, workspace, **IDS)
     opened = TokenCache.open(workspace.output, chain.tokenized_dir)
     assert (opened.sequence_length, opened.vocab_size, opened.eos_id) == (length, 300, 0)
-    for split in corpus.SPLITS:
+    for split in ROLES:
         expected = expected_rows(chain, split, length)
         num_rows = opened.num_rows(split)
         rows = opened.rows(split, np.arange(num_rows)).tokens
@@ -86,7 +89,7 @@ def test_the_content_id_is_that_of_copied_rows(block_bytes, chain, make_workspac
     tokenized.build(TokenizationConfig(), chain.corpus_dir, chain.tokenizer_dir, tokens)
     for length in (8, 37):
         splits = {}
-        for split in corpus.SPLITS:
+        for split in ROLES:
             rows = expected_rows(chain, split, length)
             hasher = merkle.MerkleHasher()
             hasher.update(rows.astype("<u2").tobytes())
@@ -166,3 +169,13 @@ def test_an_index_of_another_format_is_refused(chain, tmp_path):
     (tmp_path / "index.json").write_text(text.replace("token_cache.view/1", "token_cache.view/9"))
     with pytest.raises(ValueError, match=r"index\.json: format 'token_cache\.view/9' is none of"):
         TokenCache.open(tmp_path, chain.tokenized_dir)
+
+
+def test_a_full_disk_is_said_of_a_copy(chain, make_workspace):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3_000, limits[1]))
+    try:
+        with pytest.raises(DiskFullError, match="no space for rows of a token cache"):
+            cache.copy(chain.cache_dir, chain.tokenized_dir, make_workspace("copy"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

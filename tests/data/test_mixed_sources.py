@@ -543,6 +543,29 @@ class TestMemo:
         assert second.files[0].sha256 == hashlib.sha256(b"two").hexdigest()
         assert first.root != second.root
 
+    def test_what_a_scan_has_read_before_it_fails_is_remembered(self, tmp_path, memo, monkeypatch):
+        (tmp_path / "src").mkdir()
+        for name, text in (("a", "one"), ("b", "")):
+            (tmp_path / "src" / name).write_text(text)
+        opened = self.reads(monkeypatch)
+        for _ in range(2):
+            with pytest.raises(SourceError, match="b: empty"):
+                corpus.scan(files(tmp_path / "src"), validation=HALF, memo=memo)
+        assert opened == ["a", "b"]
+
+    def test_scans_do_not_wait_for_each_other(self, tmp_path, memo):
+        path = tmp_path / "a.txt"
+        path.write_text("one")
+        (file,) = find_files(files(path))
+        with memo.session() as one, memo.session() as other:
+            for session, size in ((one, 3), (other, 4), (one, 5)):
+                session.keep(file, file.stamp(), size, "x")
+                session.write()
+                assert session.find(file) == (size, "x")
+            other.keep(file, file.stamp(), 6, "y")
+        with memo.session() as later:
+            assert later.find(file) == (6, "y")
+
     def test_a_file_that_was_just_written_is_not_trusted(self, tmp_path, monkeypatch):
         monkeypatch.setattr("modeling.data.digests._REST_NS", 3600 * 10**9)
         memo = DigestMemo(tmp_path / "digests.sqlite")

@@ -20,6 +20,7 @@ from modeling.data import compute, corpus, ledger, tokenized
 from modeling.data.config import FilesSource, TokenizationConfig
 from modeling.data.ledger import committed
 from modeling.data.shards import FlatTokens, map_shard, token_dtype, write_shard
+from modeling.data.splits import ROLES
 from modeling.data.tokenizer import Tokenizer, save
 from modeling.merkle import MerkleHasher
 from modeling.progress import Progress
@@ -48,7 +49,7 @@ def stream(directory: Path, split: str) -> list[int]:
 
 
 def test_each_documents_ids_and_one_eos_follow_each_other(chain):
-    for split in corpus.SPLITS:
+    for split in ROLES:
         assert stream(chain.tokenized_dir, split) == chain.tokens(split)
     documents = list(corpus.documents(chain.corpus_dir, "train"))
     assert any("<|endoftext|>" in document.text for document in documents)
@@ -72,7 +73,7 @@ def test_shards_hold_one_document_a_row(chain):
 
 def test_digests_are_of_the_flat_tokens_and_the_document_ends(chain):
     encoder = Tokenizer.load(chain.tokenizer_dir)
-    for split in corpus.SPLITS:
+    for split in ROLES:
         documents = corpus.documents(chain.corpus_dir, split)
         lengths = [len(encoder.encode(document.text)) + 1 for document in documents]
         streams = {
@@ -87,7 +88,7 @@ def test_digests_are_of_the_flat_tokens_and_the_document_ends(chain):
 
 def test_facts_count_each_split(chain):
     facts = chain.tokenized.facts
-    for split in corpus.SPLITS:
+    for split in ROLES:
         documents = list(corpus.documents(chain.corpus_dir, split))
         num_bytes = sum(len(document.text.encode()) for document in documents)
         assert facts[split]["documents"] == len(documents)
@@ -437,13 +438,13 @@ def test_equal_documents_in_several_units_are_encoded_once(chain, make_workspace
     workspace = make_workspace("equal")
     built = tokenized.build(DEFAULT, raw.output, chain.tokenizer_dir, workspace, unit_bytes=UNIT)
     assert len(list(workspace.progress.glob("units/*.arrow"))) == 1
-    assert sum(built.facts[split]["documents"] for split in corpus.SPLITS) == 8
+    assert sum(built.facts[split]["documents"] for split in ROLES) == 8
     assert len({path.stat().st_ino for path in workspace.output.glob("*.arrow")}) == 1
 
 
 def test_statistics_are_those_of_the_documents(chain):
     encoder = Tokenizer.load(chain.tokenizer_dir)
-    for split in corpus.SPLITS:
+    for split in ROLES:
         documents = corpus.documents(chain.corpus_dir, split)
         lengths = [len(encoder.encode(document.text)) + 1 for document in documents]
         facts = chain.tokenized.facts[split]
