@@ -206,7 +206,9 @@ def prefix_root_of(tokens: FlatTokens, leaves: Sequence[bytes], num_tokens: int)
         leaves: of the tree over all of it, as far as its blocks are full.
         num_tokens: how many count.
     """
-    item_bytes = tokens.span(0, 0).itemsize
+    if num_tokens == 0:
+        return prefix_root(leaves, 0, b"")
+    item_bytes = tokens.span(0, 1).itemsize
     num_bytes = num_tokens * item_bytes
     start = num_bytes // BLOCK_BYTES * BLOCK_BYTES // item_bytes
     last_block = np.ascontiguousarray(tokens.span(start, num_tokens))
