@@ -9,7 +9,7 @@ import pytest
 from modeling import merkle
 from modeling.artifacts import DiskFullError
 from modeling.canonical import digest
-from modeling.data import cache, corpus, tokenized
+from modeling.data import cache, corpus, shards, tokenized
 from modeling.data.cache import TokenCache
 from modeling.data.config import (
     FilesSource,
@@ -84,7 +84,7 @@ def test_rows_come_in_the_order_asked_and_may_repeat(chain):
 @pytest.mark.parametrize("block_bytes", [10, 64, 4096])
 def test_the_content_id_is_that_of_copied_rows(block_bytes, chain, make_workspace, monkeypatch):
     monkeypatch.setattr(merkle, "BLOCK_BYTES", block_bytes)
-    monkeypatch.setattr(cache, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(shards, "BLOCK_BYTES", block_bytes)
     tokens = make_workspace("tokens")
     tokenized.build(TokenizationConfig(), chain.corpus_dir, chain.tokenizer_dir, tokens)
     for length in (8, 37):
