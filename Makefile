@@ -28,7 +28,12 @@ check: $(VENV)/.dev ## Format, lint, types, import contracts
 	$(BIN)/lint-imports
 
 soak: $(VENV)/.dev ## Runs the long fault-injection and scale tests; SOAK_SEEDS=2 for fewer kills
-	SOAK_SEEDS=$(or $(SOAK_SEEDS),20) $(BIN)/pytest -m slow $(ARGS)
+	rm -f .soak.jsonl
+	SOAK_SEEDS=$(or $(SOAK_SEEDS),20) LEVANTER_TRIALS=$(CURDIR)/.soak.jsonl \
+		$(BIN)/pytest -m slow $(ARGS)
+	LEVANTER_TRIALS=$(CURDIR)/.soak.jsonl $(BIN)/pytest tests/faults tests/training/test_bitwise.py \
+		--deselect tests/faults/test_catalogue.py
+	$(BIN)/python tests/faults/catalogue.py .soak.jsonl docs/reliability.md
 
 bench: $(VENV)/.dev ## Prints the benchmarks as JSON lines
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done

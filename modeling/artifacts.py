@@ -322,9 +322,9 @@ class ArtifactStore:
         attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}")
         inventory = self.filesystem.cat_file(f"{source}/{INVENTORY}")
         try:
-            self.filesystem.get(_files_of(source, inventory), str(attempt), recursive=True)
-            attempt.mkdir(parents=True, exist_ok=True)  # there is none for no files
+            attempt.mkdir(parents=True)
             (attempt / INVENTORY).write_bytes(inventory)
+            self._fetch(_files_of(source, inventory), json.loads(inventory)["files"], attempt)
             verify_files(attempt)
         except DamagedArtifactError as error:
             shutil.rmtree(attempt)
@@ -339,6 +339,18 @@ class ArtifactStore:
         with contextlib.suppress(OSError):  # another process has copied it at the same time
             attempt.rename(target)
         shutil.rmtree(attempt, ignore_errors=True)
+
+    def _fetch(self, source: str, entries: Sequence[Mapping[str, Any]], target: Path) -> None:
+        """Copies the files of an inventory: a listing may come late, and lack some of them."""
+        names = [entry["path"] for entry in entries]
+        for name in names:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        remote = [f"{source}/{name}" for name in names]
+        try:
+            self.filesystem.get(remote, [str(target / name) for name in names])
+        except FileNotFoundError:
+            lost = [path for path in remote if not self.filesystem.exists(path)]
+            raise DamagedArtifactError(f"{', '.join(lost)} is missing.") from None
 
     def inventory_sha256(self, kind: str, content_id: str) -> str:
         """Returns the digest of an object's inventory: records hold it, so that no file is free."""

@@ -161,27 +161,29 @@ def _write_arrays(directory: Path, leaves: Sequence[HostLeaf]) -> _Chunks:
     stores = [tensorstore.open(_spec(directory, leaf), create=True, open=True) for leaf in leaves]
     writes = []
     for leaf, opening in zip(leaves, stores, strict=True):
-        store = opening.result()
+        store = _done(opening)
         for start, chunk in leaf.chunks.items():
             if chunk.size:
                 part = store[cells(start, chunk.shape)]
                 writes.append(part.write(chunk, can_reference_source_data_indefinitely=True))
     files = {leaf.path: _chunk_files(leaf) for leaf in leaves}  # digests, while others write
     for pending in writes:
-        try:
-            pending.result()
-        except ValueError as error:
-            raise _os_error(error) from error
+        _done(pending)
     return {
         path: [ChunkRecord(file, start, crc32c(directory, file)) for start, file in of_leaf.items()]
         for path, of_leaf in files.items()
     }
 
 
-def _os_error(error: ValueError) -> Exception:
-    """Returns the error of the operating system that one of TensorStore's tells of, if it does."""
-    match = re.search(r"os_error_code='(\d+)'", str(error))
-    return error if match is None else OSError(int(match[1]), str(error))
+def _done(pending: Any) -> Any:
+    """Returns the result of TensorStore's; raises an error of the operating system as such."""
+    try:
+        return pending.result()
+    except ValueError as error:
+        match = re.search(r"os_error_code='(\d+)'", str(error))
+        if match is None:
+            raise
+        raise OSError(int(match[1]), str(error)) from error
 
 
 def _spec(directory: Path, leaf: HostLeaf) -> dict[str, Any]:

@@ -7,6 +7,7 @@ each life goes on where the one before was hit, and the last one must end with t
 losses and the leaves of a run that nobody disturbed.
 """
 
+import contextlib
 import json
 import os
 import random
@@ -24,7 +25,9 @@ from modeling import faults, numerics
 from modeling.training.preemption import EXIT_AT_ONCE, EXIT_CODE
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 import driver
+from catalogue import trial
 
 MODEL = {"resid_pdrop": 0.1, "attn_pdrop": 0.1, "embed_pdrop": 0.1}
 STEPS = 12
@@ -245,8 +248,9 @@ CHAINS = {
 def test_a_run_killed_over_and_over_ends_with_the_same_bits(nursery, uninterrupted, layout):
     space = f"{layout}-killed"
     for fault, survives in CHAINS[layout]:
-        nursery.killed(fields(layout), space, fault)
-        assert newest_step(nursery.directory / space) in survives, fault
+        with trial(f"at `{fault.split('@')[0]}`", "training"):
+            nursery.killed(fields(layout), space, fault)
+            assert newest_step(nursery.directory / space) in survives, fault
     result = nursery.result(fields(layout), space)
     assert result["facts"]["resumed_from"] in CHAINS[layout][-1][1]
     assert_same_run(result, uninterrupted[layout])
@@ -309,12 +313,14 @@ def test_kills_at_random_moments_and_preemptions_leave_no_trace(nursery):
     moments = random.Random(seed)
     experiment, space = fields("one", **LONG), nursery.directory / "long"
     for _ in range(3):
-        life, before = nursery.start(experiment, "long"), newest_step(space)
-        wait_for(life, lambda before=before: newest_step(space) > before)
-        time.sleep(moments.uniform(0.0, 0.2))
-        assert life.poll() is None, "the run must be long enough to be hit"
-        life.signal(signal.SIGKILL)
-        life.wait()
+        with trial("at a random moment", "training"):
+            life, before = nursery.start(experiment, "long"), newest_step(space)
+            wait_for(life, lambda before=before: newest_step(space) > before)
+            time.sleep(moments.uniform(0.0, 0.2))
+            assert life.poll() is None, "the run must be long enough to be hit"
+            life.signal(signal.SIGKILL)
+            life.wait()
+            assert newest_step(space) >= before
 
     life, before = nursery.start(experiment, "long"), newest_step(space)
     wait_for(life, lambda: newest_step(space) > before)
@@ -387,7 +393,7 @@ def test_an_unknown_point_is_refused(monkeypatch):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_soak(nursery, uninterrupted, layout, seed):
     """Random points at random steps until the run ends by itself."""
-    draw, space = random.Random(seed), f"soak-{layout}-{seed}"
+    draw, space, points = random.Random(seed), f"soak-{layout}-{seed}", []
     for _ in range(6):
         step = draw.randrange(1, STEPS + 1)
         fault = f"{draw.choice(faults.TRAINING)}@{step}"
@@ -395,4 +401,8 @@ def test_soak(nursery, uninterrupted, layout, seed):
         if life.wait() == 0:
             break
         assert life.wait() == -signal.SIGKILL, life.err
-    assert_same_run(nursery.result(fields(layout), space), uninterrupted[layout])
+        points.append(fault.split("@")[0])
+    with contextlib.ExitStack() as counted:
+        for point in points:
+            counted.enter_context(trial(f"at `{point}`", "training"))
+        assert_same_run(nursery.result(fields(layout), space), uninterrupted[layout])

@@ -1,0 +1,123 @@
+"""The faults that the suite tries, how often each was survived, and the table of both in the docs.
+
+    with trial("one bit flipped", "tokenizer"):
+        ...                                    a trial is survived if this block ends without error
+
+Where `LEVANTER_TRIALS` names a file, each trial appends a line when it begins and one when it is
+survived, so that a trial that takes the whole process with it is counted as lost.
+
+    python tests/faults/catalogue.py TRIALS docs/reliability.md    writes the table, as `make soak`
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from modeling import faults
+
+VARIABLE = "LEVANTER_TRIALS"
+BEGIN, END = "<!-- written by make soak: -->", "<!-- end -->"
+
+STEP = "step checkpoint"
+STORE, BUCKET = "local store", "object store"
+KINDS = (
+    "raw_corpus", "tokenizer", "tokenized_corpus", "token_cache", "checkpoint", "eval_report",
+    "hf_model",
+)  # fmt: skip
+
+FILE_DAMAGES = (
+    "truncated", "deleted", "one bit flipped", "exchanged with a sibling",
+    "replaced by an older version",
+)  # fmt: skip
+
+CATALOGUE: dict[str, dict[str, tuple[str, ...]]] = {
+    "Killed with SIGKILL": {
+        **{f"at `{point}`": ("training",) for point in faults.TRAINING},
+        "at a random moment": ("training",),
+        **{
+            f"at `{point}`": {
+                "before-store": (STORE,),
+                "during-upload": (BUCKET,),
+            }.get(point, (STORE, BUCKET))
+            for point in faults.PUBLISHING
+        },
+    },
+    "A file": dict.fromkeys(FILE_DAMAGES, (STEP, *KINDS)),
+    "Machine and surroundings": {
+        "full disk": (STEP, STORE),
+        "I/O error at any point": (STEP, STORE),
+        "read-only directory": (STEP, STORE),
+        "file that may not be read": (STEP, STORE),
+        "clock going backwards": (STEP, STORE),
+        "listing that comes late": (BUCKET,),
+        "half-copied directory": (STEP, STORE),
+        "two at work on one directory": (STEP, STORE),
+    },
+}
+"""Fault, and where it is tried, by section."""
+
+
+@contextlib.contextmanager
+def trial(fault: str, where: str) -> Iterator[None]:
+    """Counts what is done within as one trial."""
+    known = {(f, w) for faults_in in CATALOGUE.values() for f, ws in faults_in.items() for w in ws}
+    assert (fault, where) in known, f"{fault!r}, {where!r} is not in the catalogue"
+    _append("tried", fault, where)
+    yield
+    _append("survived", fault, where)
+
+
+def _append(what: str, fault: str, where: str) -> None:
+    if (path := os.environ.get(VARIABLE)) is not None:
+        with Path(path).open("a") as file:
+            file.write(json.dumps([what, fault, where]) + "\n")
+
+
+def table(lines: Iterable[str]) -> str:
+    """Returns the sections, a row a fault and a column a place: survived of tried."""
+    counts = Counter(map(tuple, map(json.loads, lines)))
+    parts = []
+    for section, rows in CATALOGUE.items():
+        places = list(dict.fromkeys(where for wheres in rows.values() for where in wheres))
+        parts += ["", f"### {section}", "", f"| | {' | '.join(places)} |"]
+        parts += [f"|---|{'---|' * len(places)}"]
+        for fault, wheres in rows.items():
+            cells = [
+                f"{counts['survived', fault, where]} of {counts['tried', fault, where]}"
+                if where in wheres
+                else ""
+                for where in places
+            ]
+            parts.append(f"| {fault} | {' | '.join(cells)} |")
+    tried = sum(n for (what, _, _), n in counts.items() if what == "tried")
+    survived = sum(n for (what, _, _), n in counts.items() if what == "survived")
+    head = f"{tried:,} faults tried, {survived:,} survived, {tried - survived} lost anything."
+    return "\n".join([head, *parts, ""])
+
+
+def rows_of(text: str) -> list[list[str]]:
+    """Returns the cells of each row of the tables in a document."""
+    lines = text.partition(BEGIN)[2].partition(END)[0].splitlines()
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line[:1] == "|"]
+
+
+def main(trials: str, document: str) -> None:
+    """Replaces the table of a document; refuses to if any fault of the catalogue was not tried."""
+    lines = Path(trials).read_text().splitlines()
+    tried = {(fault, where) for what, fault, where in map(json.loads, lines) if what == "tried"}
+    for rows in CATALOGUE.values():
+        for fault, wheres in rows.items():
+            if missing := [where for where in wheres if (fault, where) not in tried]:
+                sys.exit(f"{trials}: {fault!r} was not tried on {missing[0]!r}; run all of it.")
+    path = Path(document)
+    before, _, rest = path.read_text().partition(BEGIN)
+    after = rest.partition(END)[2]
+    path.write_text(f"{before}{BEGIN}\n\n{table(lines)}\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,30 @@
+"""Trials are counted when they begin, so that one that takes all with it counts as lost."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import catalogue
+from catalogue import STEP, trial
+
+
+def test_a_trial_that_fails_is_counted_as_tried_and_an_unknown_one_is_refused(
+    tmp_path, monkeypatch
+):
+    path = tmp_path / "trials.jsonl"
+    monkeypatch.setenv(catalogue.VARIABLE, str(path))
+    with trial("deleted", STEP):
+        pass
+    with pytest.raises(OSError, match="lost"), trial("deleted", STEP):
+        raise OSError("lost")
+    with pytest.raises(AssertionError, match="not in the catalogue"), trial("eaten", STEP):
+        pass
+    lines = path.read_text().splitlines()
+    assert [json.loads(line)[0] for line in lines] == ["tried", "survived", "tried"]
+    (row,) = [line for line in catalogue.table(lines).splitlines() if line.startswith("| deleted")]
+    assert row.startswith("| deleted | 1 of 2 | 0 of 0 |")
+    with pytest.raises(SystemExit, match="was not tried"):
+        catalogue.main(str(path), str(tmp_path / "none.md"))
