@@ -260,6 +260,14 @@ class TestUpkeep:
         assert run("fsck")[0] == 0
         assert run("checkpoint", "verify", "best")[0] == 0
 
+    def test_pins_outlast_the_run_and_what_is_not_pinned_is_collected(self, run, in_progress, copy):
+        work = in_progress.parents[2]
+        work.with_suffix(".lock").touch()
+        assert run("checkpoint", "pin", "tiny@8")[0] == 0
+        assert run("gc", "--delete")[0] == 0
+        assert [path.name for path in in_progress.glob("step-*")] == [f"step-000008.{'a' * 12}"]
+        assert run("checkpoint", "verify", "tiny@8")[0] == 0
+
 
 def age(directory):
     """Makes all files of a store two days old."""
