@@ -25,8 +25,8 @@ from modeling.experiment import ExperimentConfig, validate
 SIZES: dict[str, dict[str, int]] = {
     "small": {"hidden_dim": 128, "num_layers": 4, "num_heads": 4, "length": 128, "batch": 16,
               "vocab": 4096},
-    # The widths, heads and rows of GPT-2 124M, with fewer layers and ids.
-    "gpt2": {"hidden_dim": 768, "num_layers": 2, "num_heads": 12, "length": 512, "batch": 8,
+    # The width and heads of GPT-2 124M, with fewer layers, positions and ids.
+    "gpt2": {"hidden_dim": 768, "num_layers": 2, "num_heads": 12, "length": 256, "batch": 8,
              "vocab": 8192},
 }  # fmt: skip
 MODES = ("fast", "elastic")

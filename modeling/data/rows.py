@@ -13,7 +13,7 @@ part in a compiled program.
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Int32, Int64
 
 PADDING_SEGMENT = 0
 
@@ -58,3 +58,12 @@ class Columns(NamedTuple):
 
 
 TOKENS_ALONE = Columns()
+
+
+def spread_rows(available: int, wanted: int) -> Int64[np.ndarray, " rows"]:
+    """Returns the indices of at most `wanted` of so many rows, evenly spaced.
+
+    Neighbours come from one document: the first few would speak for it alone.
+    """
+    taken = min(available, wanted)
+    return np.arange(taken) * available // taken

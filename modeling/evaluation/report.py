@@ -28,7 +28,7 @@ from haliax import Axis, NamedArray
 from modeling import canonical
 from modeling.artifacts import Built, Workspace
 from modeling.data.cache import TokenCache
-from modeling.data.rows import Rows
+from modeling.data.rows import Rows, spread_rows
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
 from modeling.evaluation.config import EvaluationConfig
 from modeling.evaluation.generate import Stop, greedy
@@ -187,18 +187,14 @@ def _means(sums: np.ndarray, counts: np.ndarray) -> tuple[float | None, ...]:
 
 
 def row_indices(cache: RowSource, max_rows: int | None) -> np.ndarray:
-    """Returns which validation rows are taken.
-
-    Evenly spaced, since neighbours come from one document: the first few would speak for it alone.
-    """
+    """Returns which validation rows are taken."""
     available = cache.num_rows(SPLIT)
     if available == 0:
         raise ValueError(
             f"The split `{SPLIT}` has no row of {cache.sequence_length} tokens. Raise "
             f"validation.fraction of the dataset, or take a shorter sequence_length."
         )
-    taken = min(available, max_rows or available)
-    return np.arange(taken) * available // taken
+    return spread_rows(available, max_rows or available)
 
 
 def row_losses(model: LanguageModel, rows: Rows, batch_size: int) -> np.ndarray:

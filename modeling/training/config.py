@@ -112,6 +112,17 @@ class DataOrderConfig:
     __pydantic_config__ = STRICT
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LengthStage:
+    """Rows cut to `length` tokens from the update after `start_step` updates on."""
+
+    start_step: Annotated[int, Field(ge=0)]
+    length: Annotated[int, Field(ge=8)]
+
+    identity_tag: ClassVar[str] = "length_stage/1"
+    __pydantic_config__ = STRICT
+
+
 class BatchSchedule:
     """How many rows each step takes, and where in the data order it begins."""
 
@@ -131,18 +142,20 @@ class BatchSchedule:
 
     def size(self, step: int) -> int:
         """Returns how many rows the update after `step` updates takes."""
-        return self._stages[self._stage(step)].size
+        return self._stages[_stage_at(self._stages, step)].size
 
     def cursor(self, step: int) -> int:
         """Returns how many rows the first `step` updates take."""
-        index = self._stage(step)
+        index = _stage_at(self._stages, step)
         stage = self._stages[index]
         return self._cursors[index] + (step - stage.start_step) * stage.size
 
-    def _stage(self, step: int) -> int:
-        if step < 0:
-            raise ValueError(f"step {step}: must be at least 0.")
-        return bisect_right(self._stages, step, key=lambda stage: stage.start_step) - 1
+
+def _stage_at(stages: Sequence[BatchStage | LengthStage], step: int) -> int:
+    """Returns the index of the stage of the update after `step` updates."""
+    if step < 0:
+        raise ValueError(f"step {step}: must be at least 0.")
+    return bisect_right(stages, step, key=lambda stage: stage.start_step) - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,17 +192,6 @@ class SkipStepConfig:
     __pydantic_config__ = STRICT
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LengthStage:
-    """Rows cut to `length` tokens from the update after `start_step` updates on."""
-
-    start_step: Annotated[int, Field(ge=0)]
-    length: Annotated[int, Field(ge=8)]
-
-    identity_tag: ClassVar[str] = "length_stage/1"
-    __pydantic_config__ = STRICT
-
-
 class LengthSchedule:
     """How many tokens of its rows each step takes."""
 
@@ -206,10 +208,7 @@ class LengthSchedule:
 
     def length(self, step: int) -> int:
         """Returns how many tokens of a row the update after `step` updates takes."""
-        return max(
-            (stage for stage in self._stages if stage.start_step <= step),
-            key=lambda stage: stage.start_step,
-        ).length
+        return self._stages[_stage_at(self._stages, step)].length
 
     def tokens(self, updates: int, batches: BatchSchedule) -> int:
         """Returns how many tokens the first `updates` updates take."""

@@ -26,7 +26,7 @@ import haliax as hax
 from haliax import Axis
 from haliax.partitioning import axis_mapping, sharding_for_axis
 from modeling.data.loader import TrainingData
-from modeling.data.rows import Columns, Rows
+from modeling.data.rows import Columns, Rows, spread_rows
 from modeling.data.splits import VALIDATION, role_of
 from modeling.models.lm import next_token_loss
 from modeling.training.accounting import Ledger
@@ -194,9 +194,7 @@ def _validation_splits(setting: Setting) -> dict[str, np.ndarray]:
     found = {}
     for split in cache.splits:
         if role_of(split) == VALIDATION and (available := cache.num_rows(split)):
-            taken = min(available, trainer.eval_max_rows)
-            # Evenly spaced, since neighbours come from one document.
-            found[split] = np.arange(taken) * available // taken
+            found[split] = spread_rows(available, trainer.eval_max_rows)
     if not found:
         raise ValueError(
             f"trainer.eval_every_steps, trainer.pictures_every_steps: no validation split of the "

@@ -6,6 +6,7 @@ split; the third is what XLA says the compiled update needs (`program.memory_of`
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -78,20 +79,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explanation(experiment: ExperimentConfig, state: StateMemory, memory: Memory | None) -> str:
     """Returns what fills the memory and what to change, the most promising first."""
     largest = ", ".join(f"`{path}` {_amount(size)}" for path, size in state.arrays[:_LARGEST])
-    made = (
-        "what XLA does not tell"
-        if memory is None
-        else f"{_amount(memory.temporaries + memory.results)} of gradients and activations"
-    )
-    held = state.parameters + state.optimizer
-    activations_lead = memory is None or memory.temporaries > held
-    changes = [*_for_activations(experiment), *_for_state(experiment)]
-    if not activations_lead:
-        changes = [*_for_state(experiment), *_for_activations(experiment)]
+    made, changes = "what XLA does not tell", [_for_activations(experiment), _for_state(experiment)]
+    if memory is not None:
+        made = f"{_amount(memory.temporaries + memory.results)} of gradients and activations"
+        if memory.temporaries <= state.parameters + state.optimizer:
+            changes.reverse()
     return (
         f"On each device: {_amount(state.parameters)} of parameters, {_amount(state.optimizer)} of "
         f"optimizer state (largest: {largest}), and {made}. What helps, best first: "
-        + "; ".join(changes)
+        + "; ".join(itertools.chain(*changes))
         + "."
     )
 
