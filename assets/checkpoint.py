@@ -48,12 +48,7 @@ def checkpoint_assets(
         the same bits.
         """
         tokenized = store.input_of(token_cache, "tokenized_corpus")
-        files = {
-            "token_cache": store.files(token_cache),
-            "tokenized_corpus": store.files(tokenized),
-            "tokenizer": store.files(store.inputs_above(token_cache)["tokenizer"]),
-        }
-        files |= initial_checkpoint(experiment, store)
+        files = training_files(experiment, token_cache, store)
         numerics = launcher.numerics(experiment)
         head_start.finish(context)
         return store.materialize(
@@ -80,6 +75,19 @@ def checkpoint_assets(
         _loss_faults,
     )
     return [checkpoint, leaves_verify, has_learned]
+
+
+def training_files(
+    experiment: ExperimentConfig, token_cache: Artifact, store: StoreResource
+) -> dict[str, Path]:
+    """Returns the directories that a training process reads, by the names it knows them by."""
+    above = store.inputs_above(token_cache)
+    files = {
+        "token_cache": store.files(token_cache),
+        "tokenized_corpus": store.files(above["tokenized_corpus"]),
+        "tokenizer": store.files(above["tokenizer"]),
+    }
+    return files | initial_checkpoint(experiment, store)
 
 
 def initial_checkpoint(experiment: ExperimentConfig, store: StoreResource) -> dict[str, Path]:

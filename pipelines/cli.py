@@ -72,6 +72,8 @@ bytes came out.
 
   levanter verify nano/tokenizer
   levanter verify nano/checkpoint          (trains again)
+  levanter verify nano/checkpoint --steps 300..400
+                                           (only these updates, from the checkpoint of step 300)
 
 With --offline it checks a directory of an exported model against the digests in its own card, which
 needs neither store nor catalog: `sha256sum` gives the same.
@@ -245,6 +247,9 @@ def make_parser() -> argparse.ArgumentParser:
 
     verify = add("verify", "Make an artifact again and compare.", _VERIFY)
     verify.add_argument("artifact", metavar="ASSET_OR_DIRECTORY")
+    verify.add_argument(
+        "--steps", metavar="FIRST..LAST", help="of a checkpoint: replay the updates between these"
+    )
     verify.add_argument("--offline", action="store_true", help="check an exported model's files")
     verify.set_defaults(call=_verify)
 
@@ -407,9 +412,11 @@ def _verify(arguments: argparse.Namespace) -> int:
         verdict = "\n".join(faults) or f"{arguments.artifact}: every file is as its card says."
         sys.stdout.write(f"{verdict}\n")
         return 1 if faults else 0
+    from pipelines.replay import parse_steps
     from pipelines.run import verify_asset
 
-    return verify_asset(arguments.artifact)
+    steps = None if arguments.steps is None else parse_steps(arguments.steps)
+    return verify_asset(arguments.artifact, steps)
 
 
 def _fsck(arguments: argparse.Namespace) -> int:

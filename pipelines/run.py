@@ -22,9 +22,10 @@ from pipelines.abandoned import end_abandoned_runs, this_process
 from pipelines.build import build_defs, catalog_from_environment, with_overrides
 from pipelines.jobs import ON_DEMAND
 from pipelines.plan import out_of_date, wanted_assets
+from pipelines.replay import Replay, replay
 from pipelines.staleness import Staleness
 from pipelines.terminal import Terminal, terminal_logger
-from pipelines.verify import verify
+from pipelines.verify import Verdict, verify
 from pipelines.why import why
 from resources import materializations
 from resources.head_start import require_on_demand
@@ -115,15 +116,25 @@ def explain(asset: str) -> int:
     return 0
 
 
-def verify_asset(asset: str) -> int:
-    """Makes an asset again, compares, and prints the verdict; returns 1 if it is not the same."""
+def verify_asset(asset: str, steps: tuple[int, int] | None = None) -> int:
+    """Makes an asset again, compares, and prints the verdict; returns 1 if it is not the same.
+
+    Args:
+        asset: its key.
+        steps: for a checkpoint, makes only the updates after the first of them up to the second.
+    """
+    key, store = dg.AssetKey(asset.split("/")), open_store()
     catalog = catalog_from_environment()
     log = Path(os.environ["DAGSTER_HOME"]) / "logs" / f"verify-{os.getpid()}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with dg.DagsterInstance.get() as instance, _terminal() as terminal:
         terminal.say(f"Making {asset} again; what that prints is in {log}.")
+        verdict: Verdict | Replay
         with _output_to(log):
-            verdict = verify(dg.AssetKey(asset.split("/")), instance, open_store(), catalog)
+            if steps is None:
+                verdict = verify(key, instance, store, catalog, say=terminal.say)
+            else:
+                verdict = replay(key, steps, instance, store, catalog, say=terminal.say)
         for line in verdict.lines():
             terminal.say(line)
     return 0 if verdict.is_equal else 1

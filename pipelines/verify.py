@@ -8,12 +8,13 @@ A Hugging Face export can be checked anywhere, without store or catalog (`offlin
 the SHA-256 of every file, and `sha256sum` gives the same.
 """
 
+import contextlib
 import dataclasses
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from modeling.artifacts import (
 from modeling.difference import differences
 from modeling.experiment import Catalog
 from pipelines.build import build_defs
+from pipelines.pools import held
 from resources import materializations
 from resources.io_manager import ReferenceIOManager, ReferenceIOManagerFactory, scope_of
 from resources.materializations import Materialization
@@ -52,6 +54,8 @@ class Verdict:
     """Content id on record."""
     found: str
     differing_leaves: tuple[str, ...]
+    numerics: str
+    """The id of the class on record."""
     numerics_changes: tuple[str, ...]
     """Fields of the numerics class that are otherwise here: other bits are then no error."""
 
@@ -71,10 +75,17 @@ class Verdict:
                 yield f"  The first part that differs is `{first}` ({len(more)} more do)."
         if self.numerics_changes:
             yield f"  Another numerics class: {'; '.join(self.numerics_changes)}."
+        elif not self.is_equal:
+            yield f"  The numerics class is the same, {self.numerics[:12]}."
 
 
 def verify(
-    key: dg.AssetKey, instance: dg.DagsterInstance, store: ArtifactStore, catalog: Catalog
+    key: dg.AssetKey,
+    instance: dg.DagsterInstance,
+    store: ArtifactStore,
+    catalog: Catalog,
+    *,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Verdict:
     """Makes what an asset's last materialization is on record for again, and compares.
 
@@ -82,20 +93,22 @@ def verify(
         UnverifiableError: it was never made, the catalog now says something else, or making it
             failed.
     """
-    made = materializations.latest(instance, key)
-    if made is None:
-        raise UnverifiableError(f"{key.to_user_string()} has never been materialized here.")
-    _require_same_definition(key, made, catalog)
-    record = store.record(made.recipe_id, made.numerics)
     home = Path(os.environ["DAGSTER_HOME"])
     with tempfile.TemporaryDirectory(prefix="verify-", dir=home) as directory:
         scratch = StoreResource(url=directory)
+        defs = build_defs(
+            catalog, store=scratch, io_manager=ReferenceIOManagerFactory(url=directory)
+        )
+        made = unchanged(key, instance, defs)
+        record = store.record(made.recipe_id, made.numerics)
         inputs = _copy_inputs(store, record, scratch.open())
-        new = _make_again(key, catalog, scratch, inputs)
+        with pools_held(key, instance, defs, say):
+            new = _make_again(key, defs, scratch.open(), inputs)
     return Verdict(
         record["content_id"],
         new["content_id"],
         tuple(differing_leaves(record["leaves"], new["leaves"])),
+        record["numerics"]["id"],
         tuple(map(str, differences(record["numerics"]["class"], new["numerics"]["class"]))),
     )
 
@@ -123,19 +136,43 @@ def verify_export(directory: Path) -> list[str]:
     return faults + [f"{name} is not on the card" for name in sorted(extra)]
 
 
-def _require_same_definition(key: dg.AssetKey, made: Materialization, catalog: Catalog) -> None:
-    graph = build_defs(catalog).resolve_asset_graph()
+def unchanged(
+    key: dg.AssetKey, instance: dg.DagsterInstance, defs: dg.Definitions
+) -> Materialization:
+    """Returns the last materialization of an asset that the catalog still defines as it did then.
+
+    Raises:
+        UnverifiableError: it was never made, or the catalog now says something else.
+    """
+    name, made = key.to_user_string(), materializations.latest(instance, key)
+    if made is None:
+        raise UnverifiableError(f"{name} has never been materialized here.")
+    graph = defs.resolve_asset_graph()
     if not graph.has(key):
-        raise UnverifiableError(f"{key.to_user_string()} is not in the catalog any more.")
+        raise UnverifiableError(f"{name} is not in the catalog any more.")
     node = graph.get(key)
     if node.code_version == made.code_version:
-        return
+        return made
     config = node.metadata[materializations.CONFIG].value
     changes = materializations.definition_changes(made, node.code_version or "", config)
     raise UnverifiableError(
-        f"{key.to_user_string()}: the catalog says something else than when it was made: "
-        f"{'; '.join(changes)}. Change it back, or materialize the asset, and verify then."
+        f"{name}: the catalog says something else than when it was made: {'; '.join(changes)}. "
+        f"Change it back, or materialize the asset, and verify then."
     )
+
+
+@contextlib.contextmanager
+def pools_held(
+    key: dg.AssetKey,
+    instance: dg.DagsterInstance,
+    defs: dg.Definitions,
+    say: Callable[[str], None],
+) -> Iterator[None]:
+    """Holds a place in the pools of an asset, as a run that makes it does."""
+    with contextlib.ExitStack() as stack:
+        for pool in sorted(defs.resolve_asset_graph().get(key).pools or ()):
+            stack.enter_context(held(instance, pool, say))
+        yield
 
 
 def _copy_inputs(
@@ -170,13 +207,11 @@ def _linked(source: str, target: str) -> None:
 
 
 def _make_again(
-    key: dg.AssetKey, catalog: Catalog, scratch: StoreResource, inputs: Mapping[str, Artifact]
+    key: dg.AssetKey, defs: dg.Definitions, store: ArtifactStore, inputs: Mapping[str, Artifact]
 ) -> dict[str, Any]:
     """Materializes the asset in the scratch store and returns its new record."""
-    store, url = scratch.open(), str(scratch.url)
-    defs = build_defs(catalog, store=scratch, io_manager=ReferenceIOManagerFactory(url=url))
     with dg.DagsterInstance.ephemeral() as instance:
-        references = ReferenceIOManager(url, scope_of(instance))
+        references = ReferenceIOManager(store.url, scope_of(instance))
         for parent in defs.resolve_asset_graph().get(key).parent_keys:
             references.remember(parent, inputs[materializations.kind_of(parent)])
         result = defs.resolve_implicit_global_asset_job_def().execute_in_process(

@@ -6,7 +6,8 @@ Imports of JAX stand inside the functions, after the worker has tied itself to i
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +60,38 @@ def train(arguments: Arguments, workspace: Workspace | None, channel: Channel) -
     return dataclasses.asdict(built)
 
 
+def replay(
+    arguments: Arguments, workspace: Workspace | None, channel: Channel
+) -> Mapping[str, Any]:
+    """Trains until the checkpoint of step `until` is saved in the workspace's progress."""
+    from modeling.training import trainer
+    from modeling.training.preemption import Preempted
+
+    assert workspace is not None
+    experiment = _experiment(arguments)
+    until, last = arguments["until"], experiment.trainer.num_train_steps
+
+    def stop(step: int) -> None:
+        # As preemption does it, which all processes of a mesh understand.
+        if step == until < last:
+            signal.raise_signal(signal.SIGTERM)
+
+    with programs(experiment) as compile_cache:
+        try:
+            trainer.train(
+                experiment,
+                _training_data(arguments, channel),
+                workspace,
+                observer=TrainingObserver(channel, Tracker(None), stop),
+                compile_cache=compile_cache,
+                initial=Path(initial) if (initial := arguments.get("initial_checkpoint")) else None,
+            )
+        except Preempted as stopped:
+            if stopped.step < until:
+                raise  # Somebody else has asked.
+    return {}
+
+
 @contextlib.contextmanager
 def programs(experiment: ExperimentConfig) -> "Iterator[CompileCache | None]":
     """Keeps what the block compiles for later processes of the same numerics class."""
@@ -102,10 +135,16 @@ def _peak(experiment: ExperimentConfig) -> "Peak | None":
 class TrainingObserver:
     """Tells a training run's progress to the terminal, the run's event log, and the tracker."""
 
-    def __init__(self, channel: Channel, tracker: Tracker) -> None:
-        """Sends what it hears to both."""
+    def __init__(
+        self,
+        channel: Channel,
+        tracker: Tracker,
+        saved: Callable[[int], None] = lambda step: None,
+    ) -> None:
+        """Sends what it hears to both, and each step that was saved to `saved`."""
         self._channel = channel
         self._tracker = tracker
+        self._saved = saved
 
     def resumed(self, step: int, directory: str) -> None:
         """Says that earlier work is gone on with."""
@@ -146,6 +185,7 @@ class TrainingObserver:
     def saved(self, step: int, directory: str) -> None:
         """Says that nothing before this step can be lost any more."""
         self._channel.say(f"step {step:,} is saved.")
+        self._saved(step)
 
     def wrote(self, what: str, step: int, path: str) -> None:
         """Says where a profile or picture is; the tracker shows pictures."""

@@ -88,25 +88,27 @@ class StoreResource(dg.ConfigurableResource):
         )
         files = store.local(artifact.kind, artifact.content_id)
         record = store.record(artifact.recipe_id, artifact.numerics)
+        shown = show(artifact, files)
         return dg.MaterializeResult(
             value=artifact,
             data_version=dg.DataVersion(artifact.content_id),
             metadata={
                 "id": artifact.content_id[:12],
-                "content_id": artifact.content_id,
-                "recipe_id": artifact.recipe_id,
-                "numerics": artifact.numerics,
                 "was": "built" if is_new else "reused",
                 "why": _why(store, before, recipe, numerics),
                 "seconds": round(seconds, 2),
+                **shown,
                 "inputs": _input_table(record),
                 **panel.flat({"cost": record["provenance"].get("cost", {})}),
+                "path": dg.MetadataValue.path(artifact.uri.removeprefix("file://")),
+                "content_id": artifact.content_id,
+                "recipe_id": artifact.recipe_id,
+                "numerics": artifact.numerics,
+                # Beside the other facts; a picture of one stands for its figures.
+                **(panel.flat(artifact.facts) | dict(shown)),
                 materializations.CONFIG: context.assets_def.metadata_by_key[key][
                     materializations.CONFIG
                 ],
-                "path": dg.MetadataValue.path(artifact.uri.removeprefix("file://")),
-                **panel.flat(artifact.facts),
-                **show(artifact, files),
             },
         )
 

@@ -1,0 +1,137 @@
+"""The ids of every stage, frozen: one that changes without its version raised is found here.
+
+An id may change on purpose. Then `recipes.VERSIONS`, or the identity tag of what has another
+meaning now, is raised in the same commit, and the new value is put here. Configuration that only
+grows leaves all of them alone (`added_later`).
+"""
+
+import importlib
+import pkgutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import modeling
+from modeling import recipes
+from modeling.artifacts import Artifact
+from modeling.data.config import DatasetConfig, TokenCacheConfig
+from modeling.experiment import ExperimentConfig, validate
+from modeling.training.manifest import (
+    ChunkRecord,
+    FileRecord,
+    LeafRecord,
+    Manifest,
+    array_sha256,
+)
+
+DATASET = {
+    "source": {"type": "files", "paths": ["a/*.txt"]},
+    "tokenizer": {"type": "bpe", "vocab_size": 512},
+    "sequence_lengths": [64],
+}
+EXPERIMENT = {
+    "dataset": "some",
+    "sequence_length": 64,
+    "trainer": {"num_train_steps": 10, "train_batch_size": 4},
+}
+RECIPES = {
+    "raw_corpus/1": "32836f0ec870c73aeedff8b4cbcc459db3f2817f9ba796a2bf2d73d7efd83ee9",
+    "tokenizer/1": "93acc0c426ec2b348d412a6a99a7208ea9253067c955bf930a2090e782ede33b",
+    "tokenized_corpus/2": "73f13617ffbc2669f2432619a186a08a01a95dab80c25acf99ee04eca84c5f1b",
+    "token_cache/3": "1ff5c74ebf11d762937668b5a09057e7469a7052c790bf5dfdbd1ff5054a278f",
+    "token_cache_copy/1": "6fd5c02a3d96424d18d69cb8cef0d9c567cd185f03ea1238a6817616a3056af5",
+    "checkpoint/2": "e861e4532a08cedc06e8f50735c4ae2a5d0926c3b64872d1f4e4d77bdbef1b15",
+    "eval_report/1": "af3b0e2acec188a7671986f45f64b90ae2b735243e3824f7792c0a01a56584da",
+    "hf_model/1": "e22bfb283c517be3104caff5e3bbf2ddcf4dd374739b23521f8aaa87b32bf94e",
+}
+LEAVES = {
+    "model.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
+    "model.half": np.array([1.0, -0.0], ml_dtypes.bfloat16),
+    "opt_state.count": np.array(3, np.int32),
+    "averages.ema.weight": np.zeros((2, 3), np.float32),
+}
+CHECKPOINT = {
+    "content_id": "7ab62c517b251f8ca0e54869946678d63509e324d46c6549aabc202623aa7cfb",
+    "parameters": "e404073f21a6b0962b5a8a1f9aae3b4793f87dd76dfcc306f41d210cd97b8b02",
+    "parameters.ema": "f1b5fded2def54d116024d4a6d2441ec067af4011c838975a4273b71ba3d7124",
+}
+
+
+def artifact(kind: str, **roots: str) -> Artifact:
+    content_id = f"{list(recipes.VERSIONS).index(kind):x}" * 64
+    return Artifact(kind, content_id, "e" * 64, "exact", "file:///nowhere", roots, {})
+
+
+def test_every_stage_has_the_recipe_id_on_record(monkeypatch):
+    monkeypatch.setattr(recipes.importlib.metadata, "version", lambda package: "0.22.0")
+    dataset = validate(DatasetConfig, DATASET, "dataset")
+    experiment = validate(ExperimentConfig, EXPERIMENT, "experiment")
+    corpus = artifact("raw_corpus", documents="d" * 64)
+    tokenizer, tokens = artifact("tokenizer"), artifact("tokenized_corpus")
+    cache, checkpoint = artifact("token_cache"), artifact("checkpoint", parameters="f" * 64)
+    made = [
+        recipes.corpus_recipe(dataset, "b" * 64),
+        recipes.tokenizer_recipe(dataset, corpus),
+        recipes.tokenized_recipe(dataset, corpus, tokenizer),
+        recipes.cache_recipe(TokenCacheConfig(length=64), tokens),
+        recipes.cache_copy_recipe(cache),
+        recipes.checkpoint_recipe(experiment, cache),
+        recipes.evaluation_recipe(experiment, checkpoint, cache.as_input(), tokenizer.as_input()),
+        recipes.export_recipe(experiment, checkpoint, tokenizer.as_input()),
+    ]
+    found = {f"{recipe.kind}/{recipe.version}": recipe.id for recipe in made}
+    assert set(found) == {f"{kind}/{version}" for kind, version in recipes.VERSIONS.items()}
+    assert found == RECIPES
+
+
+def manifest(leaves: dict[str, np.ndarray], rows: int = 40) -> Manifest:
+    file = FileRecord("f", 1, "0" * 64)
+    records = [
+        LeafRecord(
+            path, array.dtype.name, array.shape, None, array_sha256(array), array.shape, file,
+            (ChunkRecord(file, (0,) * array.ndim, "0" * 8),),
+        )
+        for path, array in leaves.items()
+    ]  # fmt: skip
+    return Manifest(10, {"rows": rows}, {}, tuple(records), ())
+
+
+def test_a_state_has_the_ids_on_record():
+    state = manifest(LEAVES)
+    assert {"content_id": state.content_id, **state.roots} == CHECKPOINT
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model.weight": LEAVES["model.weight"].T.copy()},
+        {"model.weight": LEAVES["model.weight"].view(np.int32)},
+        {"model.half": np.array([1.0, 0.0], ml_dtypes.bfloat16)},
+        {"opt_state.count": np.array([3], np.int32)},
+        {"model.more": np.zeros(0, np.float32)},
+    ],
+    ids=["shape", "dtype", "sign of zero", "rank", "an empty array"],
+)
+def test_a_state_that_differs_in_anything_has_another_id(change):
+    assert manifest(LEAVES | change).content_id != manifest(LEAVES).content_id
+
+
+def test_the_order_of_arrays_is_nothing_and_the_place_in_the_data_is_something():
+    assert manifest(dict(reversed(LEAVES.items()))).content_id == manifest(LEAVES).content_id
+    assert manifest(LEAVES, rows=44).content_id != manifest(LEAVES).content_id
+    assert manifest(LEAVES, rows=44).parameters == manifest(LEAVES).parameters
+
+
+def test_no_two_classes_share_an_identity_tag():
+    """Two with equal fields would be one thing to every recipe."""
+    owners: dict[str, set[str]] = {}
+    for module in pkgutil.walk_packages(modeling.__path__, "modeling."):
+        if module.name.endswith("__main__"):
+            continue
+        for value in vars(importlib.import_module(module.name)).values():
+            tag = vars(value).get("identity_tag") if isinstance(value, type) else None
+            if isinstance(tag, str):
+                owners.setdefault(tag, set()).add(f"{value.__module__}.{value.__qualname__}")
+    assert len(owners) > 20
+    assert {tag: names for tag, names in owners.items() if len(names) > 1} == {}
