@@ -3,8 +3,7 @@
 Training goes on in a scratch directory from a copy of the checkpoint of step k, and is ended once
 step n is saved. Compared are the loss of each update between and the digest of every array at n,
 with the checkpoint of step n that was kept. The last step is the artifact itself; earlier ones are
-there if the run has pinned them (`modeling.training.pins`). Step 0 is how training began, which
-needs no checkpoint.
+there if `trainer.keep` or a pin has kept them. Step 0, how training began, needs no checkpoint.
 """
 
 import dataclasses
@@ -155,7 +154,7 @@ def replay(
             raise UnverifiableError(
                 f"{key.to_user_string()}: no checkpoint of step {step} was kept; there are those "
                 f"of {sorted(kept)}. Step 0, the beginning, needs none; a run keeps further "
-                f"ones that are pinned."
+                f"ones by `trainer.keep`, or where they are pinned."
             )
     experiment, launcher = catalog.experiments[key.path[0]], LauncherResource()
     resource = StoreResource(url=store.url)
@@ -206,7 +205,12 @@ def train_until(
 ) -> None:
     """Trains in `space`, from what is there or from the beginning, until `step` is saved."""
     trainer = dataclasses.replace(
-        experiment.trainer, save_every_steps=step, pictures_every_steps=None, profile_steps=None
+        experiment.trainer,
+        save_every_steps=step,
+        save_interval=None,
+        keep=(),
+        pictures_every_steps=None,
+        profile_steps=None,
     )
     job = launcher.job(
         "replay", name, dataclasses.replace(experiment, trainer=trainer), space, until=step,
