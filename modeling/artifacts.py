@@ -147,12 +147,18 @@ class Artifact:
 
 @dataclasses.dataclass(frozen=True)
 class Workspace:
-    """Two local directories of one build."""
+    """The directories of one build."""
 
     progress: Path
     """Survives crashes: a retry of the recipe, from any entry route, finds what was committed."""
     output: Path
     """Empty and fresh: its files become the artifact."""
+    remote: str | None = None
+    """Where the store is remote, the URL of a progress that other machines see, too."""
+
+    def remote_path(self, path: Path) -> str | None:
+        """Returns the URL, if any, that stands for a path within `progress`."""
+        return self.remote and f"{self.remote}/{path.relative_to(self.progress).as_posix()}"
 
 
 Build = Callable[[Workspace], Built]
@@ -231,14 +237,31 @@ class ArtifactStore:
                 shutil.rmtree(dead)
             progress, output = work / "progress", work / f"attempt-{uuid.uuid4().hex[:12]}"
             self._adopt(begun_as, numerics_id, progress)
+            self._adopt_remote(begun_as, numerics_id, recipe.id)
             progress.mkdir(parents=True, exist_ok=True)
             output.mkdir()
-            built = build(Workspace(progress, output))
+            built = build(Workspace(progress, output, self._remote_progress(work)))
             artifact = self.publish(recipe, output, built, numerics=numerics, provenance=provenance)
             faults.reach("after-record", recipe.kind)
-            for path in unpinned(work):
-                remove(path)
+            self.clear_work(recipe.id, numerics_id)
             return artifact, True
+
+    def clear_work(self, recipe_id: str, numerics: str) -> None:
+        """Removes what is left of a finished build, here and in the store, but what is pinned."""
+        for filesystem, root in self.places_of_work(recipe_id, numerics):
+            for path in unpinned(filesystem, root):
+                filesystem.rm(path, recursive=True)
+
+    def places_of_work(self, recipe_id: str, numerics: str) -> list[tuple[Any, str]]:
+        """Returns file system and path of the work of a recipe: here and, if remote, there."""
+        place = f"work/{recipe_id}/{numerics}"
+        here = LocalFileSystem(), str(self.scratch / place)
+        return [here] if self.is_local else [here, (self.filesystem, f"{self.root}/{place}")]
+
+    def _remote_progress(self, work: Path) -> str | None:
+        if self.is_local:
+            return None
+        return f"{self.url.rstrip('/')}/{work.relative_to(self.scratch).as_posix()}/progress"
 
     def publish(
         self,
@@ -470,7 +493,11 @@ class ArtifactStore:
         with self._exclusive(stand_in.id, numerics_digest(numerics), report) as work:
             for dead in work.glob("attempt-*"):
                 shutil.rmtree(dead)
-            space = Workspace(work / "progress", work / f"attempt-{uuid.uuid4().hex[:12]}")
+            space = Workspace(
+                work / "progress",
+                work / f"attempt-{uuid.uuid4().hex[:12]}",
+                self._remote_progress(work),
+            )
             space.progress.mkdir(parents=True, exist_ok=True)
             space.output.mkdir()
             yield space
@@ -488,6 +515,22 @@ class ArtifactStore:
                         progress.parent.mkdir(parents=True, exist_ok=True)
                         (work / "progress").rename(progress)
                     shutil.rmtree(work)
+
+    def _adopt_remote(self, begun_as: Sequence[Recipe], numerics: str, recipe_id: str) -> None:
+        """Moves what a stand-in has in a remote store, `COMMIT`s last; cut off, it is done anew."""
+        if self.is_local:
+            return
+        target = f"{self.root}/work/{recipe_id}/{numerics}"
+        for stand_in in begun_as:
+            source = f"{self.root}/work/{stand_in.id}/{numerics}"
+            self.filesystem.invalidate_cache()
+            files = [str(path) for path in self.filesystem.find(source)]
+            for path in sorted(files, key=lambda path: (path.endswith("/COMMIT"), path)):
+                moved = f"{target}{path.removeprefix(source)}"
+                self.filesystem.makedirs(moved.rpartition("/")[0], exist_ok=True)
+                self.filesystem.pipe_file(moved, self.filesystem.cat_file(path))
+            if files:
+                self.filesystem.rm(source, recursive=True)
 
     @contextlib.contextmanager
     def _exclusive(self, recipe_id: str, numerics: str, report: Report) -> Iterator[Path]:
@@ -571,27 +614,30 @@ class ArtifactStore:
                 self.filesystem.rm_file(f"{target}/{name}")
 
 
-def unpinned(work: Path) -> Iterator[Path]:
-    """Yields what of a finished build's work no pin keeps: whole directories where it can."""
-    pins = list(work.glob(f"progress/**/{PINS}/*.json"))
-    kept = {one for pin in pins for one in (pin, *pin.parents[1].glob(f"{pin.stem}.*"))}
+def unpinned(filesystem: Any, root: str) -> list[str]:
+    """Returns what of a finished build's work no pin keeps: whole directories where it can.
 
-    def loose(path: Path) -> Iterator[Path]:
-        if not any(one.is_relative_to(path) for one in kept):
-            yield path
-        elif path not in kept:
-            for inner in sorted(path.iterdir()):
-                yield from loose(inner)
-
-    yield from loose(work)
-
-
-def remove(path: Path) -> None:
-    """Removes a file, or a directory and all in it."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+    Args:
+        filesystem: that of fsspec where the work is.
+        root: its directory there.
+    """
+    if not filesystem.exists(root):
+        return []
+    filesystem.invalidate_cache()
+    files = [str(path) for path in filesystem.find(root)]
+    pins = [path for path in files if path.endswith(".json") and path.split("/")[-2] == PINS]
+    # `D/pins/X.json` is about all that begins with `D/X.`.
+    kept = tuple(path.removesuffix("json").replace(f"/{PINS}/", "/") for path in pins)
+    staying = {path for path in files if path in pins or path.startswith(kept)}
+    needed = {"/".join(path.split("/")[:n]) for path in staying for n in range(path.count("/") + 1)}
+    if root not in needed:
+        return [root]
+    found = set()
+    for path in set(files) - staying:
+        while (parent := path.rpartition("/")[0]) not in needed:
+            path = parent
+        found.add(path)
+    return sorted(found)
 
 
 def by_object(records: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:

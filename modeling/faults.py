@@ -26,6 +26,11 @@ TRAINING = (
 )
 """Where is the number of updates made."""
 
+SENDING = (
+    "during-send",  # to a remote store: a file of the checkpoint is there, its `COMMIT` is not
+)
+"""Where is the number of updates made."""
+
 PUBLISHING = (
     "before-inventory",  # the files lie in the attempt's directory, digested, not yet listed
     "before-sync",  # the inventory lists them, nothing need be on disk
@@ -43,7 +48,7 @@ def reach(point: str, where: int | str) -> None:
     if wanted is None:
         return
     match = re.fullmatch(r"([a-z-]+)@([a-z0-9_]+)(?::(stop|E[A-Z]+))?", wanted)
-    points, ways = TRAINING + PUBLISHING, {None, "stop", *errno.errorcode.values()}
+    points, ways = TRAINING + SENDING + PUBLISHING, {None, "stop", *errno.errorcode.values()}
     if match is None or match[1] not in points or match[3] not in ways:
         raise ValueError(
             f"{VARIABLE}={wanted!r}: expected <point>@<step or kind>, perhaps with `:stop` or the "

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fsspec.implementations.local import LocalFileSystem
+
 from modeling.artifacts import (
     INVENTORY,
     UPLOAD,
@@ -141,14 +143,18 @@ def garbage(
             found.append(Garbage(path, _size(store, path), "no record, alias or instance has it"))
     found += _leftover_uploads(store, moment, grace_s)
     found += _leftover_leases(store, moment, grace_s)
-    found += _leftover_work(store, {_place(record) for record in kept}, moment, grace_s)
+    finished = {_place(record) for record in kept}
+    found += _leftover_work(store, finished, moment, grace_s)
+    found += _leftover_remote_work(store, finished)
     return sorted(found, key=lambda one: one.path)
 
 
 def delete(store: ArtifactStore, found: list[Garbage]) -> None:
     """Deletes what `garbage` has found, records before what they name."""
     for one in sorted(found, key=lambda one: "/recipes/" not in one.path):
-        store.filesystem.rm(one.path, recursive=True)
+        is_here = Path(one.path).is_relative_to(store.scratch)
+        filesystem = LocalFileSystem() if is_here else store.filesystem
+        filesystem.rm(one.path, recursive=True)
 
 
 def _records(store: ArtifactStore) -> tuple[list[dict[str, Any]], list[Damage]]:
@@ -310,11 +316,21 @@ def _leftover_work(
                 continue
             age = now.timestamp() - work.stat().st_mtime
             if (lock.parent.name, work.name) in finished:
-                for path in unpinned(work):
-                    yield Garbage(str(path), _tree_bytes(path), "its build is on record")
+                for path in unpinned(LocalFileSystem(), str(work)):
+                    yield Garbage(path, _tree_bytes(Path(path)), "its build is on record")
             elif age > grace_s:
                 for attempt in sorted(work.glob("attempt-*")):
                     yield Garbage(str(attempt), _tree_bytes(attempt), "its process is gone")
+
+
+def _leftover_remote_work(
+    store: ArtifactStore, finished: set[tuple[str, str]]
+) -> Iterator[Garbage]:
+    """Yields what builds that are on record have left in a remote store."""
+    for place in [] if store.is_local else sorted(store.filesystem.glob(f"{store.root}/work/*/*")):
+        if tuple(str(place).split("/")[-2:]) in finished:
+            for path in unpinned(store.filesystem, str(place)):
+                yield Garbage(path, _size(store, path), "its build is on record")
 
 
 @contextlib.contextmanager

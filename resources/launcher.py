@@ -193,6 +193,7 @@ class LauncherResource(dg.ConfigurableResource):
         workspace = job.workspace and {
             "progress": str(job.workspace.progress),
             "output": str(job.workspace.output),
+            "remote": job.workspace.remote,
         }
         seat = {
             "index": index,

@@ -61,7 +61,7 @@ def main(job_path: str) -> int:
     """Runs the job and returns the exit code."""
     job = json.loads(Path(job_path).read_text())
     tie_to_parent(job["parent"], job["grace_s"])
-    workspace = job["workspace"] and Workspace(**{k: Path(v) for k, v in job["workspace"].items()})
+    workspace = job["workspace"] and _workspace(**job["workspace"])
     seat = job.get("seat")
     is_first = seat is None or seat["index"] == 0
     with _exclusive(workspace if is_first else None), _channel(is_first) as channel:
@@ -102,6 +102,10 @@ def _watch(parent: int, grace_s: float) -> None:
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _workspace(progress: str, output: str, remote: str | None = None) -> Workspace:
+    return Workspace(Path(progress), Path(output), remote)
 
 
 @contextlib.contextmanager

@@ -5,7 +5,8 @@
 
 The newest checkpoint is the one of the highest step that *verifies*, not the one that was written
 last: clocks go backwards and writers die. A checkpoint is removed only when enough newer ones have
-been read back from disk, and never while it is pinned: see `pins`.
+been read back from disk, and never while it is pinned: see `pins`. Where the store is remote, each
+is sent there as soon as it is verified here: see `remote`.
 """
 
 import contextlib
@@ -27,9 +28,10 @@ from modeling.artifacts import needing_space
 from modeling.training import checkpoint
 from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import COMMIT, CheckpointError, Manifest
-from modeling.training.pins import attempt_name, is_pinned, mark, step_of
+from modeling.training.pins import attempt_name, is_pinned, mark, pinned, step_of, unpin
 from modeling.training.processes import Crew
 from modeling.training.reading import read_manifest, verify
+from modeling.training.remote import FETCHING, RemoteCheckpoints
 from modeling.training.saving import PINNED_BY
 
 _log = logging.getLogger(__name__)
@@ -39,9 +41,16 @@ class Checkpoints:
     """The checkpoints in one directory, held by this process; see `open_checkpoints`."""
 
     def __init__(
-        self, directory: Path, *, keep: int, executor: ThreadPoolExecutor, crew: Crew | None
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        executor: ThreadPoolExecutor,
+        crew: Crew | None,
+        remote: RemoteCheckpoints | None,
     ) -> None:
         self._directory = directory
+        self._remote = remote
         self._keep = keep
         self._crew = crew
         self._launch = _shared(crew, uuid.uuid4().hex)
@@ -57,7 +66,7 @@ class Checkpoints:
         """
         found = None
         if self._is_first:
-            found = next((path for path in self._by_step() if self._verifies(path)), None)
+            found = self._newest_of_all()
         name = _shared(self._crew, found.name if found else "")
         if not name:
             return None
@@ -66,6 +75,33 @@ class Checkpoints:
             self._verified[path] = read_manifest(path)
         return path
 
+    def _newest_of_all(self) -> Path | None:
+        """Returns the newest that verifies, here or, once it is here, elsewhere."""
+        here = {path.name for path in self._by_step()}
+        there = set() if self._remote is None else set(self._remote.names())
+        for name in sorted(here | there, key=lambda name: (step_of(name), name), reverse=True):
+            path = self._directory / name
+            if name in here and self._verifies(path):
+                return path
+            if name in there and self._comes(name):
+                return path
+        return None
+
+    def _comes(self, name: str) -> bool:
+        assert self._remote is not None
+        path = self._directory / name
+        if path.exists():
+            # Damaged, or cut off; what is elsewhere is whole.
+            shutil.rmtree(path)
+        try:
+            self._remote.fetch(name, self._directory)
+        except CheckpointError as error:
+            _log.warning("DAMAGED CHECKPOINT: %s Falling back to an older one.", error)
+            return False
+        self._damaged.discard(path)
+        _log.warning("%s was copied from %s.", name, self._remote.url)
+        return self._verifies(path)
+
     def manifest(self, path: Path) -> Manifest:
         """Returns the manifest of a verified checkpoint."""
         return self._verified[path]
@@ -73,8 +109,14 @@ class Checkpoints:
     def clear(self) -> None:
         """Removes every checkpoint: they are of no use to this run."""
         if self._is_first:
+            for place in self._places:
+                for step in pinned(place):
+                    unpin(place, step)
             for path in self._by_step():
-                _remove(path, _step_of(path))
+                (path / COMMIT).unlink(missing_ok=True)
+                shutil.rmtree(path)
+            if self._remote is not None:
+                self._remote.clear()
         self._verified.clear()
 
     def save(
@@ -112,7 +154,8 @@ class Checkpoints:
         def write() -> None:
             check(leaves)
             if is_permanent and self._is_first:
-                mark(self._directory, step, PINNED_BY)
+                for place in self._places:
+                    mark(place, step, PINNED_BY)
             with needing_space(f"the checkpoint of step {step}", path), _removed_on_failure(path):
                 written = checkpoint.write(
                     path, leaves, step=step, cursor=cursor, config=config, files=files,
@@ -120,6 +163,9 @@ class Checkpoints:
                 )  # fmt: skip
             self._verified[path] = verify(path, _held(leaves)) if self._is_first else written
             if self._is_first:
+                if self._remote is not None:
+                    self._remote.send(path)
+                    self._remote.retire(self._keep, step)
                 self._retire(step)
             done(path)
 
@@ -144,6 +190,10 @@ class Checkpoints:
     @property
     def _is_first(self) -> bool:
         return self._crew is None or self._crew.is_first
+
+    @property
+    def _places(self) -> list[Path | str]:
+        return [self._directory, *([] if self._remote is None else [self._remote.url])]
 
     def _by_step(self) -> list[Path]:
         """All attempts, complete or not, highest step first."""
@@ -174,18 +224,24 @@ class Checkpoints:
                 # What is beyond this step is being written by the rest of the crew.
                 elif not (path / COMMIT).exists() and _step_of(path) <= step:
                     shutil.rmtree(path)
-            elif not is_pinned(self._directory, _step_of(path)):
+            elif not any(is_pinned(place, _step_of(path)) for place in self._places):
                 _remove(path, step)
                 self._verified.pop(path, None)
 
 
 @contextlib.contextmanager
 def open_checkpoints(
-    directory: Path, *, keep: int, crew: Crew | None = None
+    directory: Path, *, keep: int, crew: Crew | None = None, remote: str | None = None
 ) -> Iterator[Checkpoints]:
     """Holds `directory` for this process; leaving waits for the last save.
 
     The lock of a crew is its first process's.
+
+    Args:
+        directory: of the run's checkpoints.
+        keep: how many of the newest verified ones stay.
+        crew: the processes that save together; this one alone by default.
+        remote: the URL that every checkpoint is sent to as well, and taken from where it is newer.
 
     Raises:
         CheckpointError: another trainer holds it.
@@ -198,8 +254,11 @@ def open_checkpoints(
     with contextlib.ExitStack() as stack:
         if crew is None or crew.is_first:
             stack.enter_context(_locked(directory))
+            for leftover in directory.glob(f"{FETCHING}*"):
+                shutil.rmtree(leftover)
         executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
-        checkpoints = Checkpoints(directory, keep=keep, executor=executor, crew=crew)
+        there = None if remote is None else RemoteCheckpoints(remote)
+        checkpoints = Checkpoints(directory, keep=keep, executor=executor, crew=crew, remote=there)
         yield checkpoints
         checkpoints.wait()
 

@@ -134,7 +134,9 @@ def train(
         observer = None
     with (
         PreemptionNotice(experiment.trainer.preemption_grace_s) as notice,
-        open_checkpoints(directory, keep=keep, crew=crew) as checkpoints,
+        open_checkpoints(
+            directory, keep=keep, crew=crew, remote=workspace.remote_path(directory)
+        ) as checkpoints,
         Ledger(directory / "time.jsonl" if crew.is_first else None) as ledger,
     ):
         told = observer or Silent()

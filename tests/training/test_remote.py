@@ -1,0 +1,183 @@
+"""Checkpoints on object stores: whole and verified there, or they do not count."""
+
+import logging
+import sys
+import uuid
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from modeling.artifacts import ArtifactStore, Built, Recipe, Workspace
+from modeling.training.manifest import CheckpointError
+from modeling.training.pins import pin, pinned, unpin
+from modeling.training.reading import read_manifest
+from modeling.training.remote import RemoteCheckpoints
+from modeling.training.restoring import restore
+from modeling.training.retention import open_checkpoints
+from modeling.training.trainer import train
+
+sys.path.insert(0, str(Path(__file__).parent))
+import driver
+from test_checkpoint import assert_same_bits, make_state, save, save_all
+from test_trainer import Recorder
+
+
+@pytest.fixture(params=["gs", "memory"])
+def url(request) -> str:
+    if request.param == "gs":
+        return request.getfixturevalue("gcs") + "/store/work/checkpoints"
+    return f"memory://{uuid.uuid4().hex}"
+
+
+def steps_there(url):
+    return [int(name[5:11]) for name in RemoteCheckpoints(url).names()]
+
+
+def files_there(url, step):
+    fs, root = fsspec.url_to_fs(url)
+    fs.invalidate_cache()
+    return fs, sorted(path for path in fs.find(root) if f"/step-{step:06d}." in path)
+
+
+def test_another_machine_goes_on_from_the_newest_with_the_same_bits_and_id(url, tmp_path):
+    with open_checkpoints(tmp_path / "a", keep=2, remote=url) as here:
+        save_all(here, [1, 2])
+        pin(url, 1, "the paper shows it")
+        save_all(here, [3, 4, 5])
+    assert steps_there(url) == [5, 4, 1]
+    with open_checkpoints(tmp_path / "b", keep=2, remote=url) as there:
+        newest = there.newest()
+        assert_same_bits(restore(newest, make_state()), make_state(5))
+        local = save(tmp_path / "local", make_state(5), step=5, cursor={"rows": 5})
+        assert there.manifest(newest).content_id == local.content_id
+        unpin(url, 1)
+        save_all(there, [6])
+    assert steps_there(url) == [6, 5]
+    assert [read_manifest(p).step for p in sorted((tmp_path / "b").glob("step-*"))] == [5, 6]
+
+
+@pytest.mark.parametrize("file", ["arrays/model.up/c.0.0", "losses.json", "manifest.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "lose"])
+def test_a_damaged_copy_is_named_passed_over_and_never_loaded(tmp_path, caplog, file, damage):
+    url = f"memory://{uuid.uuid4().hex}"
+    with open_checkpoints(tmp_path / "a", keep=2, remote=url) as here:
+        for step in (1, 2):
+            here.save(
+                snapshot_of(step), step=step, cursor={}, config={},
+                files={"losses.json": {"losses": [1.0]}}, done=lambda _: None,
+            )  # fmt: skip
+    fs, files = files_there(url, 2)
+    path = next(path for path in files if path.endswith(file))
+    raw = bytearray(fs.cat_file(path))
+    if damage == "lose":
+        fs.rm_file(path)
+    else:
+        raw[len(raw) // 2] ^= 1
+        fs.pipe_file(path, bytes(raw) if damage == "flip" else bytes(raw[:-1]))
+    with (
+        caplog.at_level(logging.WARNING),
+        open_checkpoints(tmp_path / "b", keep=2, remote=url) as there,
+    ):
+        assert there.manifest(there.newest()).step == 1
+    assert "DAMAGED CHECKPOINT" in caplog.text
+    assert f"{url}/{path.split('/')[-len(file.split('/')) - 1]}" in caplog.text
+    assert file.replace("/c.0.0", "") in caplog.text
+    assert len(list((tmp_path / "b").glob("*step-*"))) == 1
+
+
+def snapshot_of(step):
+    from modeling.training.leaves import snapshot
+
+    return snapshot(make_state(step))
+
+
+def test_a_damaged_local_one_comes_back_from_the_store(tmp_path, caplog):
+    url = f"memory://{uuid.uuid4().hex}"
+    with open_checkpoints(tmp_path, keep=2, remote=url) as here:
+        save_all(here, [1, 2])
+    damaged = next(tmp_path.glob("step-000002.*"))
+    (damaged / "arrays/model.up/c.0.0").write_bytes(b"")
+    with open_checkpoints(tmp_path, keep=2, remote=url) as here:
+        assert here.manifest(here.newest()).step == 2
+        assert_same_bits(restore(here.newest(), make_state()), make_state(2))
+    assert "DAMAGED CHECKPOINT" in caplog.text
+
+
+def test_one_that_was_cut_off_on_its_way_does_not_count(url, tmp_path, monkeypatch):
+    monkeypatch.setenv("LEVANTER_FAULT", "during-send@2:EIO")
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        open_checkpoints(tmp_path / "a", keep=2, remote=url) as here,
+    ):
+        save_all(here, [1, 2])
+    assert files_there(url, 2)[1]
+    monkeypatch.delenv("LEVANTER_FAULT")
+    with open_checkpoints(tmp_path / "b", keep=2, remote=url) as there:
+        assert there.manifest(there.newest()).step == 1
+        save_all(there, [2])
+    assert steps_there(url) == [2, 1]
+    assert len({path.split("/step-")[1].split("/")[0] for path in files_there(url, 2)[1]}) == 1
+
+
+def test_what_arrives_as_something_else_is_refused_by_name(tmp_path, monkeypatch):
+    remote = RemoteCheckpoints(f"memory://{uuid.uuid4().hex}")
+    save(tmp_path / "step-000003.aaaaaaaaaaaa", make_state())
+    put_file = type(remote._filesystem).put_file
+
+    def lossy(self, source, target, **kwargs):
+        put_file(self, source, target, **kwargs)
+        if target.endswith("c.0.0"):
+            self.pipe_file(target, self.cat_file(target)[:-1] + b"?")
+
+    monkeypatch.setattr(type(remote._filesystem), "put_file", lossy)
+    with pytest.raises(CheckpointError, match=r"memory://.*/c\.0\.0 arrived with other bytes"):
+        remote.send(tmp_path / "step-000003.aaaaaaaaaaaa")
+    assert remote.names() == []
+
+
+def test_a_training_goes_on_elsewhere_and_ends_with_the_same_bits(tmp_path, monkeypatch):
+    remote = f"memory://{uuid.uuid4().hex}/progress"
+
+    def trained(machine, observer):
+        space = driver.workspace(tmp_path / machine)
+        space = Workspace(space.progress, space.output, remote)
+        return train(driver.experiment(), driver.counting_cache(), space, observer=observer)
+
+    monkeypatch.setenv("LEVANTER_FAULT", "before-write@6:EIO")
+    with pytest.raises(OSError, match="Input/output error"):
+        trained("a", Recorder())
+    monkeypatch.delenv("LEVANTER_FAULT")
+    observer = Recorder()
+    built = trained("b", observer)
+    assert observer.named("resumed") == [4]
+    alone = driver.workspace(tmp_path / "alone")
+    whole = train(driver.experiment(), driver.counting_cache(), alone)
+    assert built.content_id == whole.content_id
+
+
+def test_a_finished_build_leaves_in_the_store_what_is_pinned(tmp_path):
+    url = f"memory://{uuid.uuid4().hex}"
+    store, recipe = ArtifactStore(url, scratch=tmp_path), Recipe("checkpoint", 1, {"n": 1})
+    stand_in = Recipe("checkpoint", 1, {"n": "not known yet"})
+
+    def build(space):
+        assert space.remote is not None
+        (space.output / "x").write_text("x")
+        directory = space.progress / "checkpoints"
+        with open_checkpoints(directory, keep=2, remote=space.remote_path(directory)) as held:
+            before = held.newest()
+            save_all(held, [1, 2])
+        pin(f"{space.remote}/checkpoints", 1)
+        return Built("0" * 64, facts={"before": before and held.manifest(before).step})
+
+    with store.begin(stand_in) as space:
+        build(space)
+    elsewhere = ArtifactStore(url, scratch=tmp_path / "elsewhere")
+    made, _ = elsewhere.materialize(recipe, build, begun_as=[stand_in])
+    assert made.facts == {"before": 2}
+    place = f"{url}/work/{recipe.id}/exact/progress/checkpoints"
+    assert (steps_there(place), list(pinned(place))) == ([1, 1], [1])
+    fs, root = fsspec.url_to_fs(f"{url}/work/{stand_in.id}")
+    fs.invalidate_cache()
+    assert fs.find(root) == []
