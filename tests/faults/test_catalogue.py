@@ -8,7 +8,18 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import catalogue
-from catalogue import STEP, trial
+from catalogue import CATALOGUE, STEP, trial
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
+
+
+def test_the_documented_table_names_exactly_the_faults_of_the_suite():
+    told = catalogue.rows_of(DOCUMENT.read_text())
+    empty = catalogue.rows_of(f"{catalogue.BEGIN}{catalogue.table([])}{catalogue.END}")
+    assert [row[:1] for row in told] == [row[:1] for row in empty]
+    cells = [cell.split(" of ") for row in told for cell in row[1:] if " of " in cell]
+    assert len(cells) == sum(len(where) for rows in CATALOGUE.values() for where in rows.values())
+    assert all(survived == tried for survived, tried in cells)
 
 
 def test_a_trial_that_fails_is_counted_as_tried_and_an_unknown_one_is_refused(
