@@ -57,6 +57,10 @@ canceled, 2 it never started, 3 it was still going when the time was up. SIGINT 
 cancelled CI job sends, cancels the run: training saves a checkpoint first, and the next launch goes
 on from there. Needs no daemon and no webserver.
 
+JOB is an experiment, for everything; EXPERIMENT__tokenize, __pretrain, __evaluate or __export, for
+that with what it is made of; EXPERIMENT__on_demand; or DATASET__data.
+
+  levanter launch nano__pretrain
   levanter launch nano --set optimizer.learning_rate=1e-3 --tag commit=$(git rev-parse HEAD)
 """
 _WHY = """\

@@ -1,5 +1,6 @@
 """The definitions load fast, are complete, and follow the catalog and the environment."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from modeling.experiment import ConfigError, load_catalog
 from pipelines.build import CATALOG, build_defs, catalog_from_environment
+from pipelines.jobs import experiment_of
 
 HEAVY = ("jax", "equinox", "optax", "wandb", "matplotlib", "pyarrow", "tokenizers", "torch")
 LOAD = f"""
@@ -40,6 +42,31 @@ def test_an_experiments_job_takes_all_above_it_and_no_other_length(defs):
     assert "pystdlib/token_cache/L256" not in names
     data = defs.resolve_job_def("pystdlib__data").asset_layer.executable_asset_keys
     assert {key.path[0] for key in data} == {"pystdlib"}
+
+
+UNITS = {
+    "nano__tokenize": "pystdlib/token_cache/L128",
+    "nano__pretrain": "nano/checkpoint",
+    "nano__evaluate": "nano/eval_report",
+    "nano__export": "nano/hf_model",
+}
+
+
+@pytest.mark.parametrize("job", UNITS)
+def test_the_job_of_a_unit_takes_just_what_its_asset_is_made_of(defs, job):
+    graph = defs.resolve_asset_graph()
+    wanted = dg.AssetSelection.assets(UNITS[job]).upstream().resolve(graph)
+    layer = defs.resolve_job_def(job).asset_layer
+    assert set(layer.executable_asset_keys) == wanted
+    assert {check.asset_key for check in layer.asset_graph.asset_check_keys} == wanted
+    assert experiment_of(job) == "nano"
+
+
+def test_an_experiment_that_is_named_like_a_job_is_refused():
+    catalog = load_catalog(CATALOG)
+    clash = {"nano__export": catalog.experiments["nano"]}
+    with pytest.raises(ConfigError, match=r"'nano__export': .* not end in __export"):
+        build_defs(dataclasses.replace(catalog, experiments=clash))
 
 
 def test_overrides_from_the_environment_change_just_the_code_versions_they_concern(defs):
