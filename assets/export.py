@@ -65,6 +65,7 @@ def export_assets(
         name="logits_match",
         description=description,
         blocking=True,
+        pool=ACCELERATOR,
         additional_ins={"checkpoint": dg.AssetIn([name, "checkpoint"])},
     )
     def logits_match(

@@ -5,6 +5,7 @@ command gives it back if this process is killed (`abandoned`); the run is on rec
 """
 
 import contextlib
+import os
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ import dagster as dg
 # Private, and the very thing by which steps wait for each other.
 from dagster._core.execution.plan.instance_concurrency_context import InstanceConcurrencyContext
 
-from pipelines.abandoned import end_abandoned_runs, this_process
+from resources.abandoned import PROCESS, end_abandoned_runs, process_tags
 
 _STEP = "verify"
 _POLL_S = 1.0
@@ -30,11 +31,12 @@ def held(instance: dg.DagsterInstance, pool: str, say: Callable[[str], None]) ->
         say: hears once that there is something to wait for.
     """
     end_abandoned_runs(instance)
+    run_id = str(uuid.uuid4())
     run = dg.DagsterRun(
         job_name=_STEP,
-        run_id=str(uuid.uuid4()),
+        run_id=run_id,
         status=dg.DagsterRunStatus.STARTED,
-        tags={"levanter/command": _STEP} | this_process(),
+        tags={"levanter/command": _STEP} | process_tags(run_id, PROCESS, [os.getpid()]),
     )
     instance.add_run(run)
     try:

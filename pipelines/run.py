@@ -10,6 +10,7 @@ import dataclasses
 import os
 import sys
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
@@ -18,7 +19,6 @@ import dagster as dg
 
 from modeling.artifacts import ArtifactStore
 from modeling.experiment import Catalog, ConfigError
-from pipelines.abandoned import end_abandoned_runs, this_process
 from pipelines.build import build_defs, catalog_from_environment, with_overrides
 from pipelines.jobs import ON_DEMAND
 from pipelines.plan import out_of_date, wanted_assets
@@ -28,6 +28,7 @@ from pipelines.terminal import Terminal, terminal_logger
 from pipelines.verify import Verdict, verify
 from pipelines.why import why
 from resources import materializations
+from resources.abandoned import PROCESS, end_abandoned_runs, process_tags
 from resources.head_start import require_on_demand
 from resources.store import open_store
 
@@ -125,8 +126,7 @@ def verify_asset(asset: str, steps: tuple[int, int] | None = None) -> int:
     """
     key, store = dg.AssetKey(asset.split("/")), open_store()
     catalog = catalog_from_environment()
-    log = Path(os.environ["DAGSTER_HOME"]) / "logs" / f"verify-{os.getpid()}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log = _log_file("verify")
     with dg.DagsterInstance.get() as instance, _terminal() as terminal:
         terminal.say(f"Making {asset} again; what that prints is in {log}.")
         verdict: Verdict | Replay
@@ -172,17 +172,17 @@ def _execute(
     terminal: Terminal,
 ) -> bool:
     """Runs a job on `keys`; what the stages print goes to a file."""
-    log = Path(os.environ["DAGSTER_HOME"]) / "logs" / f"{job}-{os.getpid()}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log, run_id = _log_file(job), str(uuid.uuid4())
     end_abandoned_runs(instance)
     terminal.show_events()
     with _output_to(log):
         result = defs.resolve_job_def(job).execute_in_process(
             instance=instance,
+            run_id=run_id,
             asset_selection=keys,
             raise_on_error=False,
             run_config={"loggers": {"terminal": {"config": {}}}},
-            tags={"levanter/command": "run"} | this_process(),
+            tags={"levanter/command": "run"} | process_tags(run_id, PROCESS, [os.getpid()]),
         )
     if not result.success:
         terminal.failure(log)
@@ -231,6 +231,13 @@ def _terminal() -> Iterator[Terminal]:
     stream: TextIO
     with os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8") as stream:
         yield Terminal(stream)
+
+
+def _log_file(name: str) -> Path:
+    """Returns where this process keeps what its stages print."""
+    log = Path(os.environ["DAGSTER_HOME"]) / "logs" / f"{name}-{os.getpid()}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return log
 
 
 @contextlib.contextmanager

@@ -37,16 +37,17 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import dagster as dg
-from pydantic import Field
+from pydantic import Field, PrivateAttr
 
 from modeling import numerics
 from modeling.artifacts import Built, Workspace
 from modeling.experiment import ExperimentConfig
+from resources.abandoned import LAUNCHED, process_tags, watching
 
 PLATFORMS = ("cpu", "gpu", "tpu")
 _ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -87,6 +88,24 @@ class LauncherResource(dg.ConfigurableResource):
     max_retries: int = Field(
         default=2, description="Times a crashed child is started again, resuming.", ge=0
     )
+    _tell_of: Callable[[list[int]], None] | None = PrivateAttr(default=None)
+
+    @contextlib.contextmanager
+    def yield_for_execution(
+        self, context: dg.InitResourceContext
+    ) -> Generator["LauncherResource", None, None]:
+        """Has the run tell of its processes, and look after those of others, while it lasts."""
+        instance, run = context.instance, context.run
+        if instance is None or run is None:
+            yield self
+            return
+
+        def tell_of(pids: list[int]) -> None:
+            instance.add_run_tags(run.run_id, process_tags(run.run_id, LAUNCHED, pids))
+
+        self._tell_of = tell_of
+        with watching(instance, run.run_id):
+            yield self
 
     def platform_name(self) -> str:
         """Returns the kind of device that jobs run on."""
@@ -224,6 +243,8 @@ class LauncherResource(dg.ConfigurableResource):
         try:
             for index, command in enumerate(commands):
                 children.append(_Child(command, environment, index, ended, hear))
+            if self._tell_of is not None:
+                self._tell_of([child.pid for child in children])
             begun(children)
             told = self._wait(len(children), ended) or children[0]
             if told.code:
@@ -406,6 +427,11 @@ class _Child:
         self._waiter = threading.Thread(target=self._await_end, args=(ended,), daemon=True)
         self._pump.start()
         self._waiter.start()
+
+    @property
+    def pid(self) -> int:
+        """Its number, which is its process group's too."""
+        return self._process.pid
 
     def _await_end(self, ended: "queue.SimpleQueue[_Child]") -> None:
         self.code = self._process.wait()

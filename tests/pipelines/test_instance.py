@@ -53,4 +53,4 @@ def test_the_shipped_settings_need_no_daemon_and_send_nothing(home):
         assert not instance.nux_enabled
         assert type(instance.run_coordinator).__name__ == "SyncInMemoryRunCoordinator"
         assert instance.run_retries_enabled
-        assert instance.run_monitoring_settings["free_slots_after_run_end_seconds"] == 20
+        assert instance.run_monitoring_settings["free_slots_after_run_end_seconds"] == 90
