@@ -4,7 +4,8 @@ The URL is the resource's `url`, else `LEVANTER_STORE`, else `$DAGSTER_HOME/stor
 remote store (`gs://...`) happen under `LEVANTER_SCRATCH`, else `$DAGSTER_HOME/scratch`.
 
 `materialize` is what every asset body calls: it looks the recipe up first, so a stage whose recipe
-is on record computes nothing, from whatever entry route the run came.
+is on record computes nothing, from whatever entry route the run came. It also tags the run, so that
+the UI's list of runs can be searched by what came of them: `content/nano/checkpoint=5c0ffee5c0ff`.
 """
 
 import os
@@ -18,6 +19,8 @@ from pydantic import Field
 from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe
 from resources import materializations, panel, provenance
 from resources.scratch import scratch_directory
+
+CONTENT_TAG = "content/"
 
 
 class StoreLocationError(ValueError):
@@ -89,11 +92,14 @@ class StoreResource(dg.ConfigurableResource):
         files = store.local(artifact.kind, artifact.content_id)
         record = store.record(artifact.recipe_id, artifact.numerics)
         shown = show(artifact, files)
+        shown_id = artifact.content_id[:12]
+        run_tags = {f"{CONTENT_TAG}{key.to_user_string()}": shown_id}
+        context.instance.add_run_tags(context.run.run_id, run_tags)
         return dg.MaterializeResult(
             value=artifact,
             data_version=dg.DataVersion(artifact.content_id),
             metadata={
-                "id": artifact.content_id[:12],
+                "id": shown_id,
                 "was": "built" if is_new else "reused",
                 "why": _why(store, before, recipe, numerics),
                 "seconds": round(seconds, 2),
