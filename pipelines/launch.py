@@ -11,6 +11,7 @@ checkpoint before it ends.
 Exit codes are those of `pipelines.wait`; 130 and 143 after SIGINT and SIGTERM.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -26,8 +27,9 @@ import dagster as dg
 
 from pipelines.build import with_overrides
 from pipelines.instance import CHECKOUT
-from pipelines.jobs import ON_DEMAND
+from pipelines.jobs import experiment_of
 from pipelines.wait import NOT_STARTED, wait
+from resources import materializations
 
 _POLL_S = 0.5
 
@@ -65,12 +67,10 @@ def launch(
     environment = dict(os.environ)
     if overrides:
         environment["LEVANTER_OVERRIDES"] = with_overrides(
-            os.environ, job.removesuffix(ON_DEMAND), overrides
+            os.environ, experiment_of(job), overrides
         )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _cancel)
     run_id = str(uuid.uuid4())
-    with dg.DagsterInstance.get() as instance:
+    with dg.DagsterInstance.get() as instance, _signals_cancel():
         if overrides and _starts_through_daemon(instance):
             raise ValueError(
                 "--set: this instance queues runs for its daemon, whose own environment and "
@@ -88,8 +88,22 @@ def launch(
     return code
 
 
-def _cancel(number: int, frame: FrameType | None) -> None:
-    raise _Cancelled(number)
+@contextlib.contextmanager
+def _signals_cancel() -> Iterator[None]:
+    """Has the first SIGINT or SIGTERM raise `_Cancelled`; the handlers are put back at the end."""
+
+    def cancel(number: int, frame: FrameType | None) -> None:
+        # GitHub sends one after the other. Only a second Ctrl-C ends the wait for the run's end.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        raise _Cancelled(number)
+
+    before = {number: signal.signal(number, cancel) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _starts_through_daemon(instance: dg.DagsterInstance) -> bool:
@@ -129,8 +143,10 @@ def _summarize(instance: dg.DagsterInstance, job: str, run_id: str) -> None:
     run = instance.get_run_by_id(run_id)
     status = run.status.value if run else "never started"
     rows = [["asset", "was", "content id", "seconds"], ["---", "---", "---", "---:"]]
-    for key, shown in _materialized(instance, run_id):
-        rows.append([key, shown["was"], f"`{shown['id']}`", shown["seconds"]])
+    for made in materializations.of_run(instance, run_id):
+        shown = made.metadata
+        name, seconds = made.key.to_user_string(), str(shown["seconds"])
+        rows.append([name, str(shown["was"]), f"`{shown['id']}`", seconds])
     lines = [f"### {job}: {status}", ""] + [f"| {' | '.join(row)} |" for row in rows]
     url = os.environ.get("LEVANTER_UI_URL", "http://127.0.0.1:3000").rstrip("/")
     lines += ["", f"Run: {url}/runs/{run_id}"]
@@ -139,20 +155,6 @@ def _summarize(instance: dg.DagsterInstance, job: str, run_id: str) -> None:
     if page := os.environ.get("GITHUB_STEP_SUMMARY"):
         with Path(page).open("a", encoding="utf-8") as out:
             out.write(f"{text}\n")
-
-
-def _materialized(instance: dg.DagsterInstance, run_id: str) -> list[tuple[str, dict[str, str]]]:
-    """Returns each asset that the run has materialized, in order, with what its metadata says."""
-    records = instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
-    events = [record.dagster_event for record in records]
-    made = [event.step_materialization_data.materialization for event in events if event]
-    return [
-        (
-            one.asset_key.to_user_string(),
-            {name: str(value.value) for name, value in one.metadata.items()},
-        )
-        for one in made
-    ]
 
 
 def _say(line: str) -> None:

@@ -66,12 +66,23 @@ def kind_of(key: dg.AssetKey) -> str:
 def latest(instance: dg.DagsterInstance, key: dg.AssetKey) -> Materialization | None:
     """Returns the last materialization of an asset by its stage; None if there was none."""
     event = instance.get_latest_materialization_event(key)
-    made = event.asset_materialization if event else None
-    if event is None or made is None or "content_id" not in made.metadata:
+    return _of_event(event) if event is not None else None
+
+
+def of_run(instance: dg.DagsterInstance, run_id: str) -> list[Materialization]:
+    """Returns what the stages of a run have materialized, in that order."""
+    events = instance.all_logs(run_id, of_type=dg.DagsterEventType.ASSET_MATERIALIZATION)
+    return [made for made in map(_of_event, events) if made is not None]
+
+
+def _of_event(event: dg.EventLogEntry) -> Materialization | None:
+    """Returns a materialization; None of one that no stage of ours has made."""
+    made = event.asset_materialization
+    if made is None or "content_id" not in made.metadata:
         return None
     tags, metadata = made.tags or {}, {name: item.value for name, item in made.metadata.items()}
     return Materialization(
-        key,
+        made.asset_key,
         event.run_id,
         event.timestamp,
         tags.get(_CODE_VERSION, ""),
