@@ -30,6 +30,7 @@ from assets.export import export_assets
 from assets.tokenizer import tokenizer_assets
 from assets.tokens import cache_assets, tokenized_assets
 from modeling.experiment import Catalog, ConfigError, load_catalog
+from pipelines.automation import build_sensors, rerun_condition
 from pipelines.jobs import build_jobs
 from resources.head_start import HeadStartResource
 from resources.io_manager import ReferenceIOManagerFactory
@@ -56,10 +57,16 @@ def build_defs(catalog: Catalog, **overrides: Any) -> dg.Definitions:
     if unknown := sorted(set(overrides) - set(resources)):
         raise TypeError(f"no resource is named {unknown[0]!r}; there are {sorted(resources)}.")
     made = _assets(catalog)
+    rerun = rerun_condition()
     return dg.Definitions(
-        assets=[one for one in made if not isinstance(one, dg.AssetChecksDefinition)],
+        assets=[
+            one.map_asset_specs(lambda spec: spec.replace_attributes(automation_condition=rerun))
+            for one in made
+            if not isinstance(one, dg.AssetChecksDefinition)
+        ],
         asset_checks=[one for one in made if isinstance(one, dg.AssetChecksDefinition)],
         jobs=build_jobs(catalog),
+        sensors=build_sensors(catalog),
         resources=resources | overrides,
         # A step of its own process costs 6 to 8 CPU seconds of imports, and the stages that need
         # isolation have it: see `resources.launcher`.

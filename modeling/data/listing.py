@@ -11,12 +11,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import fsspec
+
 from modeling import canonical
 from modeling.data.config import (
     FilesSource,
     HuggingFaceSource,
     PackageSource,
     PyStdlibSource,
+    SavedDatasetSource,
     Source,
     Validation,
     ValidationConfig,
@@ -87,6 +90,60 @@ def scan(sources: Sources, *, validation: Validation, memo: DigestMemo | None = 
     with contextlib.nullcontext() if memo is None else memo.session() as known:
         files = [file for name in by_name for file in _scan(name, by_name[name], validation, known)]
     return Listing(tuple(files), validation, tuple(by_name))
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a corpus seems to consist of, as far as that is seen without reading."""
+
+    digest: str
+    """Over names and hints; no part of any identity."""
+    num_files: int
+
+
+def glance(sources: Sources, *, validation: Validation) -> Look:
+    """Looks at what files sources have now.
+
+    Raises:
+        SourceError: a source cannot be listed, as nothing matches or its store does not answer.
+    """
+    seen = []
+    for name, source in named(sources).items():
+        by = source.validation or validation
+        if isinstance(source, HuggingFaceSource) and source.id is not None:
+            seen += [
+                [name, split, commit_digest(source, split)] for split in dataset_splits(source, by)
+            ]
+            continue
+        paths = _paths(source, by)
+        try:
+            for path in paths:
+                # A process that looks again and again would be told what it was told first.
+                if "://" in path:
+                    fsspec.url_to_fs(path)[0].invalidate_cache()
+            for file, held_out in _found(source, by):
+                seen.append([name, file.logical_path, held_out, file.hint()])
+        except SourceError:
+            raise
+        except Exception as error:
+            # Of whatever type: each kind of store has its own for not being reached.
+            told = ", ".join(map(without_secrets, paths)) or source
+            raise SourceError(
+                f"{told}: cannot be listed: {type(error).__name__}: {error}"
+            ) from error
+    return Look(canonical.digest("look/1", seen), len(seen))
+
+
+def _paths(source: Source, validation: Validation) -> list[str]:
+    """Returns the paths, patterns and URLs that a source consists of."""
+    match source:
+        case FilesSource():
+            paths = list(source.paths)
+        case HuggingFaceSource() | SavedDatasetSource():
+            paths = [source.path] if source.path is not None else []
+        case _:
+            paths = []
+    return paths + (list(validation.paths) if isinstance(validation, ValidationFiles) else [])
 
 
 def named(sources: Sources) -> dict[str, Source]:

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import json
 import lzma
 import os
 import re
@@ -48,6 +49,8 @@ _BZIP2 = re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)")  # no text begins like th
 _BRACES = re.compile(r"\{([^{}]*,[^{}]*|\d+\.\.\d+)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
 _MOST_ALTERNATIVES = 1_000_000
+_HINTS = ("size", "generation", "ETag", "etag", "LastModified", "last_modified", "mtime", "created")
+"""By which one or another store of files tells versions of a file apart."""
 _PIECE_BYTES = 1024 * 1024
 _SMALL_PIECE_BYTES = 64 * 1024  # making a larger buffer takes longer than reading a small file
 _SMALL_CONTENT_BYTES = 1024 * 1024
@@ -103,6 +106,14 @@ class FoundFile:
         fs, path = fsspec.url_to_fs(self.location)
         generation = fs.info(path).get("generation") if "gs" in fs.protocol else None
         return generation and f"generation-{generation}"
+
+    def hint(self) -> str:
+        """Returns what is likely to change whenever the file does, with nothing of it read."""
+        if "://" not in self.location:
+            return str(self.stamp())
+        fs, path = fsspec.url_to_fs(self.location)
+        info = fs.info(path)
+        return json.dumps([str(info.get(name)) for name in _HINTS])
 
     def open(self) -> Any:
         """Opens the stored bytes for reading at any place.
