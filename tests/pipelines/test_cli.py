@@ -1,8 +1,6 @@
 """The `levanter` command as a person types it: what it prints and makes, and its exit codes."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 
@@ -146,6 +144,14 @@ class TestRun:
             DATA_STAGES + MODEL_STAGES, "fresh"
         ) | {"tiny/eval_report": "built"}
 
+    def test_another_vocabulary_makes_tokenizer_and_all_below_anew(self, other_instance, capfd):
+        """In an instance without memory, so what is reused is found in the store."""
+        with other_instance.instance():
+            assert main(["run", "tiny", "--set", "dataset.tokenizer.vocab_size=300"]) == 0
+        assert states(capfd.readouterr().out) == dict.fromkeys(
+            DATA_STAGES + MODEL_STAGES, "built"
+        ) | {"tales/raw_corpus": "reused"}
+
     def test_a_new_file_in_the_source_is_noticed(self, other_instance, capfd):
         with other_instance.instance():
             assert main(["run", "tiny"]) == 0
@@ -175,26 +181,6 @@ class TestRun:
         assert "failed" in printed
         assert "tales/token_cache/L100000" in printed
         assert "Everything that was printed is in" in printed
-
-    def test_a_killed_command_holds_nothing_up(self, empty_chain):
-        """Killed in training, where it holds the accelerator's only slot."""
-        command = [sys.executable, "-m", "pipelines.cli", "run", "tiny"]
-        environment = {**os.environ, **empty_chain.environment()}
-        with subprocess.Popen(
-            command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True
-        ) as killed:
-            for line in killed.stdout:
-                if "tiny/checkpoint  started" in line:
-                    break
-            killed.kill()
-        assert killed.returncode == -signal.SIGKILL
-        again = subprocess.run(
-            command, env=environment, capture_output=True, text=True, timeout=300, check=False
-        )
-        assert again.returncode == 0, again.stdout
-        assert states(again.stdout) == dict.fromkeys(DATA_STAGES, "fresh") | dict.fromkeys(
-            MODEL_STAGES, "built"
-        )
 
     def test_a_check_that_has_not_passed_is_not_forgotten(self, other_instance, capfd):
         with other_instance.instance() as instance:

@@ -1,5 +1,7 @@
 """`dagster job launch` from a clean shell, without a daemon: the run runs, the waiter is honest."""
 
+import contextlib
+import functools
 import os
 import re
 import shlex
@@ -9,17 +11,22 @@ import sys
 import tempfile
 import time
 import uuid
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import dagster as dg
 import pytest
 import yaml
 
+from pipelines.automation import NEW_FILES, RERUN
 from pipelines.cli import main, make_parser
 from pipelines.instance import CHECKOUT, ensure_home
 from pipelines.wait import FAILED, NOT_STARTED, STILL_GOING, SUCCEEDED, wait
+from resources import abandoned, materializations
 
 BIN = Path(sys.executable).parent
+DATA = [("tales", "raw_corpus"), ("tales", "tokenizer"), ("tales", "tokenized_corpus"),
+        ("tales", "token_cache", "L32")]  # fmt: skip
 CLEAN = {"PATH": f"{BIN}:/usr/bin:/bin"} | {
     name: os.environ[name] for name in ["PYTHONPATH"] if name in os.environ
 }
@@ -62,12 +69,23 @@ def settled(other_instance, monkeypatch):
     return other_instance
 
 
-def test_a_launched_run_that_succeeds(settled):
-    code, output = launch_and_wait(settled, "tales__data")
+def test_a_launched_run_of_a_changed_tokenizer_makes_what_depends_on_it(settled):
+    change = "dataset.tokenizer.vocab_size=310"
+    code, output = launch_and_wait(settled, "tiny__tokenize", change)
     assert code == SUCCEEDED, output
     assert "tales__tokenizer: " in output, "progress is shown"
     assert "SUCCESS" in output.splitlines()[-1]
-    assert settled.artifact("tales", "token_cache", "L64").facts["train"]["rows"] > 0
+    with settled.instance() as instance:
+        (run,) = instance.get_runs()
+        made = materializations.of_run(instance, run.run_id)
+    assert {one.key.to_user_string(): one.metadata["was"] for one in made} == {
+        "tales/raw_corpus": "reused",
+        "tales/tokenizer": "built",
+        "tales/tokenized_corpus": "built",
+        "tales/token_cache/L32": "built",
+    }
+    for one in made:
+        assert run.tags[f"content/{one.key.to_user_string()}"] == one.content_id[:12]
 
 
 def test_a_launched_run_that_fails(settled):
@@ -79,24 +97,54 @@ def test_a_launched_run_that_fails(settled):
     assert "### tales__data: FAILURE" in output
 
 
-def test_a_run_that_a_daemon_starts(settled, tmp_path):
-    config = settled.home / "dagster.yaml"
+def test_what_a_daemon_starts(settled, tmp_path):
+    """One daemon for three ways, since its start takes as long as what it does here."""
+    chain = settled.with_own_texts(tmp_path / "texts")
+    assert chain.run(select=DATA).success
+    config = chain.home / "dagster.yaml"
     config.write_text(config.read_text().replace("DefaultRunCoord", "QueuedRunCoord"))
+    change = "dataset.tokenizer.vocab_size=311"
+    switches = ["dagster", "sensor", "start", "--start-all", "-w", "workspace.yaml"]
+    assert shell(switches, chain, change)[0] == 0
     with (tmp_path / "daemon").open("w") as log:
         daemon = subprocess.Popen(
             [BIN / "dagster-daemon", "run", "-w", CHECKOUT / "workspace.yaml"],
-            env={**CLEAN, **settled.environment()},
+            env={**CLEAN, **chain.environment(change)},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
     try:
-        code, output = shell(["levanter", "launch", "tales__data"], settled)
+        with chain.instance() as instance:
+
+            def started_by(sensor):
+                """Returns the runs that a sensor has started, once they are there and over."""
+                wanted = dg.RunsFilter(tags={"dagster/sensor_name": sensor})
+
+                def are_there():
+                    assert daemon.poll() is None, (tmp_path / "daemon").read_text()
+                    runs = instance.get_runs(wanted)
+                    return runs and all(run.is_finished for run in runs)
+
+                wait_for(are_there)
+                return instance.get_runs(wanted)
+
+            (rerun,) = started_by(RERUN)
+            code, output = shell(["levanter", "launch", "tales__data"], chain)
+            (new_files,) = started_by(f"tales{NEW_FILES}")
+            made = materializations.of_run(instance, rerun.run_id)
     finally:
         daemon.terminate()
         daemon.wait(timeout=60)
+    assert rerun.is_success
+    assert {one.key.to_user_string(): one.metadata["was"] for one in made} == {
+        "tales/tokenizer": "built",
+        "tales/tokenized_corpus": "built",
+        "tales/token_cache/L32": "built",
+    }
     assert code == SUCCEEDED, output
     assert "### tales__data: SUCCESS" in output
     assert "| tales/tokenizer | reused | `" in output
+    assert (new_files.job_name, new_files.is_success) == ("tales__data", True)
 
 
 def test_the_example_for_ci_launches_as_the_command_line_has_it(capsys):
@@ -113,8 +161,11 @@ def test_the_example_for_ci_launches_as_the_command_line_has_it(capsys):
 def test_a_change_that_a_daemon_would_not_see_is_refused(settled, capfd):
     config = settled.home / "dagster.yaml"
     config.write_text(config.read_text().replace("DefaultRunCoord", "QueuedRunCoord"))
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     with settled.instance():
         assert main(["launch", "tiny", "--set", "trainer.seed=1"]) == 2
+    after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert after == handlers
     assert "queues runs for its daemon" in capfd.readouterr().err
 
 
@@ -154,7 +205,7 @@ def test_the_clean_shell_is_clean(chain):
 
 def test_a_cancelled_launch_saves_and_leaves_no_process(settled, tmp_path):
     """What a cancelled CI job does, and the UI's Terminate, on a training that never ends."""
-    page = tmp_path / "summary.md"
+    page, before = tmp_path / "summary.md", saved(settled)
     command = [
         BIN / "levanter", "launch", "tiny", "--tag", "commit=c0ffee",
         "--set", "trainer.num_train_steps=1000000", "--set", "trainer.save_every_steps=1000000",
@@ -177,19 +228,75 @@ def test_a_cancelled_launch_saves_and_leaves_no_process(settled, tmp_path):
     assert len(pids) == 1, said()
     assert "Stopped: preempted after step" in said()
     assert workers(settled) == []
-    commits = list(settled.store_directory.glob("work/**/COMMIT"))
-    assert len(commits) == 1, "the state at the time is kept for the next run"
+    assert len(saved(settled) - before) == 1, "the state at the time is kept for the next run"
 
     (run_id,) = re.findall(r"Launching tiny as run ([0-9a-f-]+)", said())
     with settled.instance() as instance:
         run = instance.get_run_by_id(run_id)
+        retries = instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_UP_FOR_RETRY)
     assert run.status == dg.DagsterRunStatus.CANCELED
+    assert retries == [], "it was no crash"
     assert run.tags["commit"] == "c0ffee"
     summary = page.read_text()
     assert "### tiny: CANCELED" in summary
     assert "| tales/tokenizer | reused | `" in summary
     assert f"/runs/{run_id}" in summary
     assert "tiny/checkpoint" not in summary
+
+
+def test_two_trainings_never_share_the_accelerator_also_when_a_run_is_killed(
+    settled, tmp_path, monkeypatch, capfd
+):
+    """No daemon runs. The second command waits for the slot, until what the first left is gone."""
+    monkeypatch.setattr(abandoned, "POLL_S", 0.5)
+    before = saved(settled)
+    command = [
+        BIN / "levanter", "launch", "tiny__pretrain", "--set", "trainer.seed=7",
+        "--set", "trainer.num_train_steps=1000000", "--set", "trainer.save_every_steps=1000000",
+    ]  # fmt: skip
+    said = (tmp_path / "output").read_text
+    with (tmp_path / "output").open("w") as output:
+        launched = subprocess.Popen(
+            command, env={**CLEAN, **settled.environment()}, stdout=output, stderr=output
+        )
+    wait_for(lambda: "step 4 of" in said() or launched.poll() is not None)
+    (training,) = workers(settled)
+
+    def kill_the_first_run(instance):
+        slots = functools.partial(instance.event_log_storage.get_concurrency_info, "accelerator")
+        (first,) = instance.get_runs(dg.RunsFilter(job_name="tiny__pretrain"))
+        process = int(first.tags[abandoned.PROCESS].split()[2])
+        try:
+            wait_for(lambda: slots().pending_step_count or second.done())
+            assert workers(settled) == [training]
+            os.kill(training, signal.SIGSTOP)
+            os.kill(process, signal.SIGKILL)
+            wait_for(lambda: instance.get_run_by_id(first.run_id).is_finished)
+            assert abandoned.end_abandoned_runs(instance) == []
+            assert slots().active_run_ids == {first.run_id}, "its training still has the device"
+        finally:  # also where this has failed: the second one waits
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+            os.kill(training, signal.SIGCONT)
+
+    second = Future()
+    try:
+        with settled.instance() as instance, ThreadPoolExecutor() as threads:
+            killing = threads.submit(kill_the_first_run, instance)
+            second.set_result(main(["run", "tiny"]))
+            killing.result()
+    finally:
+        code = launched.wait(timeout=240)
+    assert second.result() == 0
+    assert code == FAILED, said()
+    assert workers(settled) == []
+    assert len(saved(settled) - before) == 1, "it has saved, though nobody hears of it"
+    assert "3 of 7 assets to make" in capfd.readouterr().out
+
+
+def saved(chain):
+    """Returns the checkpoints of unfinished trainings that count."""
+    return set(chain.store_directory.glob("work/**/COMMIT"))
 
 
 def workers(chain):
