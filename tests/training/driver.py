@@ -13,6 +13,7 @@ process like any other: it has its own devices, flags, signals and death.
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -161,8 +162,8 @@ def fork() -> int:
     while True:
         try:
             return os.fork()
-        except BlockingIOError as error:
-            if time.monotonic() > deadline:
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.ENOMEM) or time.monotonic() > deadline:
                 raise
             sys.stderr.write(f"nursery: {error}; trying again\n")
             time.sleep(1)
