@@ -6,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from modeling.models.config import Gpt2Config
 from modeling.training.config import TrainerConfig
-from modeling.training.mesh import build_layout
+from modeling.training.mesh import (
+    build_layout,
+    require_divisible_vocabulary,
+    require_known_axes,
+)
 from modeling.training.precision import Policy
 
 TRAINER = TrainerConfig(num_train_steps=1, train_batch_size=8)
@@ -63,8 +68,45 @@ def test_the_mesh_takes_the_first_devices_in_order():
         ({"parameter_axis_resources": {"embed": "x"}}, r"parameter_axis_resources: `embed: x`"),
         ({"num_microbatches": 3}, r"num_microbatches: 3 does not divide .*8"),
         ({"mesh": {"data": 4}, "num_microbatches": 4}, r"2 rows at a time.*4 devices.*of 16"),
+        (
+            {"mesh": {"data": 3}},
+            r"train_batch_size: 8 rows.*3 devices along mesh axis `data`.*multiple of 3",
+        ),
+        (
+            {"mesh": {"a": 2, "b": 2}, "axis_resources": {"batch": ("a", "a")}},
+            r"axis_resources: `batch: \['a', 'a'\]` must name one or more mesh axes, each once",
+        ),
+        ({"axis_resources": {"batch": ()}}, r"`batch: \[\]` must name one or more mesh axes"),
+        (
+            {"mesh": {"data": 4}, "processes": 3},
+            r"processes: 3 processes cannot share the 4 devices.*a divisor of 4",
+        ),
+        (
+            {"mesh": {"data": 2}, "axis_resources": {"batch": "data", "mlp": "dato"}},
+            r"axis_resources: `mlp: dato`.*did you mean `data`",
+        ),
     ],
 )  # fmt: skip
 def test_a_layout_that_cannot_be_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         build_layout(dataclasses.replace(TRAINER, **change))
+
+
+def test_a_mapping_of_an_axis_that_no_array_has_is_refused():
+    known = {"batch", "position", "embed", "heads", "mlp"}
+    split = dataclasses.replace(TRAINER, axis_resources={"batch": "data", "head": "data"})
+    with pytest.raises(
+        ValueError, match=r"axis_resources: no array.*`head` \(did you mean `heads`\?\).*'mlp'"
+    ):
+        require_known_axes(split, known)
+    require_known_axes(TRAINER, known)
+
+
+def test_a_vocabulary_that_devices_cannot_share_is_refused_with_the_padding_it_takes():
+    trainer = dataclasses.replace(
+        TRAINER, mesh={"data": 2, "model": 4}, axis_resources={"batch": "data", "vocab": "model"}
+    )
+    layout = build_layout(trainer)
+    with pytest.raises(ValueError, match=r"102 rows.*over 4 devices.*vocab_pad_multiple: 4"):
+        require_divisible_vocabulary(layout, Gpt2Config(), 102)
+    require_divisible_vocabulary(layout, Gpt2Config(vocab_pad_multiple=4), 102)
