@@ -16,7 +16,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe
+from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe, verify_files
 from resources import materializations, panel, provenance
 from resources.scratch import scratch_directory
 
@@ -76,6 +76,9 @@ class StoreResource(dg.ConfigurableResource):
             begun_as: see `ArtifactStore.materialize`.
             show: gives metadata of the stage's own, beside the ids and facts of every artifact.
             key: the asset, where the step that runs makes several.
+
+        Raises:
+            DamagedArtifactError: nothing can be shown of the artifact, for its files are damaged.
         """
         store = self.open()
         context = dg.AssetExecutionContext.get()
@@ -91,7 +94,11 @@ class StoreResource(dg.ConfigurableResource):
         )
         files = store.local(artifact.kind, artifact.content_id)
         record = store.record(artifact.recipe_id, artifact.numerics)
-        shown = show(artifact, files)
+        try:
+            shown = show(artifact, files)
+        except Exception:
+            verify_files(files)  # names the damaged file, if that is why nothing can be shown
+            raise
         shown_id = artifact.content_id[:12]
         run_tags = {f"{CONTENT_TAG}{key.to_user_string()}": shown_id}
         context.instance.add_run_tags(context.run.run_id, run_tags)

@@ -6,6 +6,7 @@ only what the check knows about its stage can find them.
 
 import dataclasses
 import json
+import re
 import shutil
 
 import dagster as dg
@@ -217,7 +218,17 @@ def test_an_export_without_its_tokenizer_fails(copied):
 
 def test_a_failed_check_stops_what_would_follow(copied):
     path = files_of(copied, TOKENIZER) / "tokenizer.json"
-    path.write_text(path.read_text().replace("e", "a", 1))
+    path.write_text(path.read_text() + "\n")
     result = copied.run(job="tales__data")
     assert not result.success
     assert set(copied.was(result)) == {"tales/raw_corpus", "tales/tokenizer"}
+
+
+def test_what_is_too_damaged_to_be_shown_is_named_by_file(copied):
+    path = files_of(copied, TOKENIZER) / "tokenizer.json"
+    path.write_text(path.read_text()[:-40])
+    result = copied.run(job="tales__data")
+    assert set(copied.was(result)) == {"tales/raw_corpus"}
+    (failure,) = result.get_step_failure_events()
+    told = failure.event_specific_data.error.to_string()
+    assert re.search(r"DamagedArtifactError: .*tokenizer\.json has \d+ bytes, not \d+", told)

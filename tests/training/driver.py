@@ -84,6 +84,9 @@ class CountingCache(TokenCache):
     def num_rows(self, split: str) -> int:
         return len(self.tokens)
 
+    def share(self, split: str) -> int:
+        return 1
+
     def rows(self, split: str, indices: np.ndarray) -> Rows:
         return Rows(self.tokens[indices])
 
