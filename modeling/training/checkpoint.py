@@ -121,10 +121,29 @@ class Writers:
         """Returns what each process says at a stage, JSON values, in order; waits for all."""
         if self.count == 1:
             return [mine]
+        self._say(directory, stage, mine)
+        return self._heard(directory, stage)
+
+    def gathered(self, directory: Path, stage: str, mine: Any) -> list[Any]:
+        """Returns to the first process what each says; to the others, at once, nothing.
+
+        The first may remove `PARTS` after it: nobody reads there any more.
+        """
+        if self.count == 1:
+            return [mine]
+        self._say(directory, stage, mine)
+        return [] if self.index else self._heard(directory, stage)
+
+    def _say(self, directory: Path, stage: str, mine: Any) -> None:
         parts = directory / PARTS
         parts.mkdir(exist_ok=True)
-        write_durably(parts / f"{stage}-{self.index}.json", {"said": mine})
-        paths = [parts / f"{stage}-{index}.json" for index in range(self.count)]
+        attempt = parts / f".{stage}-{self.index}.json"
+        attempt.write_text(json.dumps({"said": mine}))
+        # Of no use after a crash, so not synced: with the last word `PARTS` itself may be gone.
+        attempt.replace(parts / f"{stage}-{self.index}.json")
+
+    def _heard(self, directory: Path, stage: str) -> list[Any]:
+        paths = [directory / PARTS / f"{stage}-{index}.json" for index in range(self.count)]
         for path in paths:
             self.wait_for(path)
         return [json.loads(path.read_text())["said"] for path in paths]
@@ -224,7 +243,7 @@ def _chunk_files(leaf: HostLeaf) -> dict[tuple[int, ...], FileRecord]:
 def _leaf_records(
     directory: Path, leaves: Sequence[HostLeaf], mine: _Chunks, writers: Writers
 ) -> list[LeafRecord]:
-    """Returns the records of whole arrays, whoever holds their chunks."""
+    """Returns to the first process the records of whole arrays, whoever holds their chunks."""
     told = {path: [dataclasses.asdict(chunk) for chunk in chunks] for path, chunks in mine.items()}
     parts = writers.exchanged(directory, "chunks", told)
     records, whole = [], {}
@@ -241,7 +260,9 @@ def _leaf_records(
             whole[leaf.path] = _digest_in_memory(leaf, record)
         elif len(holders) > 1 and number % writers.count == writers.index:
             whole[leaf.path] = _digest_read_back(directory, record)
-    told_digests = writers.exchanged(directory, "digests", whole)
+    told_digests = writers.gathered(directory, "digests", whole)
+    if writers.index:
+        return []
     digests = {path: digest for part in told_digests for path, digest in part.items()}
     return [dataclasses.replace(record, sha256=digests[record.path]) for record in records]
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors import safe_open
 
 import haliax as hax
-from modeling.training import checkpoint
+from modeling.training import checkpoint, manifest
 from modeling.training.inspecting import described, differences, export
 from modeling.training.leaves import snapshot
 from modeling.training.manifest import CheckpointError
@@ -36,7 +36,7 @@ def state(**changes):
     return tree | changes
 
 
-def write(directory, tree, *, processes=1):
+def write(directory, tree, *, processes=1, kind=checkpoint.Writers):
     """Writes a tree, each of several writers a share of the chunks."""
     leaves = snapshot(tree)
     step = {"step": 3, "cursor": {"rows": 6}, "config": {}, "files": {"losses.json": {}}}
@@ -49,7 +49,7 @@ def write(directory, tree, *, processes=1):
             dataclasses.replace(leaf, chunks=dict(list(leaf.chunks.items())[index::processes]))
             for leaf in leaves
         ]
-        writers = checkpoint.Writers(index, processes)
+        writers = kind(index, processes)
         checkpoint.write(directory, own, writers=writers, **step)
 
     with ThreadPoolExecutor(processes) as pool:
@@ -61,6 +61,23 @@ def header_of(path):
     raw = path.read_bytes()
     (length,) = struct.unpack("<Q", raw[:8])
     return json.loads(raw[8 : 8 + length])
+
+
+class Late(checkpoint.Writers):
+    """The second of two, which the machine lets go on only when the first has committed."""
+
+    def wait_for(self, path):
+        if self.index and path.name.startswith("digests"):
+            super().wait_for(path.parents[1] / manifest.COMMIT)
+            checkpoint.Writers(self.index, self.count, patience_s=0.0).wait_for(path)
+        super().wait_for(path)
+
+
+def test_the_first_of_two_writers_may_be_done_before_the_second_looks(tmp_path):
+    """Which once waited for ever for what the first had removed."""
+    saved = write(tmp_path / "saved", state(), processes=2, kind=Late)
+    assert not list(faults(saved))
+    assert not (saved / manifest.PARTS).exists()
 
 
 class TestExport:
