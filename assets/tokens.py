@@ -256,7 +256,7 @@ def _token_faults(files: Path, ends_with_eos: bool) -> Iterator[str]:
     import numpy as np
 
     from modeling.data.shards import map_shard
-    from modeling.data.tokenized import Manifest
+    from modeling.data.token_files import Manifest
 
     manifest = Manifest.read(files)
     for split, expected in manifest.splits.items():
@@ -283,7 +283,7 @@ def _row_faults(files: Path, tokens_dir: Path, config: "TokenCacheConfig") -> It
     import numpy as np
 
     from modeling.data.cache import TokenCache
-    from modeling.data.tokenized import Manifest, flat_tokens
+    from modeling.data.token_files import Manifest, flat_tokens
 
     cache, length = TokenCache.open(files, tokens_dir), config.length
     manifest = Manifest.read(tokens_dir)

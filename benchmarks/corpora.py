@@ -9,10 +9,9 @@ import numpy as np
 import pyarrow as pa
 
 from modeling.artifacts import write_durably
-from modeling.data import corpus, tokenized
-from modeling.data.ledger import Shard
+from modeling.data import corpus, token_files
 from modeling.data.shards import write_shard
-from modeling.data.tokenized import Manifest, SplitManifest
+from modeling.data.token_files import Manifest, Shard, SplitManifest
 from modeling.merkle import MerkleHasher
 
 VOCAB_SIZE, EOS = 50257, 0
@@ -63,7 +62,7 @@ def write_tokenized(directory: Path, shards: Iterable[Documents]) -> SplitManife
     )
     manifest = Manifest("uint16", VOCAB_SIZE, EOS, False, {"train": split})
     write_durably(
-        directory / tokenized.MANIFEST_FILE, {"format": tokenized.FORMAT} | asdict(manifest)
+        directory / token_files.MANIFEST_FILE, {"format": token_files.FORMAT} | asdict(manifest)
     )
     return split
 

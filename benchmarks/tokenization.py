@@ -30,7 +30,7 @@ import numpy as np
 from corpora import write_table
 
 from modeling.artifacts import Workspace
-from modeling.data import corpus, encoding, tokenized, tokenizer
+from modeling.data import corpus, encoding, token_files, tokenized, tokenizer
 from modeling.data.config import (
     BpeTokenizerConfig,
     Pattern,
@@ -160,8 +160,8 @@ def contenders(root: Path, texts: list[bytes], turn: int) -> dict[str, Contender
         config = TokenizationConfig(append_eos=False)
         space = workspace(root, f"tokenized-{turn}")
         tokenized.build(config, root / "corpus", root / "tokenizer", space)
-        split = tokenized.Manifest.read(space.output).splits[TRAIN]
-        tokens = tokenized.flat_tokens(space.output, split, dtype)
+        split = token_files.Manifest.read(space.output).splits[TRAIN]
+        tokens = token_files.flat_tokens(space.output, split, dtype)
         return np.array(tokens.span(0, len(tokens)))
 
     return {

@@ -91,7 +91,6 @@ from haliax.creation import zeros_like as zeros_like
 from haliax.dslice import dblock as dblock
 from haliax.dslice import ds as ds
 from haliax.dslice import dslice as dslice
-from haliax.einsums import einsum as einsum
 from haliax.elementwise import abs as abs
 from haliax.elementwise import absolute as absolute
 from haliax.elementwise import add as add
@@ -297,6 +296,7 @@ if TYPE_CHECKING:
     from haliax import fft as fft
     from haliax import poly as poly
     from haliax import quantization as quantization
+    from haliax.einsums import einsum as einsum
     from haliax.fft import fftfreq as fftfreq
     from haliax.fft import fftshift as fftshift
     from haliax.fft import hfft as hfft
@@ -318,6 +318,7 @@ if TYPE_CHECKING:
 
 _LAZY_MODULES = ("debug", "fft", "poly", "quantization")
 _LAZY_NAMES = {
+    "einsums": "einsum",
     "fft": "fftfreq fftshift hfft ifft ifftshift ihfft irfft rfft rfftfreq",
     "poly": "polyadd polyder polydiv polyfit polyint polymul polysub polyval roots",
 }

@@ -1,4 +1,7 @@
-"""Layers, activations, losses and attention on named arrays."""
+"""Layers, activations, losses and attention on named arrays; what few models use, on first use."""
+
+import importlib
+from typing import TYPE_CHECKING
 
 from haliax.nn import activations as activations
 from haliax.nn import attention as attention
@@ -32,8 +35,6 @@ from haliax.nn.activations import swish as swish
 from haliax.nn.activations import tanh as tanh
 from haliax.nn.attention import dot_product_attention as dot_product_attention
 from haliax.nn.attention import dot_product_attention_weights as dot_product_attention_weights
-from haliax.nn.conv import Conv as Conv
-from haliax.nn.conv import ConvTranspose as ConvTranspose
 from haliax.nn.dropout import Dropout as Dropout
 from haliax.nn.dropout import dropout as dropout
 from haliax.nn.embedding import Embedding as Embedding
@@ -45,7 +46,6 @@ from haliax.nn.loss import (
 )
 from haliax.nn.loss import maybe_reduce_loss as maybe_reduce_loss
 from haliax.nn.loss import reduce_loss as reduce_loss
-from haliax.nn.mlp import MLP as MLP
 from haliax.nn.moe import MoELinear as MoELinear
 from haliax.nn.normalization import LayerNorm as LayerNorm
 from haliax.nn.normalization import RmsNorm as RmsNorm
@@ -53,8 +53,28 @@ from haliax.nn.normalization import log_softmax as log_softmax
 from haliax.nn.normalization import logsumexp as logsumexp
 from haliax.nn.normalization import softmax as softmax
 from haliax.nn.normalization import standardize as standardize
-from haliax.nn.pool import max_pool as max_pool
-from haliax.nn.pool import mean_pool as mean_pool
-from haliax.nn.pool import min_pool as min_pool
 from haliax.nn.scan import BlockSeq as BlockSeq
 from haliax.nn.scan import Stacked as Stacked
+
+if TYPE_CHECKING:
+    from haliax.nn.conv import Conv as Conv
+    from haliax.nn.conv import ConvTranspose as ConvTranspose
+    from haliax.nn.mlp import MLP as MLP
+    from haliax.nn.pool import max_pool as max_pool
+    from haliax.nn.pool import mean_pool as mean_pool
+    from haliax.nn.pool import min_pool as min_pool
+
+_LAZY_NAMES = {
+    "conv": ("Conv", "ConvTranspose"),
+    "mlp": ("MLP",),
+    "pool": ("max_pool", "mean_pool", "min_pool"),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _LAZY_NAMES.items():
+        if name == module:
+            return importlib.import_module(f"haliax.nn.{module}")
+        if name in names:
+            return getattr(importlib.import_module(f"haliax.nn.{module}"), name)
+    raise AttributeError(f"module 'haliax.nn' has no attribute '{name}'")

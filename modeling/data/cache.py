@@ -34,7 +34,7 @@ from modeling.data.packing import Documents, Fate, PackedRows, Packer, Pieces, W
 from modeling.data.rows import Columns, Rows
 from modeling.data.shards import FlatTokens, map_rows, map_shard, prefix_root_of, write_rows
 from modeling.data.splits import TRAIN, file_stem, role_of
-from modeling.data.tokenized import Manifest, SplitManifest
+from modeling.data.token_files import Manifest, SplitManifest
 
 Layout = Literal["view", "copy"]
 INDEX_FILE = "index.json"

@@ -33,7 +33,7 @@ from modeling.data.order import EVERY_ROW
 from modeling.data.packing import Documents, PackedRows, Packer, Window
 from modeling.data.rows import Columns, Rows
 from modeling.data.shards import FlatTokens, MappedShard, map_shard, token_dtype
-from modeling.data.tokenized import Manifest, SplitManifest
+from modeling.data.token_files import Manifest, SplitManifest
 
 FINISHED_FILE = "finished.json"
 _DEMAND_FILE = "demand-{}.json"

@@ -22,23 +22,10 @@ from typing import Any
 from modeling.artifacts import DamagedArtifactError, file_sha256, needing_space, write_durably
 from modeling.data.encoding import Encoded
 from modeling.data.shards import write_shard
+from modeling.data.token_files import Shard
 
 STREAM_FILE = "stream.jsonl"
 _UNITS = "units"
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-    """One file of consecutive documents of a split."""
-
-    file: str
-    documents: int
-    tokens: int
-    text_bytes: int
-    sha256: str
-    """Of the file as written."""
-    key: str
-    """Of the unit that the file holds, tokenizer and policy included."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,8 +1,4 @@
-"""The tokenized corpus: every document as ids, in Arrow IPC shards that a cache reads in place.
-
-    <split>-00000.arrow   one row a document, see `modeling.data.shards`
-    manifest.json         dtype, vocab_size, eos_id, and for each split its shards, its counts, and
-                          the Merkle leaves of its flat tokens (see `modeling.merkle`)
+"""Builds the tokenized corpus: every document as ids, in the files of `modeling.data.token_files`.
 
 Per split, two byte streams are digested: all tokens, little endian, in document order; and the end
 offset of each document, as little-endian uint64; a third where tokens have a loss mask, a byte
@@ -17,7 +13,7 @@ from there. All files are the same whoever encoded, in which order, after how ma
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,88 +31,20 @@ from modeling.artifacts import (
 from modeling.data import corpus
 from modeling.data.compute import Encoding, Keyed, encoded_by_ray, encoded_here
 from modeling.data.config import Compute, Format, LocalCompute, RayCompute, TokenizationConfig
-from modeling.data.ledger import FetchEarlier, Ledger, Shard, nothing_earlier
-from modeling.data.shards import FlatTokens, map_shard, token_dtype
+from modeling.data.ledger import FetchEarlier, Ledger, nothing_earlier
+from modeling.data.shards import map_shard, token_dtype
 from modeling.data.splits import file_stem
+from modeling.data.token_files import FORMAT, MANIFEST_FILE, Manifest, Shard, SplitManifest
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
 from modeling.data.units import UNIT_BYTES, Unit, cut_units
 from modeling.merkle import MerkleHasher
 from modeling.progress import Meter, Report, ignore
 
-MANIFEST_FILE = "manifest.json"
-FORMAT = "tokenized_corpus/2"
 LOCAL = LocalCompute()
 _MEGABYTE = 1e6
 Pace = Callable[[Mapping[str, int], Sequence[str]], str]
 """Says which split a build goes on with, and may wait before that; takes the number of committed
 tokens by split, and the splits that have documents left."""
-
-
-@dataclass(frozen=True)
-class SplitManifest:
-    """What is known of one split without reading its shards."""
-
-    documents: int
-    tokens: int
-    text_bytes: int
-    shards: tuple[Shard, ...]
-    token_leaves: tuple[str, ...]
-    tokens_root: str
-    offsets_root: str
-    loss_mask_root: str | None
-    """None where every token is to be predicted."""
-    longest_document: int
-    """In tokens."""
-    document_lengths: tuple[int, ...]
-    """How many documents have fewer than 2, then 2 to 3, 4 to 7, 8 to 15... tokens."""
-    unknown_tokens: int | None
-    """How often the id that stands for unknown text occurs; None if the tokenizer has none."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """`manifest.json`."""
-
-    dtype: str
-    vocab_size: int
-    eos_id: int
-    has_loss_mask: bool
-    splits: dict[str, SplitManifest]
-
-    @property
-    def shares(self) -> dict[str, int]:
-        """The bytes of text of each source to train on, where there are several."""
-        train = {name: split for name, split in self.splits.items() if name.startswith("train/")}
-        return {name: split.text_bytes for name, split in train.items()} if len(train) > 1 else {}
-
-    @classmethod
-    def read(cls, directory: Path) -> "Manifest":
-        """Reads the manifest of a built tokenized corpus."""
-        raw = json.loads((directory / MANIFEST_FILE).read_text(encoding="utf-8"))
-        if raw.pop("format") != FORMAT:
-            raise ValueError(f"{directory / MANIFEST_FILE}: not of format {FORMAT}.")
-        splits = {
-            name: SplitManifest(
-                **split
-                | {
-                    "shards": tuple(Shard(**shard) for shard in split["shards"]),
-                    "token_leaves": tuple(split["token_leaves"]),
-                    "document_lengths": tuple(split["document_lengths"]),
-                }
-            )
-            for name, split in raw.pop("splits").items()
-        }
-        return cls(splits=splits, **raw)
-
-
-def flat_tokens(directory: Path, split: SplitManifest, dtype: np.dtype) -> FlatTokens:
-    """Returns the tokens of one split of a built tokenized corpus, mapped into memory."""
-    has_loss_mask = split.loss_mask_root is not None
-    shards = (
-        map_shard(directory / shard.file, dtype, with_loss_mask=has_loss_mask)
-        for shard in split.shards
-    )
-    return FlatTokens([shard.tokens for shard in shards])
 
 
 def build(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from modeling.artifacts import Workspace, write_durably
-from modeling.data import cache, corpus, growing, packing, tokenized
+from modeling.data import cache, corpus, growing, packing, token_files, tokenized
 from modeling.data.cache import TokenCache
 from modeling.data.config import (
     FilesSource,
@@ -86,7 +86,7 @@ class Build:
         write_durably(self.handoff / growing.FINISHED_FILE, {"tokenized_corpus": str(published)})
 
     def cache(self, chain, *, splits=("train",), report=lambda line: None, **config):
-        manifest = tokenized.Manifest.read(chain.tokenized_dir)
+        manifest = token_files.Manifest.read(chain.tokenized_dir)
         return GrowingCache(
             self.space.progress,
             self.handoff,
@@ -294,7 +294,7 @@ def test_a_finished_corpus_that_does_not_begin_with_what_was_read_is_refused(
     build.units(8)
     rows.known_rows("train", 40)
     build.finish(tmp_path / "published")
-    manifest = tmp_path / "published" / tokenized.MANIFEST_FILE
+    manifest = tmp_path / "published" / token_files.MANIFEST_FILE
     content = json.loads(manifest.read_text())
     content["splits"]["train"]["shards"].reverse()
     manifest.write_text(json.dumps(content))

@@ -9,7 +9,7 @@ import pytest
 import haliax as hax
 from haliax import Axis
 from modeling import canonical, recipes
-from modeling.data import cache, compute, corpus, tokenized, tokenizer
+from modeling.data import cache, compute, corpus, token_files, tokenized, tokenizer
 from modeling.data.config import (
     BpeTokenizerConfig,
     ChatFormat,
@@ -199,7 +199,7 @@ def test_sources_of_different_formats_share_a_dataset_each_with_its_own_mask(
     inputs = mixed.tokenization, dirs["corpus"], dirs["tokenizer"]
     built = tokenized.build(*inputs, spaces["tokens"], document_format=mixed.formats)
 
-    manifest = tokenized.Manifest.read(dirs["tokens"])
+    manifest = token_files.Manifest.read(dirs["tokens"])
     assert manifest.has_loss_mask
     assert mixed.has_loss_mask
     encoder = tokenizer.Tokenizer.load(dirs["tokenizer"])

@@ -38,7 +38,7 @@ from modeling.data.config import (
 from modeling.data.digests import DigestMemo
 from modeling.data.reading import is_held_out
 from modeling.data.sources import FoundFile, SourceError, find_files
-from modeling.data.tokenized import Manifest
+from modeling.data.token_files import Manifest
 from modeling.experiment import ConfigError, validate
 
 ALL_TRAIN = ValidationConfig(fraction=0.0)

@@ -14,10 +14,9 @@ from modeling.artifacts import Workspace
 from modeling.data import cache, packing
 from modeling.data.cache import TokenCache
 from modeling.data.config import TokenCacheConfig
-from modeling.data.ledger import Shard
 from modeling.data.packing import Documents, Fate, PackedRows, Packer, Window
 from modeling.data.shards import FlatTokens, write_shard
-from modeling.data.tokenized import FORMAT, Manifest, SplitManifest
+from modeling.data.token_files import FORMAT, Manifest, Shard, SplitManifest
 from modeling.merkle import MerkleHasher
 
 IDS = {"tokenized_id": "a" * 64, "tokenizer_id": "b" * 64}

@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from modeling.artifacts import INVENTORY, ArtifactStore, Recipe, Workspace
-from modeling.data import compute, corpus, ledger, tokenized
+from modeling.data import compute, corpus, ledger, token_files, tokenized
 from modeling.data.config import FilesSource, TokenizationConfig
 from modeling.data.ledger import committed
 from modeling.data.shards import FlatTokens, map_shard, token_dtype, write_shard
@@ -42,9 +42,9 @@ def files_of(directory: Path) -> dict[str, bytes]:
 
 
 def stream(directory: Path, split: str) -> list[int]:
-    manifest = tokenized.Manifest.read(directory)
+    manifest = token_files.Manifest.read(directory)
     dtype = np.dtype(manifest.dtype)
-    tokens = tokenized.flat_tokens(directory, manifest.splits[split], dtype)
+    tokens = token_files.flat_tokens(directory, manifest.splits[split], dtype)
     return tokens.span(0, len(tokens)).tolist()
 
 
@@ -57,7 +57,7 @@ def test_each_documents_ids_and_one_eos_follow_each_other(chain):
 
 
 def test_shards_hold_one_document_a_row(chain):
-    manifest = tokenized.Manifest.read(chain.tokenized_dir)
+    manifest = token_files.Manifest.read(chain.tokenized_dir)
     shards = manifest.splits["train"].shards
     assert len(shards) > 3
     rows = []
@@ -539,4 +539,4 @@ def test_the_manifest_says_what_its_format_is(chain, tmp_path):
     raw = json.loads((chain.tokenized_dir / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(raw | {"format": "other/1"}))
     with pytest.raises(ValueError, match=r"manifest\.json: not of format"):
-        tokenized.Manifest.read(tmp_path)
+        token_files.Manifest.read(tmp_path)
