@@ -202,20 +202,21 @@ def test_a_run_begins_with_another_checkpoint_and_reports_an_average(chain, othe
     made = [*DATA, ("tiny", "checkpoint"), ("tiny", "eval_report")]
     result = other_instance.run(*changes, select=made)
     assert result.success
-    built = {key for key, was in chain.was(result).items() if was == "built"}
+    built = {key for key, was in other_instance.was(result).items() if was == "built"}
     assert built == {"tiny/checkpoint", "tiny/eval_report"}
+    store = other_instance.store
     own, report = (other_instance.artifact("tiny", name) for name in ("checkpoint", "eval_report"))
-    record = chain.store.record(own.recipe_id, own.numerics)
+    record = store.record(own.recipe_id, own.numerics)
     assert record["recipe"]["inputs"]["initial_checkpoint"]["content_id"] == known.content_id
-    inputs = {child.role: child.record for child in lineage(chain.store, own.content_id).inputs}
+    inputs = {child.role: child.record for child in lineage(store, own.content_id).inputs}
     assert inputs["initial_checkpoint"]["content_id"] == known.content_id
     assert inputs["token_cache"]["kind"] == "token_cache"
-    used = chain.store.record(report.recipe_id, report.numerics)["recipe"]["inputs"]["checkpoint"]
+    used = store.record(report.recipe_id, report.numerics)["recipe"]["inputs"]["checkpoint"]
     assert used["used"] == own.roots["parameters.ema"] != own.roots["parameters"]
     assert own.facts["loss_first"] < known.facts["loss_first"]
 
 
-def test_a_checkpoint_to_begin_with_that_is_not_there_is_named(chain, other_instance):
+def test_a_checkpoint_to_begin_with_that_is_not_there_is_named(other_instance):
     unknown = "e2" * 32
     changes = (
         f'trainer.initialize_from={{"checkpoint": "{unknown}"}}',
@@ -225,4 +226,7 @@ def test_a_checkpoint_to_begin_with_that_is_not_there_is_named(chain, other_inst
     assert not result.success
     (failure,) = result.get_step_failure_events()
     said = failure.event_specific_data.error.to_string()
-    assert f"initialize_from.checkpoint: {chain.store.url} has no checkpoint {unknown}." in said
+    assert (
+        f"initialize_from.checkpoint: {other_instance.store.url} has no checkpoint {unknown}."
+        in said
+    )

@@ -216,18 +216,18 @@ def test_an_export_without_its_tokenizer_fails(copied):
     assert_fails(copied, MODEL, "files_are_whole", "tokenizer.json is missing")
 
 
-def test_a_failed_check_stops_what_would_follow(copied):
+def test_a_failed_check_stops_what_would_follow(copied, tmp_path):
     path = files_of(copied, TOKENIZER) / "tokenizer.json"
     path.write_text(path.read_text() + "\n")
-    result = copied.run(job="tales__data")
+    result = dataclasses.replace(copied, home=tmp_path / "home").run(job="tales__data")
     assert not result.success
     assert set(copied.was(result)) == {"tales/raw_corpus", "tales/tokenizer"}
 
 
-def test_what_is_too_damaged_to_be_shown_is_named_by_file(copied):
+def test_what_is_too_damaged_to_be_shown_is_named_by_file(copied, tmp_path):
     path = files_of(copied, TOKENIZER) / "tokenizer.json"
     path.write_text(path.read_text()[:-40])
-    result = copied.run(job="tales__data")
+    result = dataclasses.replace(copied, home=tmp_path / "home").run(job="tales__data")
     assert set(copied.was(result)) == {"tales/raw_corpus"}
     (failure,) = result.get_step_failure_events()
     told = failure.event_specific_data.error.to_string()
