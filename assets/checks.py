@@ -10,7 +10,8 @@ from pathlib import Path
 
 import dagster as dg
 
-from modeling.artifacts import Artifact, DamagedArtifactError, verify_files
+from modeling.artifacts import Artifact
+from modeling.inventory import DamagedArtifactError, verify_files
 from resources.store import StoreResource
 
 FindFaults = Callable[[Artifact, Path, StoreResource], Iterable[str]]

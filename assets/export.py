@@ -10,8 +10,9 @@ import dagster as dg
 from assets.catalog import stage
 from assets.checks import artifact_check, verdict
 from modeling import recipes
-from modeling.artifacts import INVENTORY, Artifact
+from modeling.artifacts import Artifact
 from modeling.experiment import ExperimentConfig
+from modeling.inventory import INVENTORY
 from resources import panel
 from resources.launcher import LauncherResource
 from resources.pools import ACCELERATOR

@@ -9,6 +9,7 @@
     aliases/<name>                                  a content id, for people
     work/<recipe_id>/<numerics>/                    progress of unfinished builds, for any retry
     leases/<recipe_id>/<numerics>.json              who builds now, see `leases`
+    verified/<host>/<kind>/<content_id>.json        what a machine has verified, see `inventory`
 
 A *recipe id* is known before anything runs: it digests kind, transform version, parameters and the
 content ids of the inputs. A *content id* is the root of what came out. Equal recipe found = nothing
@@ -24,6 +25,7 @@ two writers of one recipe end with one object, whatever they do meanwhile.
 
 import contextlib
 import dataclasses
+import datetime
 import errno
 import fcntl
 import hashlib
@@ -41,11 +43,17 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from modeling import canonical, faults, leases
-from modeling.notes import Note, sync_directory, write_whole
+from modeling.inventory import (
+    INVENTORY,
+    DamagedArtifactError,
+    Verified,
+    inventory_of,
+    require_none,
+)
+from modeling.notes import Note, json_bytes, sync_directory, write_whole
 from modeling.progress import Report, ignore
 
 _LOG = logging.getLogger(__name__)
-INVENTORY = "INVENTORY.json"
 EXACT = "exact"
 UPLOAD = "upload-"
 """Begins the name of the directory of one upload to an object store."""
@@ -56,16 +64,10 @@ WORKER_LOCK = "worker.lock"
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-_PIECE_BYTES = 1 << 20
-_CHECKED_COPIES: dict[Path, list[tuple[str, int, int]]] = {}
 
 
 class ReproducibilityError(RuntimeError):
     """The same recipe in the same numerics class gave other bytes than the ones on record."""
-
-
-class DamagedArtifactError(RuntimeError):
-    """A file of a stored artifact is missing or is not what its inventory says."""
 
 
 class DiskFullError(OSError):
@@ -190,13 +192,14 @@ class ArtifactStore:
             )
         self.scratch = Path(self.root) if self.is_local or scratch is None else scratch
         """Where builds happen on this machine, and copies of remote objects are."""
+        self._verified = Verified(self.scratch)
 
     def find(self, recipe: Recipe, numerics: str = EXACT) -> Artifact | None:
         """Returns the artifact on record for `recipe` in this class, if its bytes are there."""
         path = self.record_path(recipe.id, numerics)
         if not self.filesystem.exists(path):
             return None
-        artifact = self.from_record(json.loads(self.filesystem.cat_file(path)))
+        artifact = self.from_record(self._read(path))
         return artifact if self.contains(artifact.kind, artifact.content_id) else None
 
     def contains(self, kind: str, content_id: str) -> bool:
@@ -296,20 +299,25 @@ class ArtifactStore:
         self._store_object(recipe.kind, built.content_id, output)
         faults.reach("before-record", recipe.kind)
         record["inventory"] = self.inventory_sha256(recipe.kind, built.content_id)
-        if not note.create(_json_bytes(record)):
+        if not note.create(json_bytes(record)):
             # There since before, or another writer was quicker.
             on_record = self.record(recipe.id, numerics_id)
             _refuse_other_content(on_record, record)
             if on_record["inventory"] == record["inventory"]:
                 return self.from_record(on_record)
-            note.replace(_json_bytes(record))  # its object was lost, and has been made again
+            note.replace(json_bytes(record))  # its object was lost, and has been made again
         return self.from_record(record)
 
-    def local(self, kind: str, content_id: str) -> Path:
-        """Returns a local directory with the object's files, copying and checking them if need be.
+    def local(self, kind: str, content_id: str, *, verified: bool = True) -> Path:
+        """Returns a local directory with the object's files, each as it was published.
 
-        A copy of a remote object is checked whole, once a process and whenever its files' sizes or
-        times have changed, for a worker's disk outlives its promises; a damaged one is copied anew.
+        What has been verified before on this machine, and not changed since, is not read again: see
+        `inventory`. A copy of a remote object that is damaged is replaced by another one.
+
+        Args:
+            kind: of the object.
+            content_id: of the object.
+            verified: whether it has to be whole; otherwise the caller looks for himself.
 
         Raises:
             DamagedArtifactError: the object, or one of its files, is not (wholly) there.
@@ -317,28 +325,29 @@ class ArtifactStore:
         source = self.object_path(kind, content_id)
         if not self.contains(kind, content_id):
             raise DamagedArtifactError(
-                f"{source}: no such object. Rebuild it by materializing its asset again."
+                f"{source}/{INVENTORY}: no such object. Rebuild it by materializing its asset "
+                f"again, which moves away what is left of it."
             )
-        if self.is_local:
-            return Path(source)
         target = self.scratch / "objects" / kind / content_id
-        if _CHECKED_COPIES.get(target) != _stamps(target):
-            if (fault := self._copy_fault(source, target)) is not None:
-                self._replace_copy(source, target, fault)
-            _CHECKED_COPIES[target] = _stamps(target)
+        is_here = self.is_local or (target / INVENTORY).exists()
+        if is_here and not verified:
+            return target
+        found = self._verified.faults(target, kind, content_id) if is_here else []
+        if self.is_local:
+            require_none(self._with_culprit(found, kind, content_id), target)
+        elif found or not is_here:
+            self._replace_copy(source, target, "; ".join(found))
         return target
 
-    def _copy_fault(self, source: str, target: Path) -> str | None:
-        """Returns what is wrong with the copy of a remote object; "" if there is none."""
-        if not (target / INVENTORY).exists():
-            return ""
-        if (target / INVENTORY).read_bytes() != self.filesystem.cat_file(f"{source}/{INVENTORY}"):
-            return f"{INVENTORY} differs from the stored one"
-        try:
-            verify_files(target)
-        except DamagedArtifactError as error:
-            return str(error)
-        return None
+    def _with_culprit(self, found: list[str], kind: str, content_id: str) -> list[str]:
+        """Returns the faults of an object, headed by its inventory if that is what was damaged."""
+        if not found:
+            return []
+        records = self.records_by_object().get((kind, content_id), [])
+        promised = {record["inventory"] for record in records}
+        if not promised or self.inventory_sha256(kind, content_id) in promised:
+            return found
+        return [f"{INVENTORY} has other bytes than its record says", *found]
 
     def _replace_copy(self, source: str, target: Path, fault: str) -> None:
         """Copies and checks a remote object; who reads a damaged copy keeps reading it."""
@@ -348,14 +357,14 @@ class ArtifactStore:
             attempt.mkdir(parents=True)
             (attempt / INVENTORY).write_bytes(inventory)
             self._fetch(_files_of(source, inventory), json.loads(inventory)["files"], attempt)
-            verify_files(attempt)
+            require_none(self._verified.faults(attempt, target.parent.name, target.name), attempt)
         except DamagedArtifactError as error:
             shutil.rmtree(attempt)
             raise DamagedArtifactError(
                 f"the object stored at {source} is damaged: {error}"
             ) from None
         if fault:
-            _LOG.warning("%s; copied again from %s.", fault, source)
+            _LOG.warning("%s: %s; copied again from %s.", target, fault, source)
             damaged = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}")
             target.rename(damaged)
             shutil.rmtree(damaged)
@@ -405,7 +414,7 @@ class ArtifactStore:
     def records(self) -> Iterator[dict[str, Any]]:
         """Yields every record, in the order of recipe ids."""
         for path in sorted(self.filesystem.glob(f"{self.root}/recipes/*/*/artifact.json")):
-            yield json.loads(self.filesystem.cat_file(path))
+            yield self._read(path)
 
     def records_by_object(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Returns the records of each artifact, by kind and content id."""
@@ -413,28 +422,35 @@ class ArtifactStore:
 
     def record(self, recipe_id: str, numerics: str = EXACT) -> dict[str, Any]:
         """Returns the record of one recipe, provenance included."""
-        return json.loads(self.filesystem.cat_file(self.record_path(recipe_id, numerics)))
+        return self._read(self.record_path(recipe_id, numerics))
+
+    def _read(self, path: str) -> dict[str, Any]:
+        """Returns what a record or alias says."""
+        try:
+            return json.loads(self.filesystem.cat_file(path))
+        except ValueError as error:
+            raise DamagedArtifactError(
+                f"{path} is damaged ({error}). Restore it from a copy, or remove it: a recipe is "
+                f"then computed again, an alias set again."
+            ) from error
 
     def set_alias(self, name: str, content_id: str) -> None:
         """Points the name `name`, for people, at a content id."""
         _require(_ALIAS, name, "alias")
         _require(_DIGEST, content_id, "content id")
         note = Note(self.filesystem, f"{self.root}/aliases/{name}")
-        note.replace(_json_bytes({"content_id": content_id}))
+        note.replace(json_bytes({"content_id": content_id}))
 
     def aliases(self) -> dict[str, str]:
         """Returns the content id of each alias, by name."""
         paths = sorted(self.filesystem.glob(f"{self.root}/aliases/*"))
-        return {
-            path.rpartition("/")[2]: json.loads(self.filesystem.cat_file(path))["content_id"]
-            for path in paths
-        }
+        return {path.rpartition("/")[2]: self._read(path)["content_id"] for path in paths}
 
     def resolve(self, reference: str) -> str:
         """Returns the content id meant by an alias, or by six or more of its first digits."""
         alias = f"{self.root}/aliases/{reference}"
         if _ALIAS.fullmatch(reference) and self.filesystem.exists(alias):
-            return json.loads(self.filesystem.cat_file(alias))["content_id"]
+            return self._read(alias)["content_id"]
         known = sorted({record["content_id"] for record in self.records()})
         matches = [
             known_id for known_id in known if len(reference) >= 6 and known_id.startswith(reference)
@@ -571,16 +587,7 @@ class ArtifactStore:
     def _store_object(self, kind: str, content_id: str, output: Path) -> None:
         """Makes `output` the object, unless another build has stored the same content before."""
         target = self.object_path(kind, content_id)
-        inventory = [
-            {
-                "path": path.relative_to(output).as_posix(),
-                "size": path.stat().st_size,
-                "sha256": file_sha256(path),
-            }
-            for path in sorted(output.rglob("*"))
-            if path.is_file()
-        ]
-        described = {"kind": kind, "content_id": content_id, "files": inventory}
+        described = inventory_of(output, kind, content_id)
         if not self.is_local:
             described["at"] = f"{UPLOAD}{uuid.uuid4().hex[:12]}"
         faults.reach("before-inventory", kind)
@@ -592,16 +599,31 @@ class ArtifactStore:
             _sync_tree(output)
             faults.reach("before-store", kind)
             Path(target).parent.mkdir(parents=True, exist_ok=True)
-            try:
-                output.rename(target)
-            except OSError:
-                if not self.contains(kind, content_id):
-                    raise
-                shutil.rmtree(output)
+            self._place(output, Path(target))
             sync_directory(Path(target).parent)
         else:
             self._upload(output, target, described)
             shutil.rmtree(output)
+
+    def _place(self, output: Path, target: Path) -> None:
+        """Gives a whole object its name, which is free or that of the same object."""
+        try:
+            output.rename(target)
+        except OSError:
+            if (target / INVENTORY).exists():
+                shutil.rmtree(output)
+                return
+            if not target.exists():
+                raise
+            self._move_remains(target)
+            output.rename(target)
+
+    def _move_remains(self, target: Path) -> None:
+        """Moves away what is left of an object that an interrupted copy, or loss, has spoiled."""
+        away = set_aside_path(self.root, target.parent.name, target.name)
+        Path(away).parent.mkdir(parents=True, exist_ok=True)
+        _LOG.warning("%s has no %s: moved to %s.", target, INVENTORY, away)
+        target.rename(away)
 
     def _upload(self, output: Path, target: str, described: Mapping[str, Any]) -> None:
         names = [f"{described['at']}/{entry['path']}" for entry in described["files"]]
@@ -609,7 +631,7 @@ class ArtifactStore:
             self.filesystem.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
             self.filesystem.put_file(str(output / entry["path"]), f"{target}/{name}")
             faults.reach("during-upload", described["kind"])
-        if not Note(self.filesystem, f"{target}/{INVENTORY}").create(_json_bytes(described)):
+        if not Note(self.filesystem, f"{target}/{INVENTORY}").create(json_bytes(described)):
             for name in names:  # another was first
                 self.filesystem.rm_file(f"{target}/{name}")
 
@@ -640,6 +662,12 @@ def unpinned(filesystem: Any, root: str) -> list[str]:
     return sorted(found)
 
 
+def set_aside_path(root: str, kind: str, content_id: str) -> str:
+    """Returns where in a store to keep an object that is no good, to be looked into."""
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
+    return f"{root}/set_aside/{kind}/{content_id}.{stamp}"
+
+
 def by_object(records: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Returns records by the kind and content id that they are about, in the order given."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -651,12 +679,6 @@ def by_object(records: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[d
 def numerics_digest(numerics: Mapping[str, Any] | None) -> str:
     """Returns the id of a numerics class; `exact` for products that no rounding can change."""
     return EXACT if numerics is None else canonical.digest("numerics/1", dict(numerics))
-
-
-def file_sha256(path: Path) -> str:
-    """Returns the SHA-256 of a file's bytes, in hex."""
-    with path.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def link_or_copy(source: Path, target: Path) -> None:
@@ -689,52 +711,6 @@ def needing_space(what: str, where: Path) -> Iterator[None]:
         ) from error
 
 
-def verify_files(directory: Path) -> None:
-    """Checks every byte of a stored object against its inventory.
-
-    Raises:
-        DamagedArtifactError: names each file that is missing, changed, or not in the inventory.
-    """
-    inventory = json.loads((directory / INVENTORY).read_text())
-    found = inventory_faults(LocalFileSystem(), str(directory), inventory["files"])
-    if faults := [f"{name} {what}" for name, what in found]:
-        raise DamagedArtifactError(
-            f"{directory}: " + "; ".join(faults) + ". Remove it and materialize it again."
-        )
-
-
-def inventory_faults(
-    filesystem: Any, root: str, entries: Sequence[Mapping[str, Any]]
-) -> Iterator[tuple[str, str]]:
-    """Yields name and fault of each file of an object that is not as published.
-
-    Args:
-        filesystem: that of fsspec where the object is.
-        root: its directory there.
-        entries: the files of its inventory.
-    """
-    present = {name.removeprefix(root).lstrip("/") for name in filesystem.find(root)}
-    for entry in entries:
-        name = entry["path"]
-        path = f"{root}/{name}"
-        if name not in present:
-            yield name, "is missing"
-        elif (size := filesystem.size(path)) != entry["size"]:
-            yield name, f"has {size} bytes, not {entry['size']}"
-        elif _stream_sha256(filesystem, path) != entry["sha256"]:
-            yield name, "has other bytes than were published"
-    for name in sorted(present - {entry["path"] for entry in entries} - {INVENTORY}):
-        yield name, "was not published"
-
-
-def _stream_sha256(filesystem: Any, path: str) -> str:
-    with filesystem.open(path, "rb") as stream:
-        digest = hashlib.sha256()
-        while piece := stream.read(_PIECE_BYTES):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
 def differing_leaves(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
     """Returns the sorted names of the parts that two records do not have in common."""
     return [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]
@@ -742,19 +718,7 @@ def differing_leaves(before: Mapping[str, str], after: Mapping[str, str]) -> lis
 
 def write_durably(path: Path, value: Mapping[str, Any]) -> None:
     """Writes `value` as JSON so that a crash leaves the old file or the whole new one, on disk."""
-    write_whole(path, _json_bytes(value))
-
-
-def _json_bytes(value: Mapping[str, Any]) -> bytes:
-    return (
-        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n"
-    ).encode()
-
-
-def _stamps(directory: Path) -> list[tuple[str, int, int]]:
-    """Returns path, size and time of each file, which change when it is written to."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    write_whole(path, json_bytes(value))
 
 
 def _sync_tree(root: Path) -> None:

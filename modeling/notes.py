@@ -6,9 +6,10 @@ wins; whoever must know reads back.
 """
 
 import contextlib
+import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,12 @@ class Note:
         """Removes it if it is there."""
         with contextlib.suppress(FileNotFoundError):
             self._filesystem.rm_file(self.path)
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """Returns a JSON object as files of the store hold it: one way to write it, and no other."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    return f"{text}\n".encode()
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -23,14 +23,14 @@ from typing import Any
 from fsspec.implementations.local import LocalFileSystem
 
 from modeling.artifacts import (
-    INVENTORY,
     UPLOAD,
     ArtifactStore,
     by_object,
-    inventory_faults,
     numerics_digest,
+    set_aside_path,
     unpinned,
 )
+from modeling.inventory import INVENTORY, VERIFIED, inventory_faults, read_inventory
 from modeling.progress import Meter, Report, ignore
 
 _DAY_S = 86400.0
@@ -92,8 +92,7 @@ def check(store: ArtifactStore, *, report: Report = ignore) -> list[Damage]:
 def set_aside(store: ArtifactStore, key: Key) -> str:
     """Moves a damaged object away, so that its recipe is built again; returns where to."""
     kind, content_id = key
-    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S%f")
-    target = f"{store.root}/set_aside/{kind}/{content_id}.{stamp}"
+    target = set_aside_path(store.root, kind, content_id)
     store.filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
     store.filesystem.mv(store.object_path(kind, content_id), target, recursive=True)
     return target
@@ -146,15 +145,18 @@ def garbage(
     finished = {_place(record) for record in kept}
     found += _leftover_work(store, finished, moment, grace_s)
     found += _leftover_remote_work(store, finished)
+    found += _leftover_notes(store)
     return sorted(found, key=lambda one: one.path)
 
 
 def delete(store: ArtifactStore, found: list[Garbage]) -> None:
-    """Deletes what `garbage` has found, records before what they name."""
+    """Deletes what `garbage` has found, records before what they name, notes after it."""
     for one in sorted(found, key=lambda one: "/recipes/" not in one.path):
         is_here = Path(one.path).is_relative_to(store.scratch)
         filesystem = LocalFileSystem() if is_here else store.filesystem
         filesystem.rm(one.path, recursive=True)
+    for note in _leftover_notes(store):
+        Path(note.path).unlink(missing_ok=True)
 
 
 def _records(store: ArtifactStore) -> tuple[list[dict[str, Any]], list[Damage]]:
@@ -192,17 +194,12 @@ def _faults(store: ArtifactStore, key: Key, promised: set[str]) -> Iterator[tupl
     fs, root = store.filesystem, store.object_path(*key)
     path = f"{root}/{INVENTORY}"
     try:
-        inventory = json.loads(fs.cat_file(path))
-        str([(entry["path"], entry["size"], entry["sha256"]) for entry in inventory["files"]])
-        published = inventory["kind"], inventory["content_id"]
+        inventory = read_inventory(fs.cat_file(path), key)
     except FileNotFoundError:
         yield path, "missing: this object was never wholly stored, or has lost its inventory"
         return
-    except (ValueError, KeyError, TypeError) as error:
-        yield path, f"no valid inventory ({error})"
-        return
-    if published != key:
-        yield path, f"the inventory of {published[0]} {published[1][:12]}: it was exchanged"
+    except ValueError as error:
+        yield path, str(error)
         return
     if promised - {store.inventory_sha256(*key)}:
         yield path, "other bytes than the record says"
@@ -331,6 +328,14 @@ def _leftover_remote_work(
         if tuple(str(place).split("/")[-2:]) in finished:
             for path in unpinned(store.filesystem, str(place)):
                 yield Garbage(path, _size(store, path), "its build is on record")
+
+
+def _leftover_notes(store: ArtifactStore) -> Iterator[Garbage]:
+    """Yields what machines noted of objects that are gone."""
+    known = set(_objects(store))
+    for path in sorted((store.scratch / VERIFIED).glob("*/*/*")):
+        if (path.parent.name, path.name.removesuffix(".json")) not in known:
+            yield Garbage(str(path), path.stat().st_size, "its object is gone")
 
 
 @contextlib.contextmanager

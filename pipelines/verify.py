@@ -21,16 +21,15 @@ from typing import Any
 import dagster as dg
 
 from modeling.artifacts import (
-    INVENTORY,
     Artifact,
     ArtifactStore,
     differing_leaves,
-    file_sha256,
     link_or_copy,
     write_durably,
 )
 from modeling.difference import differences
 from modeling.experiment import Catalog
+from modeling.inventory import INVENTORY, file_sha256
 from pipelines.build import build_defs
 from pipelines.pools import held
 from resources import materializations

@@ -16,7 +16,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
-from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe, verify_files
+from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe
 from resources import materializations, panel, provenance
 from resources.scratch import scratch_directory
 
@@ -78,7 +78,7 @@ class StoreResource(dg.ConfigurableResource):
             key: the asset, where the step that runs makes several.
 
         Raises:
-            DamagedArtifactError: nothing can be shown of the artifact, for its files are damaged.
+            DamagedArtifactError: it is on record, but a file of it is damaged.
         """
         store = self.open()
         context = dg.AssetExecutionContext.get()
@@ -94,11 +94,7 @@ class StoreResource(dg.ConfigurableResource):
         )
         files = store.local(artifact.kind, artifact.content_id)
         record = store.record(artifact.recipe_id, artifact.numerics)
-        try:
-            shown = show(artifact, files)
-        except Exception:
-            verify_files(files)  # names the damaged file, if that is why nothing can be shown
-            raise
+        shown = show(artifact, files)
         shown_id = artifact.content_id[:12]
         run_tags = {f"{CONTENT_TAG}{key.to_user_string()}": shown_id}
         context.instance.add_run_tags(context.run.run_id, run_tags)

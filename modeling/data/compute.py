@@ -18,7 +18,6 @@ from typing import Any
 import tokenizers
 
 from modeling import canonical
-from modeling.artifacts import INVENTORY
 from modeling.data.config import Format, RayCompute, TokenizationConfig
 from modeling.data.encoding import (
     DocumentEncoder,
@@ -30,6 +29,7 @@ from modeling.data.encoding import (
 from modeling.data.pieces import PIECE_BYTES
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
 from modeling.data.units import Text, Unit
+from modeling.inventory import INVENTORY
 
 _BATCH_BYTES = 4 * 1024 * 1024
 _BATCH_DOCUMENTS = 4096

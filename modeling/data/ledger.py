@@ -19,10 +19,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from modeling.artifacts import DamagedArtifactError, file_sha256, needing_space, write_durably
+from modeling.artifacts import needing_space, write_durably
 from modeling.data.encoding import Encoded
 from modeling.data.shards import write_shard
 from modeling.data.token_files import Shard
+from modeling.inventory import DamagedArtifactError, file_sha256
 
 STREAM_FILE = "stream.jsonl"
 _UNITS = "units"

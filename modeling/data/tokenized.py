@@ -20,14 +20,7 @@ from typing import Any
 import numpy as np
 
 from modeling import canonical
-from modeling.artifacts import (
-    ArtifactStore,
-    Built,
-    DamagedArtifactError,
-    Workspace,
-    link_or_copy,
-    write_durably,
-)
+from modeling.artifacts import ArtifactStore, Built, Workspace, link_or_copy, write_durably
 from modeling.data import corpus
 from modeling.data.compute import Encoding, Keyed, encoded_by_ray, encoded_here
 from modeling.data.config import Compute, Format, LocalCompute, RayCompute, TokenizationConfig
@@ -37,6 +30,7 @@ from modeling.data.splits import file_stem
 from modeling.data.token_files import FORMAT, MANIFEST_FILE, Manifest, Shard, SplitManifest
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
 from modeling.data.units import UNIT_BYTES, Unit, cut_units
+from modeling.inventory import DamagedArtifactError
 from modeling.merkle import MerkleHasher
 from modeling.progress import Meter, Report, ignore
 

@@ -28,7 +28,7 @@ from safetensors.numpy import save_file
 import haliax as hax
 from haliax import Axis
 from modeling import canonical
-from modeling.artifacts import Built, Workspace, file_sha256
+from modeling.artifacts import Built, Workspace
 from modeling.data.tokenizer import (
     TEMPLATE_FILE,
     TOKENIZER_FILE,
@@ -40,6 +40,7 @@ from modeling.experiment import ExperimentConfig
 from modeling.hf import reference
 from modeling.hf.gpt2 import to_hf_config, to_tensors
 from modeling.hf.model_card import model_card
+from modeling.inventory import file_sha256
 from modeling.models.gpt2 import Gpt2LmHeadModel
 from modeling.models.trained import load_model
 from modeling.progress import Meter, Report, ignore

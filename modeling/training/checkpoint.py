@@ -34,7 +34,8 @@ from typing import Any
 import tensorstore
 
 from modeling import faults
-from modeling.artifacts import file_sha256, write_durably
+from modeling.artifacts import write_durably
+from modeling.inventory import file_sha256
 from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import (
     ARRAYS,

@@ -24,7 +24,7 @@ from pathlib import Path
 import jax
 from jax.experimental.compilation_cache.compilation_cache import reset_cache
 
-from modeling.artifacts import file_sha256
+from modeling.inventory import file_sha256
 
 _log = logging.getLogger(__name__)
 _SUFFIX = "-cache"

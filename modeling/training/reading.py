@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import tensorstore
 
-from modeling.artifacts import file_sha256
+from modeling.inventory import file_sha256
 from modeling.training.manifest import (
     COMMIT,
     CRC_BYTES,

@@ -19,7 +19,7 @@ from typing import Any
 import fsspec
 
 from modeling import faults
-from modeling.artifacts import file_sha256
+from modeling.inventory import file_sha256
 from modeling.training.manifest import COMMIT, CheckpointError
 from modeling.training.pins import is_pinned, step_of
 from modeling.training.reading import verify

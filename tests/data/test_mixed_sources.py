@@ -20,7 +20,7 @@ import pytest
 from pyarrow import parquet
 
 from modeling import canonical, recipes
-from modeling.artifacts import ArtifactStore, DiskFullError, Recipe, verify_files
+from modeling.artifacts import ArtifactStore, DiskFullError, Recipe
 from modeling.data import cache, corpus, tokenized, tokenizer
 from modeling.data.config import (
     BpeTokenizerConfig,
@@ -40,6 +40,7 @@ from modeling.data.reading import is_held_out
 from modeling.data.sources import FoundFile, SourceError, find_files
 from modeling.data.token_files import Manifest
 from modeling.experiment import ConfigError, validate
+from modeling.inventory import verify_files
 
 ALL_TRAIN = ValidationConfig(fraction=0.0)
 HALF = ValidationConfig(fraction=0.5)

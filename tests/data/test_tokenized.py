@@ -15,13 +15,14 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from modeling.artifacts import INVENTORY, ArtifactStore, Recipe, Workspace
+from modeling.artifacts import ArtifactStore, Recipe, Workspace
 from modeling.data import compute, corpus, ledger, token_files, tokenized
 from modeling.data.config import FilesSource, TokenizationConfig
 from modeling.data.ledger import committed
 from modeling.data.shards import FlatTokens, map_shard, token_dtype, write_shard
 from modeling.data.splits import ROLES
 from modeling.data.tokenizer import Tokenizer, save
+from modeling.inventory import INVENTORY
 from modeling.merkle import MerkleHasher
 from modeling.progress import Progress
 

@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from modeling import faults
-from modeling.artifacts import INVENTORY, ArtifactStore, DamagedArtifactError, verify_files
+from modeling.artifacts import ArtifactStore
+from modeling.inventory import INVENTORY, DamagedArtifactError, verify_files
 from modeling.upkeep import check, garbage
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -238,7 +239,7 @@ def test_two_that_publish_one_recipe_end_with_one_object(tmp_path, expected):
 
 
 @pytest.mark.parametrize("damage", FILE_DAMAGES)
-def test_each_damage_to_each_file_of_each_kind_is_found_and_named(tmp_path, damage):
+def test_each_damage_to_each_file_of_each_kind_is_named_and_never_handed_out(tmp_path, damage):
     store, older = new_store(STORE, tmp_path / "new"), new_store(STORE, tmp_path / "old")
     for kind in KINDS:
         root = Path(store.object_path(kind, publisher.publish(store, kind)))
@@ -247,12 +248,14 @@ def test_each_damage_to_each_file_of_each_kind_is_found_and_named(tmp_path, dama
             shutil.copytree(root, tmp_path / "kept")
             with trial(damage, kind):
                 assert check(store) == []
+                assert store.local(kind, root.name) == root, "noted as verified"
                 sibling = root / ("b.txt" if name == "part/a.txt" else "part/a.txt")
                 harm(damage, root / name, sibling=sibling, older=old / name)
                 named = {Path(one.path).name for one in check(store)}
                 assert {Path(name).name, sibling.name if "sibling" in damage else ""} & named
-                if name != INVENTORY:  # the digest of which is on record alone
-                    with pytest.raises(DamagedArtifactError):
-                        verify_files(root)
+                with pytest.raises(DamagedArtifactError) as told:
+                    store.local(kind, root.name)
+                assert f"{root}/{INVENTORY}" in str(told.value) or f"{root}: " in str(told.value)
+                assert Path(name).name in str(told.value)
             shutil.rmtree(root)
             (tmp_path / "kept").rename(root)

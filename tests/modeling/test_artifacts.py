@@ -10,18 +10,16 @@ from pathlib import Path
 import pytest
 
 from modeling.artifacts import (
-    INVENTORY,
     Artifact,
     ArtifactStore,
     Built,
-    DamagedArtifactError,
     Input,
     Recipe,
     ReproducibilityError,
     Workspace,
-    verify_files,
 )
 from modeling.canonical import digest
+from modeling.inventory import INVENTORY, DamagedArtifactError, verify_files
 
 SPAWN = multiprocessing.get_context("spawn")
 
@@ -202,6 +200,16 @@ class TestPublishing:
         directory.rename(directory.with_name("0" * 64))
         assert store.find(recipe("a")) is None
         assert store.materialize(recipe("a"), writes("a")) == (artifact, True)
+
+    @pytest.mark.parametrize("damage", [b"", b"{", b'{"kind": "tok'])
+    def test_a_damaged_record_is_named(self, store: ArtifactStore, damage: bytes):
+        artifact, _ = store.materialize(recipe("a"), writes("a"))
+        path = store.record_path(artifact.recipe_id, "exact")
+        Path(path).write_bytes(damage)
+        with pytest.raises(DamagedArtifactError, match=rf"{path} is damaged .*remove it"):
+            store.materialize(recipe("a"), must_not_run)
+        Path(path).unlink()
+        assert store.materialize(recipe("a"), writes("a"))[1]
 
     def test_the_record_says_what_is_needed_to_explain_it(self, store: ArtifactStore):
         parent, _ = store.materialize(recipe("p"), writes("p"))

@@ -7,8 +7,9 @@ import os
 
 import pytest
 
-from modeling.artifacts import INVENTORY, ArtifactStore, Built, Recipe
+from modeling.artifacts import ArtifactStore, Built, Recipe
 from modeling.canonical import digest
+from modeling.inventory import INVENTORY
 from modeling.upkeep import check, delete, garbage, set_aside
 
 LATER = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=10)

@@ -10,7 +10,8 @@ import dagster as dg
 import datasets
 import pytest
 
-from modeling.artifacts import INVENTORY, file_sha256
+from modeling.artifacts import write_durably
+from modeling.inventory import INVENTORY, file_sha256
 from pipelines import cli
 from pipelines.show import show
 
@@ -29,7 +30,7 @@ def files_of(chain, key):
 def edit_json(path, change):
     content = json.loads(path.read_text())
     change(content)
-    path.write_text(json.dumps(content))
+    write_durably(path, content)
 
 
 def publish_as_if_built(directory):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from modeling.artifacts import ArtifactStore, verify_files
+from modeling.artifacts import ArtifactStore
+from modeling.inventory import verify_files
 from modeling.upkeep import check
 
 ROOT = Path(__file__).parents[2]

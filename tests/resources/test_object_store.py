@@ -8,15 +8,8 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from modeling.artifacts import (
-    INVENTORY,
-    ArtifactStore,
-    Built,
-    DamagedArtifactError,
-    Recipe,
-    ReproducibilityError,
-    Workspace,
-)
+from modeling.artifacts import ArtifactStore, Built, Recipe, ReproducibilityError, Workspace
+from modeling.inventory import INVENTORY, DamagedArtifactError
 from modeling.upkeep import check, delete, garbage
 
 RECIPE = Recipe("raw_corpus", 1, {"n": 1})
