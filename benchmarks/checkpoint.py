@@ -9,8 +9,8 @@ and restores it; the second save counts, since a run saves many times. All sync 
 what is restored must be the same bits. `--peers` names an interpreter that has `orbax-checkpoint`.
 
     ours          snapshot, then digests, arrays, manifest, commit and reading back in another
-                  thread, as the trainer saves; `ours-resume` verifies all of the newest before
-                  it restores it, as a run does that goes on
+                  thread, as the trainer saves; `ours-resume` looks for the newest that is whole
+                  and falls back if need be, as a run does that goes on
     raw           one file by `pwrite`; `raw-digest` with a SHA-256 of each array: the limit
     npy, safetensors, tensorstore (zarr 3, a chunk an array), orbax, orbax-async
 
@@ -180,12 +180,15 @@ def ours(state: Arrays, directory: Path, *, resumes: bool = False) -> Contender:
         return held.wait
 
     def restore() -> Mapping[str, Any]:
-        newest: Path | None = max(directory.glob("step-*"))
+        def read(path: Path) -> Mapping[str, Any]:
+            return jax.block_until_ready(restored(path, template, mesh=mesh))
+
+        if not resumes:
+            return read(max(directory.glob("step-*")))
         with open_checkpoints(directory, keep=2) as found:
-            if resumes:
-                newest = found.newest()
+            newest = found.resume(read)
             assert newest is not None
-            return jax.block_until_ready(restored(newest, template, mesh=mesh))
+            return newest[1]
 
     return Contender(save, restore, stack.close)
 

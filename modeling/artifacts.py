@@ -50,7 +50,7 @@ from modeling.inventory import (
     inventory_of,
     require_none,
 )
-from modeling.notes import Note, json_bytes, sync_directory, write_whole
+from modeling.notes import Note, json_bytes, sync_directory, sync_tree, write_whole
 from modeling.progress import Report, ignore
 
 _LOG = logging.getLogger(__name__)
@@ -596,7 +596,7 @@ class ArtifactStore:
         if self.contains(kind, content_id):
             shutil.rmtree(output)
         elif self.is_local:
-            _sync_tree(output)
+            sync_tree(output)
             faults.reach("before-store", kind)
             Path(target).parent.mkdir(parents=True, exist_ok=True)
             self._place(output, Path(target))
@@ -719,16 +719,6 @@ def differing_leaves(before: Mapping[str, str], after: Mapping[str, str]) -> lis
 def write_durably(path: Path, value: Mapping[str, Any]) -> None:
     """Writes `value` as JSON so that a crash leaves the old file or the whole new one, on disk."""
     write_whole(path, json_bytes(value))
-
-
-def _sync_tree(root: Path) -> None:
-    for path in root.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as handle:
-                os.fsync(handle.fileno())
-        else:
-            sync_directory(path)
-    sync_directory(root)
 
 
 def _files_of(object_path: str, inventory: bytes) -> str:

@@ -17,7 +17,7 @@ from modeling.difference import Difference, differences
 from modeling.experiment import ExperimentConfig
 from modeling.training.config import InitializeFromConfig
 from modeling.training.manifest import CheckpointError, Manifest
-from modeling.training.reading import verify
+from modeling.training.reading import inspect
 
 _log = logging.getLogger(__name__)
 _DATA = "data"
@@ -45,6 +45,8 @@ def verified_beginning(
 ) -> Manifest:
     """Returns the manifest of the checkpoint to begin with, once all is as it must be.
 
+    But for the values of its arrays, which whoever restores them verifies.
+
     Args:
         directory: the files of the checkpoint that `trainer.initialize_from` names.
         experiment: the one to begin.
@@ -56,7 +58,7 @@ def verified_beginning(
     """
     wanted = experiment.trainer.initialize_from
     assert wanted is not None
-    manifest = verify(directory)
+    manifest = inspect(directory)
     if manifest.content_id != wanted.checkpoint:
         raise CheckpointError(
             f"{directory} is the checkpoint {manifest.content_id}, but trainer.initialize_from "

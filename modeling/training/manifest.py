@@ -27,6 +27,10 @@ class CheckpointError(RuntimeError):
     """A checkpoint is incomplete, damaged, or of another shape; the message names where."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A file of a checkpoint is not as it was written, or is not there."""
+
+
 @dataclasses.dataclass(frozen=True)
 class FileRecord:
     """A file as it was written, checksum trailer not counted in the digest."""

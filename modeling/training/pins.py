@@ -13,6 +13,7 @@ from pathlib import Path
 import fsspec
 
 from modeling.artifacts import PINS
+from modeling.notes import Note
 from modeling.training.manifest import COMMIT, CheckpointError
 
 _PIN = re.compile(r"step-(\d{6,})\.json")
@@ -53,8 +54,7 @@ def pin(directory: Path | str, step: int, why: str = "by hand") -> None:
 def mark(directory: Path | str, step: int, why: str) -> None:
     """Pins a step whether there is a checkpoint of it or not yet."""
     filesystem, root = _open(directory)
-    filesystem.makedirs(f"{root}/{PINS}", exist_ok=True)
-    filesystem.pipe_file(_path(root, step), f"{json.dumps({'why': why})}\n".encode())
+    Note(filesystem, _path(root, step)).replace(f"{json.dumps({'why': why})}\n".encode())
 
 
 def unpin(directory: Path | str, step: int) -> None:

@@ -95,6 +95,13 @@ class Crew:
             np.asarray(multihost_utils.broadcast_one_to_all(words)).tobytes().rstrip(b"\0").decode()
         )
 
+    def each_says(self, mine: bool) -> list[bool]:
+        """Returns what each process says, the same on all of them; waits for all."""
+        if self.count == 1:
+            return [mine]
+        said = multihost_utils.process_allgather(np.array(mine, np.int32))
+        return [bool(one) for one in np.asarray(said).reshape(-1)]
+
     def any_says(self, *mine: bool) -> tuple[bool, ...]:
         """Returns what any process says yes to, the same on all of them.
 

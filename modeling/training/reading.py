@@ -26,6 +26,7 @@ from modeling.training.manifest import (
     MANIFEST,
     CheckpointError,
     ChunkRecord,
+    DamagedCheckpointError,
     FileRecord,
     LeafRecord,
     Manifest,
@@ -47,17 +48,37 @@ def read_manifest(directory: Path) -> Manifest:
     commit, manifest = directory / COMMIT, directory / MANIFEST
     for path in (commit, manifest):
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing: this checkpoint was never completed.")
+            raise DamagedCheckpointError(f"{path} is missing: this checkpoint was never completed.")
     raw, promised = manifest.read_bytes(), commit.read_bytes()
     found = hashlib.sha256(raw).hexdigest()
     if promised != f"{found}\n".encode():
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{manifest} has the digest {found}, but {commit} promises {promised!r}."
         )
     content = json.loads(raw)
     if content.get("format") != FORMAT:
         raise CheckpointError(f"{manifest}: format {content.get('format')!r}, expected {FORMAT!r}.")
     return from_json(content)
+
+
+def inspect(directory: Path) -> Manifest:
+    """Returns the manifest of a checkpoint that is whole as far as can be told without its values.
+
+    Every other byte is verified; the files of the arrays are there, with their sizes. Whoever then
+    reads the arrays, by `read_leaf`, verifies the rest.
+
+    Raises:
+        CheckpointError: names the first file that is missing, changed or out of place.
+    """
+    manifest = read_manifest(directory)
+    for record in manifest.files:
+        _check_file(directory, record)
+    for leaf in manifest.leaves:
+        _check_file(directory, leaf.metadata)
+        _require_covered(directory, leaf)
+        for chunk in leaf.chunks:
+            require_size(directory, chunk.file)
+    return manifest
 
 
 def verify(
@@ -73,12 +94,8 @@ def verify(
     Raises:
         CheckpointError: names the first file that is missing, changed or out of place.
     """
-    manifest = read_manifest(directory)
-    for record in manifest.files:
-        _check_file(directory, record)
+    manifest = inspect(directory)
     for leaf in manifest.leaves:
-        _check_file(directory, leaf.metadata)
-        _require_covered(directory, leaf)
         for chunk in leaf.chunks:
             in_memory = (held or {}).get((leaf.path, chunk.start))
             if not _is_on_disk(directory, chunk, in_memory):
@@ -90,7 +107,7 @@ def faults(directory: Path) -> Iterator[str]:
     """Yields what is wrong with a checkpoint, of every file; nothing if `verify` finds it sound."""
     try:
         manifest = read_manifest(directory)
-    except CheckpointError as error:
+    except DamagedCheckpointError as error:
         yield str(error)
         return
     checks: list[Callable[[], object]] = []
@@ -99,7 +116,7 @@ def faults(directory: Path) -> Iterator[str]:
     for check in checks:
         try:
             check()
-        except CheckpointError as error:
+        except DamagedCheckpointError as error:
             yield str(error)
 
 
@@ -117,7 +134,7 @@ def read_leaf(directory: Path, leaf: LeafRecord) -> np.ndarray:
     whole = read_chunks(directory, leaf)
     if array_sha256(whole) != leaf.sha256:
         require_chunks(directory, leaf, whole)
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{directory / MANIFEST}: the digest of `{leaf.path}` is not its chunks'."
         )
     return whole
@@ -194,13 +211,13 @@ def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
 
 def _read_into(file: io.FileIO, piece: np.ndarray) -> None:
     if file.readinto(piece.data) != len(piece):
-        raise CheckpointError(f"{file.name} became shorter while it was read.")
+        raise DamagedCheckpointError(f"{file.name} became shorter while it was read.")
 
 
 def _require_covered(directory: Path, leaf: LeafRecord) -> None:
     covered = len(leaf.chunks) * math.prod(leaf.chunk_shape)
     if covered != math.prod(leaf.shape):
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{directory / MANIFEST}: the chunks of `{leaf.path}` hold {covered} elements, but its "
             f"shape is {leaf.shape}."
         )
@@ -213,8 +230,8 @@ def require_chunks(directory: Path, leaf: LeafRecord, whole: np.ndarray) -> None
             raise _changed(directory, chunk)
 
 
-def _changed(directory: Path, chunk: ChunkRecord) -> CheckpointError:
-    return CheckpointError(
+def _changed(directory: Path, chunk: ChunkRecord) -> DamagedCheckpointError:
+    return DamagedCheckpointError(
         f"{directory / chunk.file.path} holds other values than were written: the file was "
         f"changed or exchanged."
     )
@@ -224,9 +241,9 @@ def require_size(directory: Path, record: FileRecord) -> None:
     """Raises `CheckpointError` unless a file is there with the size that it was written with."""
     path = directory / record.path
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing.")
+        raise DamagedCheckpointError(f"{path} is missing.")
     if path.stat().st_size != record.size:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} has {path.stat().st_size} bytes, but {record.size} were written."
         )
 
@@ -235,7 +252,7 @@ def _check_file(directory: Path, record: FileRecord) -> None:
     require_size(directory, record)
     path = directory / record.path
     if (found := file_sha256(path)) != record.sha256:
-        raise CheckpointError(
+        raise DamagedCheckpointError(
             f"{path} has the digest {found[:12]}, but {record.sha256[:12]} was written: the file "
             f"was changed or exchanged."
         )

@@ -20,7 +20,8 @@ import fsspec
 
 from modeling import faults
 from modeling.inventory import file_sha256
-from modeling.training.manifest import COMMIT, CheckpointError
+from modeling.notes import sync_directory, sync_tree
+from modeling.training.manifest import COMMIT, CheckpointError, Manifest
 from modeling.training.pins import is_pinned, step_of
 from modeling.training.reading import verify
 
@@ -74,8 +75,10 @@ class RemoteCheckpoints:
                 digest.update(piece)
         return digest.hexdigest()
 
-    def fetch(self, name: str, directory: Path) -> Path:
+    def fetch(self, name: str, directory: Path) -> Manifest:
         """Copies a checkpoint into `directory`, where it counts once all of it is verified.
+
+        Returns its manifest.
 
         Raises:
             CheckpointError: naming the file that is missing or damaged.
@@ -87,12 +90,15 @@ class RemoteCheckpoints:
                 target = attempt / path.removeprefix(source).lstrip("/")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self._filesystem.get_file(path, str(target))
-            verify(attempt)
+            manifest = verify(attempt)
         except (CheckpointError, FileNotFoundError) as error:
             shutil.rmtree(attempt, ignore_errors=True)
             found = str(error).replace(str(attempt), f"{self.url}/{name}")
             raise CheckpointError(found) from error
-        return attempt.replace(directory / name)
+        sync_tree(attempt)
+        attempt.replace(directory / name)
+        sync_directory(directory)
+        return manifest
 
     def retire(self, keep: int, step: int) -> None:
         """Removes all but the newest `keep` and those that are pinned, and attempts that died.
@@ -107,16 +113,23 @@ class RemoteCheckpoints:
             if is_whole and kept < keep:
                 kept += 1
             elif _step(name) <= step and not (is_whole and is_pinned(self.url, _step(name))):
-                self._remove(name, files)
+                self._remove(name, files, unless_pinned=is_whole)
 
     def clear(self) -> None:
         """Removes every checkpoint."""
         for name, files in self._attempts():
             self._remove(name, files)
 
-    def _remove(self, name: str, files: set[str]) -> None:
-        # Without its commit a half-removed checkpoint does not count.
-        for file in sorted(files, key=lambda file: file != COMMIT):
+    def _remove(self, name: str, files: set[str], *, unless_pinned: bool = False) -> None:
+        commit = f"{self._root}/{name}/{COMMIT}"
+        if COMMIT in files:
+            # Without its commit a half-removed checkpoint does not count.
+            content = self._filesystem.cat_file(commit)
+            self._filesystem.rm_file(commit)
+            if unless_pinned and is_pinned(self.url, _step(name)):
+                self._filesystem.pipe_file(commit, content)  # pinned in this very moment
+                return
+        for file in sorted(files - {COMMIT}):
             self._filesystem.rm_file(f"{self._root}/{name}/{file}")
 
     def _attempts(self) -> list[tuple[str, set[str]]]:

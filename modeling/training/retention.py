@@ -4,9 +4,10 @@
     checkpoints/step-000123.<random>  see `checkpoint`; those without a valid `COMMIT` do not count
 
 The newest checkpoint is the one of the highest step that *verifies*, not the one that was written
-last: clocks go backwards and writers die. A checkpoint is removed only when enough newer ones have
-been read back from disk, and never while it is pinned: see `pins`. Where the store is remote, each
-is sent there as soon as it is verified here: see `remote`.
+last: clocks go backwards and writers die. A run that goes on reads it once, digesting what it
+restores, and takes the one before if a file is damaged. A checkpoint is removed only when enough
+newer ones have been read back from disk, and never while it is pinned: see `pins`. Where the store
+is remote, each is sent there as soon as it is verified here: see `remote`.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -27,14 +28,15 @@ from modeling import faults
 from modeling.artifacts import needing_space
 from modeling.training import checkpoint
 from modeling.training.leaves import HostLeaf
-from modeling.training.manifest import COMMIT, CheckpointError, Manifest
+from modeling.training.manifest import COMMIT, CheckpointError, DamagedCheckpointError, Manifest
 from modeling.training.pins import attempt_name, is_pinned, mark, pinned, step_of, unpin
 from modeling.training.processes import Crew
-from modeling.training.reading import read_manifest, verify
+from modeling.training.reading import inspect, read_manifest, verify
 from modeling.training.remote import FETCHING, RemoteCheckpoints
 from modeling.training.saving import PINNED_BY
 
 _log = logging.getLogger(__name__)
+Read = TypeVar("Read")
 
 
 class Checkpoints:
@@ -55,56 +57,98 @@ class Checkpoints:
         self._crew = crew
         self._launch = _shared(crew, uuid.uuid4().hex)
         self._executor = executor
-        self._verified: dict[Path, Manifest] = {}
+        self._manifests: dict[Path, Manifest] = {}
+        self._verified: set[Path] = set()
         self._damaged: set[Path] = set()
+        self._fetched: set[str] = set()
         self._pending: Future[None] | None = None
 
     def newest(self) -> Path | None:
-        """Returns the verified checkpoint of the highest step; damaged ones are told aloud.
+        """Returns the verified checkpoint of the highest step; damaged ones are told aloud."""
+        found = self.resume(verify)
+        return found and found[0]
 
-        The first process of a crew looks; the others believe it.
+    def resume(self, read: Callable[[Path], Read]) -> tuple[Path, Read] | None:
+        """Returns the checkpoint of the highest step that can be read, and what was read of it.
+
+        Damaged ones are told aloud and passed over. Bytes are read once, by `read`. The first
+        process of a crew says which to read; one that cannot makes all take the one before.
+
+        Args:
+            read: reads a checkpoint, and verifies all of it: `restore` does, and `verify`.
         """
-        found = None
-        if self._is_first:
-            found = self._newest_of_all()
+        while (path := self._most_promising()) is not None:
+            found: list[Read] = []
+            try:
+                found.append(read(path))
+            except (DamagedCheckpointError, OSError) as error:
+                self._tell_damaged(path, error)
+            if all(_each_says(self._crew, bool(found))):
+                self._verified.add(path)
+                return path, found[0]
+            self._damaged.add(path)
+        return None
+
+    def _most_promising(self) -> Path | None:
+        """Returns the newest that may be whole, here or, once it is here, elsewhere."""
+        found = self._found_by_first() if self._is_first else None
         name = _shared(self._crew, found.name if found else "")
         if not name:
             return None
         path = self._directory / name
         if not self._is_first:
-            self._verified[path] = read_manifest(path)
+            self._manifests[path] = read_manifest(path)
         return path
 
-    def _newest_of_all(self) -> Path | None:
-        """Returns the newest that verifies, here or, once it is here, elsewhere."""
+    def _found_by_first(self) -> Path | None:
         here = {path.name for path in self._by_step()}
         there = set() if self._remote is None else set(self._remote.names())
         for name in sorted(here | there, key=lambda name: (step_of(name), name), reverse=True):
             path = self._directory / name
-            if name in here and self._verifies(path):
+            if name in here and self._looks_whole(path):
                 return path
             if name in there and self._comes(name):
                 return path
         return None
 
+    def _looks_whole(self, path: Path) -> bool:
+        if path in self._verified or path in self._damaged:
+            return path in self._verified
+        if not (path / COMMIT).exists():
+            _log.info("%s was never completed; it does not count.", path)
+            return False
+        try:
+            self._manifests[path] = inspect(path)
+        except (CheckpointError, OSError) as error:
+            self._tell_damaged(path, error)
+            return False
+        return True
+
+    def _tell_damaged(self, path: Path, error: Exception) -> None:
+        _log.warning("DAMAGED CHECKPOINT: %s Falling back to an older one.", error)
+        self._damaged.add(path)
+
     def _comes(self, name: str) -> bool:
         assert self._remote is not None
         path = self._directory / name
+        if name in self._fetched:
+            return False  # a disk that spoils it again will do so for ever
+        self._fetched.add(name)
         if path.exists():
             # Damaged, or cut off; what is elsewhere is whole.
             shutil.rmtree(path)
         try:
-            self._remote.fetch(name, self._directory)
+            self._manifests[path] = self._remote.fetch(name, self._directory)
         except CheckpointError as error:
             _log.warning("DAMAGED CHECKPOINT: %s Falling back to an older one.", error)
             return False
         self._damaged.discard(path)
         _log.warning("%s was copied from %s.", name, self._remote.url)
-        return self._verifies(path)
+        return True
 
     def manifest(self, path: Path) -> Manifest:
-        """Returns the manifest of a verified checkpoint."""
-        return self._verified[path]
+        """Returns the manifest of a checkpoint that was found, or saved."""
+        return self._manifests[path]
 
     def clear(self) -> None:
         """Removes every checkpoint: they are of no use to this run."""
@@ -118,6 +162,7 @@ class Checkpoints:
             if self._remote is not None:
                 self._remote.clear()
         self._verified.clear()
+        self._manifests.clear()
 
     def save(
         self,
@@ -161,7 +206,8 @@ class Checkpoints:
                     path, leaves, step=step, cursor=cursor, config=config, files=files,
                     writers=writers,
                 )  # fmt: skip
-            self._verified[path] = verify(path, _held(leaves)) if self._is_first else written
+            self._manifests[path] = verify(path, _held(leaves)) if self._is_first else written
+            self._verified.add(path)
             if self._is_first:
                 if self._remote is not None:
                     self._remote.send(path)
@@ -201,18 +247,14 @@ class Checkpoints:
         return sorted(found, key=lambda p: (_step_of(p), p.name), reverse=True)
 
     def _verifies(self, path: Path) -> bool:
-        if path in self._verified or path in self._damaged:
-            return path in self._verified
-        if not (path / COMMIT).exists():
-            _log.info("%s was never completed; it does not count.", path)
-            return False
-        try:
-            self._verified[path] = verify(path)
-        except (CheckpointError, OSError) as error:
-            _log.warning("DAMAGED CHECKPOINT: %s Falling back to an older one.", error)
-            self._damaged.add(path)
-            return False
-        return True
+        """Whether every byte of it has been read back."""
+        if path not in self._verified and self._looks_whole(path):
+            try:
+                self._manifests[path] = verify(path)
+                self._verified.add(path)
+            except (CheckpointError, OSError) as error:
+                self._tell_damaged(path, error)
+        return path in self._verified
 
     def _retire(self, step: int) -> None:
         """Removes what is older than the newest `keep` verified ones, and attempts that died."""
@@ -226,7 +268,8 @@ class Checkpoints:
                     shutil.rmtree(path)
             elif not any(is_pinned(place, _step_of(path)) for place in self._places):
                 _remove(path, step)
-                self._verified.pop(path, None)
+                self._verified.discard(path)
+                self._manifests.pop(path, None)
 
 
 @contextlib.contextmanager
@@ -293,6 +336,10 @@ def _locked(directory: Path) -> Iterator[None]:
 
 def _held(leaves: Sequence[HostLeaf]) -> dict[tuple[str, tuple[int, ...]], np.ndarray]:
     return {(leaf.path, start): chunk for leaf in leaves for start, chunk in leaf.chunks.items()}
+
+
+def _each_says(crew: Crew | None, yes: bool) -> list[bool]:
+    return [yes] if crew is None else crew.each_says(yes)
 
 
 def _shared(crew: Crew | None, text: str) -> str:

@@ -276,29 +276,40 @@ class _Run:
 
     def to_the_end(self) -> Path:
         """Makes all updates that are left and returns the directory of the last checkpoint."""
-        with self._ledger.spending("restore"):
-            self._newest = self._checkpoints.newest()
-            if self._newest is not None:
-                self._recall(self._newest, self._checkpoints.manifest(self._newest))
-            if self._newest is None and self._means.initial is not None:
-                self._begin_with(self._means.initial)
-        self._ledger.launched(self.resumed_from)
-        if self.resumed_from < self._plan.num_steps:
-            try:
-                self._train()
-            except jax.errors.JaxRuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                raise DeviceMemoryError(
-                    f"Out of memory after step {len(self.losses)}. {self._memory_explained()}"
-                ) from error
+        try:
+            with self._ledger.spending("restore"):
+                arrays = self._resumed()
+            self._ledger.launched(self.resumed_from)
+            if self.resumed_from < self._plan.num_steps:
+                self._train(arrays)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                f"Out of memory after step {len(self.losses)}. {self._memory_explained()}"
+            ) from error
         assert self._newest is not None
         faults.reach("before-finish", self._plan.num_steps)
         return self._newest
 
-    def _train(self) -> None:
-        with self._ledger.spending("restore"):
-            arrays = self._arrays()
+    def _resumed(self) -> list[Any] | None:
+        """Returns the arrays of this run's own newest checkpoint; None if there are none yet."""
+        found = self._checkpoints.resume(self._recalled)
+        if found is not None and found[1] is None:
+            self._checkpoints.clear()
+            found = None
+        if found is not None:
+            self._newest, arrays = found
+            self._take_over(self._newest, self._checkpoints.manifest(self._newest))
+            return arrays
+        if self._means.initial is not None:
+            self._begin_with(self._means.initial)
+        return None
+
+    def _train(self, arrays: list[Any] | None) -> None:
+        if arrays is None:
+            with self._ledger.spending("restore"):
+                arrays = self._initial_arrays()
         with self._start() as hooks:
             self._loop(hooks, arrays)
 
@@ -346,8 +357,9 @@ class _Run:
         wanted = self._plan.experiment.trainer.initialize_from
         return wanted is not None and wanted.weights_only
 
-    def _recall(self, directory: Path, manifest: Manifest) -> None:
-        """Goes on from this run's own newest checkpoint."""
+    def _recalled(self, directory: Path) -> list[Any] | None:
+        """Reads a checkpoint of this run's own, whole; None if it is of rows that are no more."""
+        manifest = self._checkpoints.manifest(directory)
         require_same_science(directory, manifest, self._plan.science)
         seen = manifest.config["data"]
         if (why := self._cache.refusal(seen)) is not None:
@@ -360,10 +372,19 @@ class _Run:
                 f"THE WORK IN {directory.parent} IS REFUSED, and training begins anew: it was done "
                 f"on other data than there is now: {why}."
             )
-            self._checkpoints.clear()
-            self._newest = None
-            return
-        self._take_over(directory, manifest)
+            return None
+        if manifest.step == self._plan.num_steps:
+            verify(directory)  # all that is left is to publish it
+            return []
+        return self._restored(directory)
+
+    def _restored(self, directory: Path) -> list[Any]:
+        blueprint = self._plan.blueprint
+        return blueprint.flatten(restore(directory, blueprint.template, **self._place))
+
+    @property
+    def _place(self) -> dict[str, Any]:
+        return {"mesh": self._plan.layout.mesh, "mapping": self._plan.layout.parameters}
 
     def _take_over(self, directory: Path, manifest: Manifest) -> None:
         self.resumed_from = manifest.step
@@ -371,15 +392,11 @@ class _Run:
         self.evaluations = history.read_evaluations(directory)
         self._observer.resumed(manifest.step, str(directory))
 
-    def _arrays(self) -> list[Any]:
-        blueprint, layout = self._plan.blueprint, self._plan.layout
-        initial = self._means.initial
-        place: dict[str, Any] = {"mesh": layout.mesh, "mapping": layout.parameters}
-        whole = self._newest
-        if whole is None and not self._takes_weights_alone:
-            whole = initial
-        if whole is not None:
-            return blueprint.flatten(restore(whole, blueprint.template, **place))
+    def _initial_arrays(self) -> list[Any]:
+        """Returns the arrays of a run that has no checkpoint of its own."""
+        blueprint, initial = self._plan.blueprint, self._means.initial
+        if initial is not None and not self._takes_weights_alone:
+            return self._restored(initial)
         trainer = self._plan.experiment.trainer
         arrays = blueprint.initialize(
             self._plan.make,
@@ -388,7 +405,7 @@ class _Run:
         )
         if initial is None:
             return arrays
-        model = restore_parameters(initial, blueprint.template.model, **place)
+        model = restore_parameters(initial, blueprint.template.model, **self._place)
         return blueprint.flatten(dataclasses.replace(blueprint.unflatten(arrays), model=model))
 
     def _step(self, updates: int) -> Step:
