@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
 export DAGSTER_HOME ?= $(CURDIR)/.dagster_home
 export DAGSTER_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo ui test check soak bench docs lock clean
+.PHONY: help demo ui test check soak slow bench docs lock clean
 
 help: ## Shows this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
@@ -27,13 +27,15 @@ check: $(VENV)/.dev ## Format, lint, types, import contracts
 	$(BIN)/basedpyright
 	$(BIN)/lint-imports
 
-soak: $(VENV)/.dev ## Runs the long fault-injection and scale tests; SOAK_SEEDS=2 for fewer kills
+soak: $(VENV)/.dev ## Injects every fault and writes the table of them; SOAK_SEEDS=2 for fewer kills
 	rm -f .soak.jsonl
 	SOAK_SEEDS=$(or $(SOAK_SEEDS),20) LEVANTER_TRIALS=$(CURDIR)/.soak.jsonl \
-		$(BIN)/pytest -m slow $(ARGS)
-	LEVANTER_TRIALS=$(CURDIR)/.soak.jsonl $(BIN)/pytest tests/faults tests/training/test_bitwise.py \
-		--deselect tests/faults/test_catalogue.py
+		$(BIN)/pytest -m "slow or not slow" tests/faults tests/training/test_bitwise.py \
+		--deselect tests/faults/test_catalogue.py $(ARGS)
 	$(BIN)/python tests/faults/catalogue.py .soak.jsonl docs/reliability.md
+
+slow: $(VENV)/.dev ## Runs the long tests of scale, and of optimizers that take long to compile
+	$(BIN)/pytest -m slow --ignore tests/faults --ignore tests/training/test_bitwise.py $(ARGS)
 
 bench: $(VENV)/.dev ## Prints the benchmarks as JSON lines
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
