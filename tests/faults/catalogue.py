@@ -14,7 +14,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from modeling import faults
@@ -87,7 +87,7 @@ def table(lines: Iterable[str]) -> str:
         parts += [f"|---|{'---|' * len(places)}"]
         for fault, wheres in rows.items():
             cells = [
-                f"{counts['survived', fault, where]} of {counts['tried', fault, where]}"
+                _cell(counts["survived", fault, where], counts["tried", fault, where])
                 if where in wheres
                 else ""
                 for where in places
@@ -96,7 +96,24 @@ def table(lines: Iterable[str]) -> str:
     tried = sum(n for (what, _, _), n in counts.items() if what == "tried")
     survived = sum(n for (what, _, _), n in counts.items() if what == "survived")
     head = f"{tried:,} faults tried, {survived:,} survived, {tried - survived} lost anything."
+    if missing := untried(counts):
+        head += f" {len(missing)} were **not tried**."
     return "\n".join([head, *parts, ""])
+
+
+def _cell(survived: int, tried: int) -> str:
+    return f"{survived} of {tried}" if tried else "**not tried**"
+
+
+def untried(counts: Mapping[tuple[str, str, str], int]) -> list[tuple[str, str]]:
+    """Returns the faults of the catalogue, and where, that no trial was of."""
+    return [
+        (fault, where)
+        for rows in CATALOGUE.values()
+        for fault, wheres in rows.items()
+        for where in wheres
+        if not counts.get(("tried", fault, where))
+    ]
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -108,11 +125,9 @@ def rows_of(text: str) -> list[list[str]]:
 def main(trials: str, document: str) -> None:
     """Replaces the table of a document; refuses to if any fault of the catalogue was not tried."""
     lines = Path(trials).read_text().splitlines()
-    tried = {(fault, where) for what, fault, where in map(json.loads, lines) if what == "tried"}
-    for rows in CATALOGUE.values():
-        for fault, wheres in rows.items():
-            if missing := [where for where in wheres if (fault, where) not in tried]:
-                sys.exit(f"{trials}: {fault!r} was not tried on {missing[0]!r}; run all of it.")
+    if missing := untried(Counter(map(tuple, map(json.loads, lines)))):
+        told = "\n".join(f"    {fault}, {where}" for fault, where in missing)
+        sys.exit(f"{trials}: {len(missing)} faults were not tried; run all of it.\n{told}")
     path = Path(document)
     before, _, rest = path.read_text().partition(BEGIN)
     after = rest.partition(END)[2]

@@ -394,16 +394,19 @@ def test_an_unknown_point_is_refused(monkeypatch):
 @pytest.mark.parametrize("seed", range(int(os.environ.get("SOAK_SEEDS", "20"))))
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_soak(nursery, uninterrupted, layout, seed):
-    """Random points at random steps until the run ends by itself."""
+    """Six lives, each ended at a random point that is still before it."""
     draw, space, points = random.Random(seed), f"soak-{layout}-{seed}", []
     for _ in range(6):
-        step = draw.randrange(1, STEPS + 1)
-        fault = f"{draw.choice(faults.TRAINING)}@{step}"
-        life = nursery.start(fields(layout), space, fault=fault)
+        ahead = range(newest_step(nursery.directory / space) + 1, STEPS + 1)
+        saved = [step for step in ahead if step % 2 == 0]
+        steps = dict.fromkeys(faults.TRAINING, saved)
+        steps |= {"after-step": ahead, "before-finish": [STEPS]}
+        point = draw.choice([point for point in faults.TRAINING if steps[point]])
+        life = nursery.start(fields(layout), space, fault=f"{point}@{draw.choice(steps[point])}")
         if life.wait() == 0:
-            break
+            break  # nothing was retired at that step
         assert life.wait() == -signal.SIGKILL, life.err
-        points.append(fault.split("@")[0])
+        points.append(point)
     with contextlib.ExitStack() as counted:
         for point in points:
             counted.enter_context(trial(f"at `{point}`", "training"))
