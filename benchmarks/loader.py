@@ -4,7 +4,8 @@
 
 Contenders take turns and read the same rows of the same synthetic tokens: the training loader
 with its data order, the cache given the rows, a NumPy memory map (the limit), and `datasets`.
-Packed rows are others, put together of documents, and come with segments and masks.
+Packed rows are others, put together of documents, and come with segments and masks. Last the loader
+as the trainer draws from it, which computes for 2 ms between two batches: what it waits.
 Prints JSON lines: the machine, then each contender's median over the rounds.
 """
 
@@ -31,7 +32,8 @@ from modeling.data.order import RowOrder
 from modeling.training.config import DataOrderConfig
 
 BATCH, LENGTH = 32, 1024
-SHARDS, SHARD_TOKENS = 4, 1 << 22
+SHARDS, SHARD_TOKENS = 2, 1 << 24  # as 64 MiB of text, of which a shard is made, have them
+COMPUTE_S = 0.002
 PACKED = "token cache, packed documents"
 Contender = Callable[[int, np.ndarray], np.ndarray]
 
@@ -99,6 +101,26 @@ def measure(root: Path, tokens: np.ndarray, num_rounds: int, num_batches: int) -
             # What a busy machine does to the wall clock is no stall of the loader's.
             p99_cpu_ms=round(statistics.quantiles(batch_cpu_ms[name], n=100)[98], 3),
         )
+    print_waits(opened, num_rounds * num_batches)
+
+
+def print_waits(opened: cache.TokenCache, num_batches: int) -> None:
+    """Prints how long a consumer waits for batches that are made while it computes."""
+    wait_ms, cpu_ms = [], []
+    with TrainLoader(opened, DataOrderConfig(), BATCH).stream(0) as batches:
+        for _ in range(num_batches):
+            time.sleep(COMPUTE_S)
+            started, cpu_started = time.perf_counter(), time.thread_time()
+            next(batches)
+            cpu_ms.append(1e3 * (time.thread_time() - cpu_started))
+            wait_ms.append(1e3 * (time.perf_counter() - started))
+    waits, cpu = (statistics.quantiles(values, n=100) for values in (wait_ms, cpu_ms))
+    print_line(
+        contender="training loader, drawn from while computing",
+        p50_ms=round(waits[49], 3),
+        p99_ms=round(waits[98], 3),
+        p99_cpu_ms=round(cpu[98], 3),
+    )
 
 
 def contenders(root: Path, tokens: np.ndarray, opened: cache.TokenCache) -> dict[str, Contender]:

@@ -205,12 +205,11 @@ class StoredRows:
 
     def gather(self, indices: Integer[np.ndarray, " rows"]) -> Rows:
         """Returns the rows at `indices`."""
-        starts, length = indices.astype(np.int64) * self.sequence_length, self.sequence_length
-        segment_ids, mask = self.segment_ids, self.loss_mask
+        length, segment_ids, mask = self.sequence_length, self.segment_ids, self.loss_mask
         return Rows(
-            self.tokens.gather(starts, length),
-            None if segment_ids is None else segment_ids.gather(starts, length),
-            None if mask is None else mask.gather(starts, length) != 0,
+            self.tokens.rows(indices, length),
+            None if segment_ids is None else segment_ids.rows(indices, length),
+            None if mask is None else mask.rows(indices, length) != 0,
         )
 
 

@@ -240,7 +240,9 @@ class BatchStream:
         """Returns the next batch; None if `is_stopping` says so while there is none yet."""
         if self._worker is None:
             raise ValueError("the stream is not open; iterate over it inside its `with` statement.")
-        while not wait([self._pending[0]], timeout=0.1).done:
+        first = self._pending[0]
+        # Asked first, since setting up a wait takes longer than making a batch.
+        while not first.done() and not wait([first], timeout=0.1).done:
             if is_stopping():
                 return None
         batch = self._pending.popleft().result()

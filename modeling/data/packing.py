@@ -360,10 +360,9 @@ class PackedRows:
         starts[numbers > 0], lengths[numbers > 0] = pieces.starts[at], pieces.lengths[at]
         lengths[last] = self._length - np.add.reduceat(lengths, last - counts)
         segment_ids = np.repeat(numbers.astype(np.int32), lengths).reshape(shape)
-        is_padding = segment_ids == PADDING_SEGMENT
         tokens = self._tokens.gather_spans(starts, lengths).reshape(shape)
-        np.copyto(tokens, self._padding_id, where=is_padding)
-        loss_mask = ~is_padding
+        loss_mask = segment_ids != PADDING_SEGMENT
+        np.copyto(tokens, self._padding_id, where=~loss_mask)
         if self._loss_mask is not None:
             loss_mask &= self._loss_mask.gather_spans(starts, lengths).reshape(shape) != 0
         return tokens, segment_ids, loss_mask

@@ -13,13 +13,12 @@ NumPy array that costs no memory and no copy.
 
 import os
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int32, Integer, UInt8
+from jaxtyping import Int32, Int64, Integer, UInt8
 
 from modeling.merkle import BLOCK_BYTES, prefix_root
 
@@ -129,8 +128,9 @@ class FlatTokens:
     def __init__(self, parts: Sequence[Ids]) -> None:
         """Takes the tokens of each shard, in order; they are not copied."""
         self._parts = list(parts)
+        self._dtype = parts[0].dtype if parts else np.dtype(np.uint16)
         self._starts = np.cumsum([0, *(len(part) for part in parts)])
-        self._windows: dict[tuple[int, int], np.ndarray] = {}
+        self._blocks: dict[int, tuple[list[np.ndarray], np.ndarray, np.ndarray]] = {}
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -144,58 +144,78 @@ class FlatTokens:
         ]
         return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, self._parts[0][:0]])
 
-    def gather(
-        self, starts: Integer[np.ndarray, " rows"], length: int
+    def rows(
+        self, indices: Integer[np.ndarray, " rows"], length: int
     ) -> Int32[np.ndarray, "rows length"]:
-        """Returns the `length` tokens from each start on: one copy per shard touched, none per row.
+        """Returns rows of `length`, of which row i has the ids from `i * length` on.
 
-        Only a row that spans two shards, of which each boundary has at most one, is copied alone.
+        One copy is made per shard touched and none per row; only a row that spans two shards, of
+        which each boundary has at most one, is copied alone.
         """
-        rows = np.empty((len(starts), length), np.int32)
-        first = np.searchsorted(self._starts, starts, side="right") - 1
-        last = np.searchsorted(self._starts, starts + (length - 1), side="right") - 1
-        whole = first == last
-        for shard in np.unique(first[whole]).tolist():
-            here = np.flatnonzero(whole & (first == shard))
-            rows[here] = self._window(shard, length)[starts[here] - self._starts[shard]]
-        for row in np.flatnonzero(~whole).tolist():
-            rows[row] = self.span(int(starts[row]), int(starts[row]) + length)
+        blocks, firsts, ends = self._blocks_of(length)
+        of = np.searchsorted(firsts, indices, side="right") - 1
+        of[indices >= ends[of]] = len(blocks)
+        counts = np.bincount(of, minlength=len(blocks) + 1)
+        if counts.max() == len(indices) > counts[-1]:
+            block = int(of[0])
+            return blocks[block].take(indices - firsts[block], axis=0).astype(np.int32)
+        # By shard, so that each has one run of what is copied.
+        order = of.argsort(kind="stable")
+        in_order, bounds = indices[order], np.cumsum(counts)
+        found = np.empty((len(indices), length), self._dtype)
+        for block in np.flatnonzero(counts[:-1]).tolist():
+            here = slice(int(bounds[block] - counts[block]), int(bounds[block]))
+            local = in_order[here] - firsts[block]
+            blocks[block].take(local, axis=0, out=found[here], mode="clip")
+        for place in range(int(bounds[-1] - counts[-1]), len(indices)):
+            start = int(in_order[place]) * length
+            found[place] = self.span(start, start + length)
+        rows = np.empty(found.shape, np.int32)
+        rows[order] = found
         return rows
 
     def gather_spans(
         self,
         starts: Integer[np.ndarray, " spans"],
         lengths: Integer[np.ndarray, " spans"],
-    ) -> Int32[np.ndarray, " total"]:
-        """Returns spans of different lengths end to end; each lies in one shard.
+    ) -> Ids:
+        """Returns spans of different lengths end to end, as stored; each lies in one shard.
 
         A span that starts at -1 has no place in the stream: what is returned for it is arbitrary.
         One copy is made for each run of spans in one shard, so give them in the stream's order.
         """
         ends = np.cumsum(lengths)
-        found = np.empty(int(ends[-1]), np.int32)
         shard = np.searchsorted(self._starts, starts, side="right") - 1
         placed = np.maximum.accumulate(np.where(starts >= 0, np.arange(len(starts)), 0))
         shard = np.maximum(shard[placed], 0)
-        changes = np.flatnonzero(np.diff(shard)) + 1
-        for first, last in pairwise([0, *changes.tolist(), len(starts)]):
-            here, part = slice(first, last), self._parts[int(shard[first])]
-            begin, end = int(ends[first] - lengths[first]), int(ends[last - 1])
-            offsets = starts[here] - self._starts[shard[first]] - (ends[here] - lengths[here])
-            index = np.repeat(offsets, lengths[here])
-            index += np.arange(begin, end)
+        index = np.repeat(starts - self._starts[shard] - (ends - lengths), lengths)
+        index += np.arange(len(index))
+        found = np.empty(len(index), self._dtype)
+        runs = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(starts)]
+        of_runs, bounds = shard[runs[:-1]].tolist(), [0, *ends[np.array(runs[1:]) - 1].tolist()]
+        for part, begin, end in zip(of_runs, bounds, bounds[1:], strict=False):
             # Clipping is for the spans without a place, and checks the others no less cheaply.
-            found[begin:end] = part.take(index, mode="clip")
+            self._parts[part].take(index[begin:end], out=found[begin:end], mode="clip")
         return found
 
-    def _window(self, shard: int, length: int) -> np.ndarray:
-        """Returns the view whose row i is tokens i to i + length of a shard; it is made once."""
-        key = (shard, length)
-        if key not in self._windows:
-            self._windows[key] = np.lib.stride_tricks.sliding_window_view(
-                self._parts[shard], length
-            )
-        return self._windows[key]
+    def _blocks_of(
+        self, length: int
+    ) -> tuple[list[np.ndarray], Int64[np.ndarray, " shards"], Int64[np.ndarray, " shards"]]:
+        """Returns the rows whole in each shard, and the number of its first and one past its last.
+
+        Views, made once. The rows between two shards' are those that span a boundary.
+        """
+        if length not in self._blocks:
+            firsts = -(-self._starts[:-1] // length)
+            ends = np.maximum(self._starts[1:] // length, firsts)
+            blocks = [
+                part[first * length - start : end * length - start].reshape(-1, length)
+                for part, start, first, end in zip(
+                    self._parts, self._starts.tolist(), firsts.tolist(), ends.tolist(), strict=False
+                )
+            ]
+            self._blocks[length] = blocks, firsts, ends
+        return self._blocks[length]
 
 
 def prefix_root_of(tokens: FlatTokens, leaves: Sequence[bytes], num_tokens: int) -> str:

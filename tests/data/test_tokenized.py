@@ -516,24 +516,23 @@ def test_gathering_crosses_shards_of_any_size():
     flat = FlatTokens(np.split(whole, cuts))
     assert len(flat) == 500
     for length in (1, 7, 60):
-        starts = draw.integers(0, 501 - length, 200)
-        expected = [whole[start : start + length] for start in starts]
-        rows = flat.gather(starts, length)
+        indices = draw.integers(0, 500 // length, 200)
+        rows = flat.rows(indices, length)
         assert rows.dtype == np.int32
-        assert np.array_equal(rows, expected)
+        assert np.array_equal(rows, whole[: 500 // length * length].reshape(-1, length)[indices])
+        assert flat.rows(indices[:0], length).shape == (0, length)
     assert np.array_equal(flat.span(3, 480), whole[3:480])
     assert flat.span(5, 5).size == 0
 
 
-def test_rows_inside_a_shard_are_not_copied_one_by_one(monkeypatch):
-    flat = FlatTokens(np.split(np.arange(120, dtype=np.uint16), [40, 80]))
-    starts = np.array([0, 30, 40, 70, 80, 110])
-
-    def copies_a_row(*bounds):
-        raise AssertionError(f"row {bounds} lies inside one shard")
-
-    monkeypatch.setattr(flat, "span", copies_a_row)
-    assert np.array_equal(flat.gather(starts, 10), starts[:, None] + np.arange(10))
+@pytest.mark.parametrize(("cuts", "alone"), [([40, 80], []), ([45, 85], [4, 8]), ([45], [4])])
+def test_only_rows_that_span_two_shards_are_copied_one_by_one(cuts, alone, monkeypatch):
+    flat = FlatTokens(np.split(np.arange(120, dtype=np.uint16), cuts))
+    copied, span = [], flat.span
+    monkeypatch.setattr(flat, "span", lambda *bounds: copied.append(bounds) or span(*bounds))
+    for indices in (np.arange(12), np.array([11, 4, 0, 8])):
+        assert np.array_equal(flat.rows(indices, 10), indices[:, None] * 10 + np.arange(10))
+    assert sorted(copied) == sorted([(10 * row, 10 * row + 10) for row in alone] * 2)
 
 
 def test_the_manifest_says_what_its_format_is(chain, tmp_path):
