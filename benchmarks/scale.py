@@ -28,7 +28,8 @@ from corpora import write_table
 
 from modeling.artifacts import Workspace
 from modeling.data import tokenized, tokenizer
-from modeling.data.config import BpeTokenizerConfig, TokenizationConfig
+from modeling.data.config import TokenizationConfig
+from modeling.data.tokenizers_config import BpeTokenizerConfig
 
 _NAME = re.compile(r"\b[a-z_]{5,}\b")
 

@@ -31,14 +31,10 @@ from corpora import write_table
 
 from modeling.artifacts import Workspace
 from modeling.data import corpus, encoding, token_files, tokenized, tokenizer
-from modeling.data.config import (
-    BpeTokenizerConfig,
-    Pattern,
-    PyStdlibSource,
-    TokenizationConfig,
-    ValidationConfig,
-)
+from modeling.data.config import TokenizationConfig
+from modeling.data.sources_config import PyStdlibSource, ValidationConfig
 from modeling.data.splits import TRAIN
+from modeling.data.tokenizers_config import BpeTokenizerConfig, Pattern
 
 BATCH_BYTES = 4 * 1024 * 1024
 BASELINE = "encode_batch_fast"

@@ -12,12 +12,8 @@ from typing import Any
 
 from modeling import canonical
 from modeling.artifacts import Artifact, Input, Recipe
-from modeling.data.config import (
-    DatasetConfig,
-    TokenCacheConfig,
-    TokenizerConfig,
-    TrainedTokenizerConfig,
-)
+from modeling.data.config import DatasetConfig, TokenCacheConfig
+from modeling.data.tokenizers_config import TokenizerConfig, TrainedTokenizerConfig
 from modeling.experiment import ExperimentConfig
 
 VERSIONS = {

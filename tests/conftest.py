@@ -99,13 +99,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     import haliax as hax
     from modeling.artifacts import Workspace, write_durably
     from modeling.data import cache, corpus, tokenized, tokenizer
-    from modeling.data.config import (
-        BpeTokenizerConfig,
-        FilesSource,
-        TokenCacheConfig,
-        TokenizationConfig,
-        ValidationConfig,
-    )
+    from modeling.data.config import TokenCacheConfig, TokenizationConfig
+    from modeling.data.sources_config import FilesSource, ValidationConfig
+    from modeling.data.tokenizers_config import BpeTokenizerConfig
     from modeling.evaluation.config import EvaluationConfig
     from modeling.experiment import ExperimentConfig
     from modeling.models.config import Gpt2Config

@@ -18,7 +18,7 @@ from typing import Any
 import tokenizers
 
 from modeling import canonical
-from modeling.data.config import Format, RayCompute, TokenizationConfig
+from modeling.data.config import RayCompute, TokenizationConfig
 from modeling.data.encoding import (
     DocumentEncoder,
     DocumentError,
@@ -26,6 +26,7 @@ from modeling.data.encoding import (
     TextEncoder,
     document_encoder,
 )
+from modeling.data.formats_config import Format
 from modeling.data.pieces import PIECE_BYTES
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
 from modeling.data.units import Text, Unit

@@ -26,12 +26,13 @@ import pyarrow as pa
 
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, needing_space, write_durably
-from modeling.data.config import Format, Source, TextFormat, Validation, ValidationConfig
 from modeling.data.filters import Duplicates
+from modeling.data.formats_config import Format, TextFormat
 from modeling.data.listing import Listing, Sources, file_rows, named
 from modeling.data.listing import scan as scan
 from modeling.data.reading import Kept, SourceReader, Tally
 from modeling.data.sources import SourceError, SourceFile
+from modeling.data.sources_config import Source, Validation, ValidationConfig
 from modeling.data.splits import split_name
 from modeling.merkle import MerkleHasher
 from modeling.progress import Meter, Report, ignore

@@ -20,15 +20,8 @@ import tokenizers
 from jaxtyping import Int64, Integer, UInt8
 
 from modeling.data.chat import ChatTemplate, Piece, TemplateProblem
-from modeling.data.config import (
-    ChatFormat,
-    Format,
-    IdsFormat,
-    Pattern,
-    SupervisedFormat,
-    TextFormat,
-    TokenizationConfig,
-)
+from modeling.data.config import TokenizationConfig
+from modeling.data.formats_config import ChatFormat, Format, IdsFormat, SupervisedFormat, TextFormat
 from modeling.data.joint import JointEncoder
 from modeling.data.patterns import pattern_of, splitter
 from modeling.data.pieces import pieces
@@ -36,6 +29,7 @@ from modeling.data.pretokens import SEPARATOR
 from modeling.data.records import COMPLETION, PROMPT
 from modeling.data.shards import token_dtype
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
+from modeling.data.tokenizers_config import Pattern
 
 TEXT = TextFormat()
 _SEPARATOR_WORD = bytes([SEPARATOR])

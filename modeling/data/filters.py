@@ -10,8 +10,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from modeling.data.config import DuplicatesFilter, Filter, LengthFilter, RegexFilter
 from modeling.data.formats import Found
+from modeling.data.sources_config import DuplicatesFilter, Filter, LengthFilter, RegexFilter
 
 _DIGEST_BYTES = 16  # two texts among 2**40 agree by chance once in 2**49 corpora
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from modeling.data.config import IdsFormat
+from modeling.data.formats_config import IdsFormat
 from modeling.data.records import RecordError, ids_text
 
 _IDS_AT_ONCE = 1 << 20

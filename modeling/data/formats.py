@@ -26,16 +26,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from modeling.data.config import (
-    FilesSource,
-    Format,
-    IdsFormat,
-    PackageSource,
-    PyStdlibSource,
-    RegexFilter,
-    Source,
-)
 from modeling.data.flat_ids import flat_documents
+from modeling.data.formats_config import Format, IdsFormat
 from modeling.data.records import RecordError, RecordReader, record_reader
 from modeling.data.sources import (
     FoundFile,
@@ -43,6 +35,13 @@ from modeling.data.sources import (
     StoredFile,
     UndecodableError,
     require_moderate,
+)
+from modeling.data.sources_config import (
+    FilesSource,
+    PackageSource,
+    PyStdlibSource,
+    RegexFilter,
+    Source,
 )
 
 ROWS_AT_ONCE = 1024

@@ -11,14 +11,14 @@ from typing import Any
 import pyarrow as pa
 
 from modeling import canonical
-from modeling.data.config import (
+from modeling.data.formats import ROWS_AT_ONCE, Documents, Reading, columns_of, table_documents
+from modeling.data.sources import SourceError
+from modeling.data.sources_config import (
     HuggingFaceSource,
     SavedDatasetSource,
     Validation,
     ValidationSplit,
 )
-from modeling.data.formats import ROWS_AT_ONCE, Documents, Reading, columns_of, table_documents
-from modeling.data.sources import SourceError
 
 DatasetSource = HuggingFaceSource | SavedDatasetSource
 

@@ -14,17 +14,6 @@ from typing import Any
 import fsspec
 
 from modeling import canonical
-from modeling.data.config import (
-    FilesSource,
-    HuggingFaceSource,
-    PackageSource,
-    PyStdlibSource,
-    SavedDatasetSource,
-    Source,
-    Validation,
-    ValidationConfig,
-    ValidationFiles,
-)
 from modeling.data.digests import DigestMemo, DigestSession
 from modeling.data.hub import commit_digest, dataset_path, dataset_splits
 from modeling.data.reading import is_held_out
@@ -37,6 +26,17 @@ from modeling.data.sources import (
     matching_files,
     unique_files,
     without_secrets,
+)
+from modeling.data.sources_config import (
+    FilesSource,
+    HuggingFaceSource,
+    PackageSource,
+    PyStdlibSource,
+    SavedDatasetSource,
+    Source,
+    Validation,
+    ValidationConfig,
+    ValidationFiles,
 )
 from modeling.data.splits import VALIDATION, split_name
 

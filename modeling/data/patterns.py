@@ -5,9 +5,9 @@ from typing import Any
 
 from tokenizers import Regex, pre_tokenizers
 
-from modeling.data.config import Pattern
 from modeling.data.pretokens import Splitter
 from modeling.data.pretokens_cased import LLAMA3, O200K, CasedSplitter
+from modeling.data.tokenizers_config import Pattern
 
 _SPELLS = {"type": "ByteLevel", "add_prefix_space": False}
 _SPLITS = {"type": "Split", "behavior": "Isolated", "invert": False}

@@ -15,7 +15,7 @@ from typing import Any
 import tokenizers
 
 from modeling import canonical
-from modeling.data.config import PretrainedTokenizerConfig
+from modeling.data.tokenizers_config import PretrainedTokenizerConfig
 
 _TOKENIZER, _TEMPLATE = "tokenizer.json", "chat_template.jinja"
 _CONFIG, _MAP = "tokenizer_config.json", "special_tokens_map.json"

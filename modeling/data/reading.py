@@ -15,18 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from modeling.data.config import (
-    Format,
-    HuggingFaceSource,
-    PackageSource,
-    PyStdlibSource,
-    SavedDatasetSource,
-    Source,
-    Validation,
-    ValidationConfig,
-)
 from modeling.data.filters import Duplicates, Filters
 from modeling.data.formats import Documents, Reading, read_documents
+from modeling.data.formats_config import Format
 from modeling.data.hub import dataset_documents, dataset_path, dataset_splits
 from modeling.data.sources import (
     FoundFile,
@@ -35,6 +26,15 @@ from modeling.data.sources import (
     StoredFile,
     UndecodableError,
     require_moderate,
+)
+from modeling.data.sources_config import (
+    HuggingFaceSource,
+    PackageSource,
+    PyStdlibSource,
+    SavedDatasetSource,
+    Source,
+    Validation,
+    ValidationConfig,
 )
 from modeling.data.splits import split_name
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Integer
 
-from modeling.data.config import ChatFormat, Format, IdsFormat, SupervisedFormat, TextFormat
+from modeling.data.formats_config import ChatFormat, Format, IdsFormat, SupervisedFormat, TextFormat
 
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 

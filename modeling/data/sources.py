@@ -30,7 +30,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
-from modeling.data.config import (
+from modeling.data.sources_config import (
     FilesSource,
     HuggingFaceSource,
     PackageSource,

@@ -23,7 +23,8 @@ from modeling import canonical
 from modeling.artifacts import ArtifactStore, Built, Workspace, link_or_copy, write_durably
 from modeling.data import corpus
 from modeling.data.compute import Encoding, Keyed, encoded_by_ray, encoded_here
-from modeling.data.config import Compute, Format, LocalCompute, RayCompute, TokenizationConfig
+from modeling.data.config import Compute, LocalCompute, RayCompute, TokenizationConfig
+from modeling.data.formats_config import Format
 from modeling.data.ledger import FetchEarlier, Ledger, nothing_earlier
 from modeling.data.shards import map_shard, token_dtype
 from modeling.data.splits import file_stem

@@ -27,7 +27,8 @@ from tokenizers import decoders, models
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, write_durably
 from modeling.data import corpus, pretrained
-from modeling.data.config import (
+from modeling.data.splits import TRAIN
+from modeling.data.tokenizers_config import (
     BpeTokenizerConfig,
     PassthroughTokenizerConfig,
     PretrainedTokenizerConfig,
@@ -35,7 +36,6 @@ from modeling.data.config import (
     UnigramTokenizerConfig,
     WordPieceTokenizerConfig,
 )
-from modeling.data.splits import TRAIN
 from modeling.data.unspelled import Unspelled
 from modeling.data.vocabularies import (
     CONTINUES,

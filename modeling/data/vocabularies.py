@@ -24,14 +24,14 @@ import pyarrow as pa
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from modeling.data.config import (
+from modeling.data.patterns import pre_tokenizer, splitter
+from modeling.data.pretokens import SEPARATOR
+from modeling.data.tokenizers_config import (
     BpeTokenizerConfig,
     Pattern,
     UnigramTokenizerConfig,
     WordPieceTokenizerConfig,
 )
-from modeling.data.patterns import pre_tokenizer, splitter
-from modeling.data.pretokens import SEPARATOR
 
 END_OF_TEXT, UNKNOWN = "<|endoftext|>", "<|unknown|>"
 CONTINUES = "\u2040"

@@ -8,13 +8,9 @@ import pytest
 
 from modeling.artifacts import Built, Workspace
 from modeling.data import cache, corpus, tokenized, tokenizer
-from modeling.data.config import (
-    BpeTokenizerConfig,
-    FilesSource,
-    TokenCacheConfig,
-    TokenizationConfig,
-    ValidationConfig,
-)
+from modeling.data.config import TokenCacheConfig, TokenizationConfig
+from modeling.data.sources_config import FilesSource, ValidationConfig
+from modeling.data.tokenizers_config import BpeTokenizerConfig
 
 MakeWorkspace = Callable[[str], Workspace]
 

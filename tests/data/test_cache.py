@@ -11,12 +11,8 @@ from modeling.artifacts import DiskFullError
 from modeling.canonical import digest
 from modeling.data import cache, corpus, shards, tokenized
 from modeling.data.cache import TokenCache
-from modeling.data.config import (
-    FilesSource,
-    TokenCacheConfig,
-    TokenizationConfig,
-    ValidationConfig,
-)
+from modeling.data.config import TokenCacheConfig, TokenizationConfig
+from modeling.data.sources_config import FilesSource, ValidationConfig
 from modeling.data.splits import ROLES
 
 IDS = {"tokenized_id": "a" * 64, "tokenizer_id": "b" * 64}

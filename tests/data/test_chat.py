@@ -10,13 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers, trainers
 
 from modeling.data.chat import ChatTemplate, Piece, TemplateProblem
-from modeling.data.config import (
-    ChatFormat,
-    IdsFormat,
-    SupervisedFormat,
-    TokenizationConfig,
-)
+from modeling.data.config import TokenizationConfig
 from modeling.data.encoding import DocumentError, document_encoder
+from modeling.data.formats_config import ChatFormat, IdsFormat, SupervisedFormat
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

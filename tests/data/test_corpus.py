@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from modeling.data import corpus
-from modeling.data.config import FilesSource, PyStdlibSource, ValidationConfig
 from modeling.data.reading import is_held_out
 from modeling.data.sources import SourceError
+from modeling.data.sources_config import FilesSource, PyStdlibSource, ValidationConfig
 
 HALF = ValidationConfig(fraction=0.5)
 ALL_TRAIN = ValidationConfig(fraction=0.0)

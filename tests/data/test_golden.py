@@ -1,13 +1,9 @@
 """Content ids of a fixed corpus; when one changes, so must `modeling.recipes.VERSIONS`."""
 
 from modeling.data import cache, corpus, tokenized, tokenizer
-from modeling.data.config import (
-    BpeTokenizerConfig,
-    FilesSource,
-    TokenCacheConfig,
-    TokenizationConfig,
-    ValidationConfig,
-)
+from modeling.data.config import TokenCacheConfig, TokenizationConfig
+from modeling.data.sources_config import FilesSource, ValidationConfig
+from modeling.data.tokenizers_config import BpeTokenizerConfig
 
 GOLDEN = {
     "listing": "70fc907afc62d78472c9d6b176050784c62daf0e375ccd8b561951a826e2bb1c",

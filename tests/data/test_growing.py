@@ -11,17 +11,13 @@ import pytest
 from modeling.artifacts import Workspace, write_durably
 from modeling.data import cache, corpus, growing, packing, token_files, tokenized
 from modeling.data.cache import TokenCache
-from modeling.data.config import (
-    FilesSource,
-    SupervisedFormat,
-    TokenCacheConfig,
-    TokenizationConfig,
-    ValidationConfig,
-)
+from modeling.data.config import TokenCacheConfig, TokenizationConfig
 from modeling.data.corpus import TEXT
+from modeling.data.formats_config import SupervisedFormat
 from modeling.data.growing import Demand, GrowingCache, Vocabulary, WaitingEndedError
 from modeling.data.ledger import STREAM_FILE
 from modeling.data.loader import TrainLoader
+from modeling.data.sources_config import FilesSource, ValidationConfig
 from modeling.training.config import DataOrderConfig
 
 LENGTH = 16

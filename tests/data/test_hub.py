@@ -8,16 +8,16 @@ import sys
 import pytest
 
 from modeling.data import corpus, tokenizer
-from modeling.data.config import (
-    DatasetConfig,
+from modeling.data.config import DatasetConfig
+from modeling.data.sources import SourceError
+from modeling.data.sources_config import (
     HuggingFaceSource,
-    PretrainedTokenizerConfig,
     RegexFilter,
     SavedDatasetSource,
     ValidationConfig,
     ValidationSplit,
 )
-from modeling.data.sources import SourceError
+from modeling.data.tokenizers_config import PretrainedTokenizerConfig
 from modeling.experiment import ConfigError, validate
 from tests.data.fake_hub import FakeHub
 
@@ -158,7 +158,8 @@ import json, sys
 from pathlib import Path
 from modeling.artifacts import Workspace
 from modeling.data import corpus, tokenizer
-from modeling.data.config import DatasetConfig, ValidationConfig
+from modeling.data.config import DatasetConfig
+from modeling.data.sources_config import ValidationConfig
 from modeling.experiment import validate
 
 root, cases, found = Path(sys.argv[1]), json.loads(sys.argv[2]), {}

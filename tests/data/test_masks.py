@@ -10,17 +10,11 @@ import haliax as hax
 from haliax import Axis
 from modeling import canonical, recipes
 from modeling.data import cache, compute, corpus, token_files, tokenized, tokenizer
-from modeling.data.config import (
-    BpeTokenizerConfig,
-    ChatFormat,
-    FilesSource,
-    IdsFormat,
-    PassthroughTokenizerConfig,
-    TokenCacheConfig,
-    TokenizationConfig,
-    ValidationConfig,
-)
+from modeling.data.config import TokenCacheConfig, TokenizationConfig
+from modeling.data.formats_config import ChatFormat, IdsFormat
 from modeling.data.shards import map_shard
+from modeling.data.sources_config import FilesSource, ValidationConfig
+from modeling.data.tokenizers_config import BpeTokenizerConfig, PassthroughTokenizerConfig
 from modeling.experiment import ConfigError, load_dataset
 from modeling.models.config import Gpt2Config
 from modeling.models.lm import LmExample, build_model, next_token_loss

@@ -22,23 +22,21 @@ from pyarrow import parquet
 from modeling import canonical, recipes
 from modeling.artifacts import ArtifactStore, DiskFullError, Recipe
 from modeling.data import cache, corpus, tokenized, tokenizer
-from modeling.data.config import (
-    BpeTokenizerConfig,
-    DatasetConfig,
+from modeling.data.config import DatasetConfig, TokenCacheConfig, TokenizationConfig
+from modeling.data.digests import DigestMemo
+from modeling.data.reading import is_held_out
+from modeling.data.sources import FoundFile, SourceError, find_files
+from modeling.data.sources_config import (
     DuplicatesFilter,
     FilesSource,
     LengthFilter,
     PackageSource,
     RegexFilter,
-    TokenCacheConfig,
-    TokenizationConfig,
     ValidationConfig,
     ValidationFiles,
 )
-from modeling.data.digests import DigestMemo
-from modeling.data.reading import is_held_out
-from modeling.data.sources import FoundFile, SourceError, find_files
 from modeling.data.token_files import Manifest
+from modeling.data.tokenizers_config import BpeTokenizerConfig
 from modeling.experiment import ConfigError, validate
 from modeling.inventory import verify_files
 
@@ -629,7 +627,7 @@ import resource, sys
 from pathlib import Path
 from modeling.artifacts import Workspace
 from modeling.data import corpus
-from modeling.data.config import FilesSource, ValidationConfig
+from modeling.data.sources_config import FilesSource, ValidationConfig
 
 root, kind = Path(sys.argv[1]), sys.argv[2]
 space = Workspace(root / "p", root / "o")

@@ -9,15 +9,9 @@ import pyarrow.parquet
 import pytest
 
 from modeling.data import corpus
-from modeling.data.config import (
-    ChatFormat,
-    FilesSource,
-    IdsFormat,
-    SupervisedFormat,
-    TextFormat,
-    ValidationConfig,
-)
+from modeling.data.formats_config import ChatFormat, IdsFormat, SupervisedFormat, TextFormat
 from modeling.data.sources import SourceError
+from modeling.data.sources_config import FilesSource, ValidationConfig
 
 ALL_TRAIN = ValidationConfig(fraction=0.0)
 CHAT = ChatFormat(type="chat", context_fields=("tools",))

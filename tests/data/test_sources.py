@@ -17,8 +17,8 @@ import pytest
 from pyarrow import parquet
 
 from modeling.data import corpus
-from modeling.data.config import FilesSource, ValidationConfig
 from modeling.data.sources import SourceError, find_files, without_secrets
+from modeling.data.sources_config import FilesSource, ValidationConfig
 
 TEXTS = [f"document {i}, naïve 日本語\nsecond line\n" * (i + 1) for i in range(30)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()

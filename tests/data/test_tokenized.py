@@ -17,9 +17,10 @@ from tokenizers import models, pre_tokenizers
 
 from modeling.artifacts import ArtifactStore, Recipe, Workspace
 from modeling.data import compute, corpus, ledger, token_files, tokenized
-from modeling.data.config import FilesSource, TokenizationConfig
+from modeling.data.config import TokenizationConfig
 from modeling.data.ledger import committed
 from modeling.data.shards import FlatTokens, map_shard, token_dtype, write_shard
+from modeling.data.sources_config import FilesSource
 from modeling.data.splits import ROLES
 from modeling.data.tokenizer import Tokenizer, save
 from modeling.inventory import INVENTORY

@@ -18,18 +18,17 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from modeling.data import corpus
-from modeling.data.config import (
-    BpeTokenizerConfig,
-    FilesSource,
-    PretrainedTokenizerConfig,
-    UnigramTokenizerConfig,
-    ValidationConfig,
-    WordPieceTokenizerConfig,
-)
 from modeling.data.encoding import WordEncoder, encoder_for
 from modeling.data.pretrained import PretrainedTokenizerError
 from modeling.data.reading import is_held_out
+from modeling.data.sources_config import FilesSource, ValidationConfig
 from modeling.data.tokenizer import PROBE_TEXTS, Tokenizer, build, file_digests, files_root, save
+from modeling.data.tokenizers_config import (
+    BpeTokenizerConfig,
+    PretrainedTokenizerConfig,
+    UnigramTokenizerConfig,
+    WordPieceTokenizerConfig,
+)
 from modeling.data.vocabularies import _Lattice, train_unigram, train_wordpiece
 from modeling.experiment import ConfigError, validate
 
@@ -106,8 +105,11 @@ import pathlib, sys
 import modeling.data.loader
 from modeling.artifacts import Workspace
 from modeling.data import tokenized, tokenizer
-from modeling.data.config import (
-    BpeTokenizerConfig, TokenizationConfig, UnigramTokenizerConfig, WordPieceTokenizerConfig
+from modeling.data.config import TokenizationConfig
+from modeling.data.tokenizers_config import (
+    BpeTokenizerConfig,
+    UnigramTokenizerConfig,
+    WordPieceTokenizerConfig,
 )
 corpus_dir, output, tokens = map(pathlib.Path, sys.argv[1:])
 for config in (

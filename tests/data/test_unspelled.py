@@ -8,10 +8,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
-from modeling.data.config import UnigramTokenizerConfig, WordPieceTokenizerConfig
 from modeling.data.encoding import encoder_for
 from modeling.data.shards import token_dtype
 from modeling.data.tokenizer import Tokenizer
+from modeling.data.tokenizers_config import UnigramTokenizerConfig, WordPieceTokenizerConfig
 from modeling.data.vocabularies import train_unigram, train_wordpiece
 
 LETTERS = [*"abcdehlorstw </>\ufdd0\ufdd1013", "▁"]

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from modeling.artifacts import Workspace
 from modeling.data import tokenizer
 from modeling.data.cache import TokenCache
-from modeling.data.config import PassthroughTokenizerConfig
+from modeling.data.tokenizers_config import PassthroughTokenizerConfig
 from modeling.hf import export, reference
 from modeling.hf.config import ExportConfig
 from modeling.hf.gpt2 import from_hf_config, from_tensors, to_tensors

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from modeling import canonical
-from modeling.data.config import BpeTokenizerConfig
+from modeling.data.tokenizers_config import BpeTokenizerConfig
 from modeling.difference import differences
 
 PLAIN = st.recursive(

@@ -9,7 +9,7 @@ import pytest
 
 from modeling import recipes
 from modeling.canonical import digest
-from modeling.data.config import BpeTokenizerConfig
+from modeling.data.tokenizers_config import BpeTokenizerConfig
 from modeling.experiment import Catalog, ConfigError, ExperimentConfig, load_catalog, validate
 
 DATASET = """

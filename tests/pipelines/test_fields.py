@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 import pytest
 
 from modeling import recipes
-from modeling.data.config import DatasetConfig, PyStdlibSource, TokenCacheConfig
+from modeling.data.config import DatasetConfig, TokenCacheConfig
+from modeling.data.sources_config import PyStdlibSource
 from modeling.experiment import ExperimentConfig
 
 NOTHING: frozenset[str] = frozenset()
