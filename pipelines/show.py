@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 # Both colours are given, since a terminal's own may be light or dark.
 _BACKGROUNDS = ("on #10335c", "on #4a3b0b")
 _INKS = {"text": "#ffffff", "id": "#ffffff", "special": "bold #e2b3ff", "bytes": "#ff9f99"}
-_SIGNS = "<E6 97> are bytes of a part of a character, and ↵ ⇥ stand for what cannot be seen."
+_SIGNS = (
+    "<E6 97> are bytes of a part of a character, <A5 日> its last ones, and ↵ ⇥ stand for what "
+    "cannot be seen."
+)
 _LEGEND = f"A bar ends each token; [brackets] hold what is not learned; {_SIGNS}"
 _COLOURED_LEGEND = (
     f"Each coloured stretch is a token; those without colour are not learned; {_SIGNS}"

@@ -1,15 +1,18 @@
 """Examples to look at: rows of a token cache, token by token, as text, Markdown or a page.
 
-A token is shown as the text that it stands for. One that is part of a character only is shown as
-its bytes in hex (`<E6 97>`), a special one by its name, and padding not at all. Tokens that the
-loss mask leaves out are told apart, and so are the documents of a row.
+A token is shown as the text that it stands for. Of one that is part of a character only, the bytes
+are shown in hex (`<E6 97>`), and the character with its last ones (`<A5 日>`); a special one by its
+name, and padding not at all. Tokens that the loss mask leaves out are told apart, and so are the
+documents of a row.
 
 In plain text a bar ends each token, `[...]` holds what is not learned, and a line above each
 document says which it is.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import Literal
 
@@ -28,6 +31,8 @@ _SIGNS = {"\n": "↵\n", "\r": "␍", "\t": "⇥\t", "\x7f": "␡"} | {
     chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\r\t"
 }
 _SIGN_OF = str.maketrans(_SIGNS)
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece spells a byte of text that its other pieces cannot."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,13 +111,13 @@ def _example(rows: Rows, texts: "Texts", split: str, number: int, num_rows: int)
         if segment == PADDING_SEGMENT:
             padding = len(found)
         else:
-            tokens = (texts.shown(token, is_learned) for _, token, is_learned in found)
+            tokens = texts.shown((token, is_learned) for _, token, is_learned in found)
             documents.append(Document(segment, tuple(tokens)))
     return Example(split, number, num_rows, tuple(documents), padding, rows.segment_ids is not None)
 
 
 class Texts:
-    """What each id stands for."""
+    """What ids stand for."""
 
     def __init__(self, tokenizer: Tokenizer | PassthroughTokenizer) -> None:
         """Takes the ids of `tokenizer`."""
@@ -125,14 +130,26 @@ class Texts:
         self._is_byte_level = self._backend is not None and isinstance(
             self._backend.decoder, decoders.ByteLevel
         )
+        self._has_byte_pieces = (
+            self._backend is not None
+            and not self._is_byte_level
+            and bool(json.loads(self._backend.to_str())["model"].get("byte_fallback"))
+        )
         self._added = {} if self._backend is None else self._backend.get_added_tokens_decoder()
 
-    def shown(self, token_id: int, learned: bool) -> ShownToken:
-        """Returns an id as a reader can see it."""
-        kind, text = self._text(token_id)
-        return ShownToken(token_id, kind, text.translate(_SIGN_OF), learned)
+    def shown(self, tokens: Iterable[tuple[int, bool]]) -> Iterator[ShownToken]:
+        """Yields consecutive ids, and whether each is learned, as a reader can see them."""
+        begun = b""  # of a character that the tokens before have not ended
+        for token_id, is_learned in tokens:
+            kind, text = self._kind_and_text(token_id)
+            if isinstance(text, bytes):
+                kind, text, begun = _spelled_bytes(text, begun)
+            else:
+                begun = b""
+            yield ShownToken(token_id, kind, text.translate(_SIGN_OF), is_learned)
 
-    def _text(self, token_id: int) -> tuple[Kind, str]:
+    def _kind_and_text(self, token_id: int) -> tuple[Kind, str | bytes]:
+        """Returns the text of an id, or the bytes where it need not be a whole one."""
         if token_id in self._special:
             return "special", self._special[token_id]
         piece = None if self._backend is None else self._backend.id_to_token(token_id)
@@ -140,13 +157,37 @@ class Texts:
             return "id", f"<{token_id}>"
         if token_id in self._added:
             return "text", piece
-        if not self._is_byte_level:
-            return "text", piece.replace("▁", " ")
-        raw = bytes(_BYTE_OF[character] for character in piece)
-        try:
-            return "text", raw.decode()
-        except UnicodeDecodeError:
-            return "bytes", f"<{raw.hex(' ').upper()}>"
+        if self._is_byte_level:
+            return "bytes", bytes(_BYTE_OF[character] for character in piece)
+        if self._has_byte_pieces and (found := _BYTE_PIECE.fullmatch(piece)):
+            return "bytes", bytes.fromhex(found[1])
+        return "text", piece.replace("▁", " ")
+
+
+def _spelled_bytes(raw: bytes, begun: bytes) -> tuple[Kind, str, bytes]:
+    """Returns the bytes of a token for people, and what it leaves of a character begun.
+
+    Bytes of a part of a character are shown in hex, and with its last ones the character.
+    """
+    num_rest = next((n for n, byte in enumerate(raw) if byte & 0xC0 != 0x80), len(raw))
+    rest, raw = raw[:num_rest], raw[num_rest:]
+    character = _decoded(begun + rest)
+    text = f"<{rest.hex(' ').upper()}{f' {character}' if character else ''}>" if rest else ""
+    if rest and not raw:
+        return "bytes", text, b"" if character else begun + rest
+    whole = next(
+        (raw[:end] for end in range(len(raw), -1, -1) if _decoded(raw[:end]) is not None), b""
+    )
+    left = raw[len(whole) :]
+    text += whole.decode() + (f"<{left.hex(' ').upper()}>" if left else "")
+    return "bytes" if rest or left else "text", text, left
+
+
+def _decoded(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _byte_alphabet() -> dict[str, int]:

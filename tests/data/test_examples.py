@@ -49,7 +49,7 @@ def test_tokens_are_shown_as_what_they_stand_for(tokenizer):
     assert shown == [
         ("bytes", "<E6>"),
         ("bytes", "<97>"),
-        ("bytes", "<A5>"),
+        ("bytes", "<A5 日>"),
         ("text", " the"),
         ("text", "ab"),
         ("text", "a"),
@@ -61,16 +61,48 @@ def test_tokens_are_shown_as_what_they_stand_for(tokenizer):
 
 
 def test_every_byte_token_is_the_byte_that_the_library_decodes(tokenizer):
-    texts = examples.Texts(tokenizer)
+    shown = []
     for number in range(len(ALPHABET)):
-        kind, text = texts._text(number)
+        (document,) = read(tokenizer, [number]).documents
+        (token,) = document.tokens
         decoded = tokenizer.decode([number])
-        if kind == "text":
-            assert text == decoded
+        if token.kind == "text":
+            assert token.text == decoded.translate(examples._SIGN_OF)
         else:
             assert decoded == "\ufffd"
-            assert bytes.fromhex(text[1:-1])[0] >= 0x80
-    assert len({texts._text(number) for number in range(256)}) == 256
+            assert bytes.fromhex(token.text[1:-1])[0] >= 0x80
+        shown.append(token.text)
+    assert len(set(shown)) == 256
+
+
+def spelled_by(pieces):
+    """What is shown of byte-level tokens of these bytes."""
+    found, begun = [], b""
+    for piece in pieces:
+        _, text, begun = examples._spelled_bytes(piece, begun)
+        found.append(text)
+    return found
+
+
+def test_a_character_is_shown_with_its_last_bytes():
+    assert spelled_by([b"\xf0\x9f", b"\x98\x80"]) == ["<F0 9F>", "<98 80 😀>"]
+    assert spelled_by([b"a\xe2", b"\x80", b"\x94 b\xe2"]) == ["a<E2>", "<80>", "<94 —> b<E2>"]
+    assert spelled_by([b"\x80", b"\xff", b"\x80"]) == ["<80>", "<FF>", "<80>"], "no character"
+    assert spelled_by([b"\xe2", b"a", b"\x80"]) == ["<E2>", "a", "<80>"], "none either"
+    assert spelled_by([b"\xe2\x82a", b"\xac"]) == ["<E2 82 61>", "<AC>"]
+
+
+def test_byte_pieces_are_shown_as_what_they_stand_for():
+    names = ["<unk>", "</s>", "▁a", *(f"<0x{byte:02X}>" for byte in range(256))]
+    backend = tokenizers.Tokenizer(
+        models.Unigram([(name, -1.0) for name in names], 0, byte_fallback=True)
+    )
+    tokenizer = Tokenizer(backend, bos_token=None, eos_token="</s>")
+    ids = [backend.token_to_id(name) for name in ("▁a", "<0xE2>", "<0x80>", "<0x94>", "<0x0A>")]
+    (document,) = read(tokenizer, ids).documents
+    shown = [(token.kind, token.text) for token in document.tokens]
+    assert [text for _, text in shown] == [" a", "<E2>", "<80>", "<94 —>", "↵\n"]
+    assert [kind for kind, _ in shown] == ["text", "bytes", "bytes", "bytes", "text"]
 
 
 def test_ids_without_a_tokenizer_are_shown_as_such():
