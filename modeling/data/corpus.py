@@ -275,9 +275,13 @@ def _require_splits(sources: Mapping[str, Source], listing: Listing, tally: Tall
         validation = source.validation or listing.validation
         train, held_out = (tally.documents[split_name(held, name)] for held in (False, True))
         if train == 0:
+            left_out = {reason: count for reason, count in tally.skipped.items() if count}
+            why = (
+                f" Left out: {left_out}, the first: {tally.first_skipped[:1]}." if left_out else ""
+            )
             raise SourceError(
                 f"{where} gives {train + held_out} documents and none to train on; add some, or "
-                f"hold out fewer ({_told(validation)})."
+                f"hold out fewer ({_told(validation)}).{why}"
             )
         is_wanted = not isinstance(validation, ValidationConfig) or validation.fraction > 0
         if is_wanted and held_out == 0:

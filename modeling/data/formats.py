@@ -163,7 +163,9 @@ def read_documents(
                 yield from _READERS[source.format](file, stored, reading)
     except _DAMAGE as error:
         raise SourceError(
-            f"{file.shown}: damaged, or not {kind}: {error}.", reason="damaged file"
+            f"{file.shown}: damaged, or not {kind}: {str(error).rstrip('.')}. Write it anew, take "
+            f"it out of the source, or leave such files out with `source.on_error: skip`.",
+            reason="damaged file",
         ) from error
 
 
@@ -444,4 +446,12 @@ def _parsed(held: list[bytes], where: str) -> Any:
         value, end = _raw_json(text)
         return json.loads(text) if text[end:].strip(_BLANK) else value
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{where}: not JSON: {error}.", reason="not JSON") from error
+        told = str(error)
+        if isinstance(error, json.JSONDecodeError):  # whose line is that of the record
+            line = f"line {error.lineno}, " if error.lineno > 1 else ""
+            told = f"{error.msg} ({line}column {error.colno})"
+        raise SourceError(
+            f"{where}: not JSON: {told}. Repair it, or leave such records out with "
+            f"`source.on_error: skip`.",
+            reason="not JSON",
+        ) from error

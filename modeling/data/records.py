@@ -80,7 +80,7 @@ def record_reader(record_format: Format, text_field: str) -> RecordReader:
 def _string(record: Mapping[str, Any], field: str) -> str:
     value = record[field]
     if not isinstance(value, str):
-        raise RecordError(f"field {field!r} is a {type(value).__name__}, expected a string")
+        raise RecordError(f"field {field!r} is {_shown(value)}, expected a string")
     return value
 
 
@@ -143,8 +143,7 @@ def _utf8(text: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise RecordError(
-            f"holds half a surrogate pair ({text[error.start]!a}), which UTF-8 cannot store; "
-            f"repair the record"
+            f"holds half a surrogate pair ({text[error.start]!a}), which UTF-8 cannot store"
         ) from error
 
 

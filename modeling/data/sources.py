@@ -188,6 +188,11 @@ class StoredFile(io.RawIOBase):
             return buffered
         bounded = io.BufferedReader(_Bounded(content, self.require_moderate), _PIECE_BYTES)
         self._wrappers.append(bounded)
+        if not bounded.peek(1):
+            raise SourceError(
+                f"{self._file.shown}: empty once decompressed; take it out of `source.paths`.",
+                reason="empty file",
+            )
         return bounded
 
     def require_moderate(self, num_bytes: int) -> None:

@@ -167,10 +167,10 @@ def test_paragraphs_of_one_text_are_documents_of_both_splits(tmp_path, make_work
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        (b'{"text": "x"', "not JSON"),
+        (b'{"text": "x"', "not JSON: Expecting ',' delimiter (column 13). Repair it"),
         (b'{"txt": "x"}', "no field 'text'"),
         (b'["text"]', "no field 'text'"),
-        (b'{"text": 1}', "is a int, expected a string"),
+        (b'{"text": 1}', "is int 1, expected a string"),
         (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
         (b'{"text": "\\ud800"}', "half a surrogate pair"),
         (b"[" * 100_000, "not JSON"),
@@ -243,6 +243,12 @@ def test_a_corpus_without_a_document_for_a_split_is_an_error(tmp_path, make_work
     nearly_all = ValidationConfig(fraction=1 - 1e-9)
     with pytest.raises(SourceError, match="none to train on"):
         build(text_source(path), make_workspace("t"), nearly_all)
+    (tmp_path / "bad.jsonl").write_text("{")
+    all_bad = FilesSource(
+        type="files", paths=(str(tmp_path / "bad.jsonl"),), format="jsonl", on_error="skip"
+    )
+    with pytest.raises(SourceError, match=r"Left out: \{'not JSON': 1\}, .*bad\.jsonl:1: not JSON"):
+        build(all_bad, make_workspace("b"))
 
 
 def test_documents_come_back_in_order_over_many_record_batches(

@@ -115,7 +115,7 @@ def test_pieces_of_a_flat_array_are_no_bounds_of_documents(tmp_path, make_worksp
         (
             {"prompt": "a", "completion": 3},
             SupervisedFormat(type="supervised"),
-            "'completion' is a int, expected a string",
+            "'completion' is int 3, expected a string",
         ),
         (
             {"prompt": "a", "completion": ""},

@@ -90,8 +90,20 @@ def test_streams_one_after_another_are_one_file(suffix, tmp_path, make_workspace
 def test_a_truncated_file_is_an_error_that_names_it(suffix, tmp_path, make_workspace):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(COMPRESSIONS[suffix](LINES)[:-20])
-    with pytest.raises(SourceError, match=rf"a\.jsonl{suffix}: damaged, or not jsonl: "):
+    with pytest.raises(SourceError, match=rf"a\.jsonl{suffix}: damaged, or not jsonl: ") as error:
         build(source(path, format="jsonl"), make_workspace("c"))
+    assert ".." not in str(error.value)
+    assert "`source.on_error: skip`" in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_an_empty_file_is_an_error_compressed_or_not(suffix, tmp_path, make_workspace):
+    for name, content in {"full": LINES, f"a.jsonl{suffix}": COMPRESSIONS[suffix](b"")}.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(SourceError, match=rf"a\.jsonl{suffix}: empty once decompressed; take it"):
+        build(source(tmp_path, format="jsonl"), make_workspace("c"))
+    skipping = source(tmp_path, format="jsonl", on_error="skip")
+    assert build(skipping, make_workspace("d")).facts["skipped"]["empty file"] == 1
 
 
 def test_compression_is_known_by_content_not_by_name(tmp_path, make_workspace):
@@ -152,7 +164,7 @@ def test_a_bad_table_is_an_error_that_says_where(kind, tmp_path, make_workspace)
         "numbers": (pa.table({"text": [1, 2]}), "numbers: column 'text' holds int64"),
         "null": (
             pa.table({"text": ["x", None]}),
-            "null, row 2: field 'text' is a NoneType, expected a string",
+            "null, row 2: field 'text' is NoneType None, expected a string",
         ),
         "bytes": (
             pa.table({"text": pa.array([b"x", b"\xff"]).view(pa.string())}),

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import subprocess
 import sys
 import uuid
@@ -134,21 +133,39 @@ def test_bos_and_eos_go_where_the_policy_says(bos, eos, expected, chain, make_wo
     assert built.content_id != chain.tokenized.content_id
 
 
-KILLED_BUILD = """
-import os, pathlib, signal, sys
+KILLED_BUILDS = """
+import os, pathlib, random, signal, sys, traceback
 from modeling.artifacts import Workspace
 from modeling.data import ledger, tokenized
 from modeling.data.config import TokenizationConfig
 
 corpus_dir, tokenizer_dir, root = map(pathlib.Path, sys.argv[1:4])
-point, calls = sys.argv[4], []
 
 
-def dies(name, when):
+def build(name, output="output"):
+    workspace = Workspace(root / name / "progress", root / name / output)
+    workspace.progress.mkdir(parents=True, exist_ok=True)
+    workspace.output.mkdir()
+    tokenized.build(TokenizationConfig(), corpus_dir, tokenizer_dir, workspace, unit_bytes=4000)
+
+
+def in_child(run):
+    if (child := os.fork()) == 0:
+        try:
+            run()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def dies_at(point):
+    name, calls = point.split()[1], []
     original = getattr(ledger, name)
 
     def wrapped(path, *content):
-        calls.extend([path] if when(path) else [])
+        calls.extend([path] if "units" in path.parts else [])
         dies_now = len(calls) == 3
         if not dies_now or point != f"before {name}":
             original(path, *content)
@@ -158,36 +175,73 @@ def dies(name, when):
             os.kill(os.getpid(), signal.SIGKILL)
 
     setattr(ledger, name, wrapped)
+    build(point)
 
 
-dies(point.split()[1], lambda path: "units" in path.parts)
-workspace = Workspace(root / "progress", root / "output")
-tokenized.build(TokenizationConfig(), corpus_dir, tokenizer_dir, workspace, unit_bytes=4000)
+def dies_soon(attempt):
+    draw, calls, original = random.Random(attempt), [], ledger.write_shard
+    first, delay_s = draw.randint(1, 3), draw.uniform(1e-5, 5e-3)
+
+    def wrapped(path, *content):
+        calls.append(path)
+        if len(calls) == first:
+            signal.setitimer(signal.ITIMER_REAL, delay_s)  # SIGALRM ends a process at any point
+        original(path, *content)
+
+    ledger.write_shard = wrapped
+    build("at random", f"output-{attempt}")
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+for point in sys.argv[4:]:
+    code = in_child(lambda: dies_at(point))
+    assert code == -signal.SIGKILL, (point, code)
+for attempt in range(200):
+    code = in_child(lambda: dies_soon(attempt))
+    print(code)
+    if code != -signal.SIGALRM:
+        break
 """
+POINTS = ["inside write_shard", "after write_shard", "before write_durably", "after write_durably"]
 
 
-@pytest.mark.parametrize(
-    "point",
-    ["inside write_shard", "after write_shard", "before write_durably", "after write_durably"],
-)
-def test_a_killed_build_goes_on_after_what_it_committed(point, chain, tmp_path, make_workspace):
-    killed = make_workspace("killed")
-    arguments = [chain.corpus_dir, chain.tokenizer_dir, tmp_path / "killed", point]
-    done = subprocess.run([sys.executable, "-c", KILLED_BUILD, *map(str, arguments)], check=False)
-    assert done.returncode == -signal.SIGKILL
-    before = {path.with_suffix(".arrow") for path in killed.progress.glob("units/*.json")}
+@pytest.fixture(scope="module")
+def killed(chain, tmp_path_factory):
+    """What builds have left that were killed: a directory for each point, and one `at random`."""
+    root = tmp_path_factory.mktemp("killed")
+    arguments = map(str, [chain.corpus_dir, chain.tokenizer_dir, root, *POINTS])
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_BUILDS, *arguments],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return root, [int(code) for code in done.stdout.split()]
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_build_goes_on_after_what_it_committed(point, chain, killed):
+    progress, again = killed[0] / point / "progress", killed[0] / point / "again"
+    before = {path.with_suffix(".arrow") for path in progress.glob("units/*.json")}
     assert len(before) == (3 if point == "after write_durably" else 2)
     inodes = {path: path.stat().st_ino for path in before}
-    (tmp_path / "again").mkdir()
+    again.mkdir()
     reports = []
-    built = build(chain, Workspace(killed.progress, tmp_path / "again"), report=reports.append)
+    built = build(chain, Workspace(progress, again), report=reports.append)
     assert built.content_id == chain.tokenized.content_id
-    assert files_of(tmp_path / "again") == files_of(chain.tokenized_dir)
+    assert files_of(again) == files_of(chain.tokenized_dir)
     assert {path: path.stat().st_ino for path in before} == inodes
-    assert not list(killed.progress.glob("units/.*"))
+    assert not list(progress.glob("units/.*"))
     assert built.facts["reused"]["from_this_build"] == len(before)
     told = [report for report in reports if isinstance(report, Progress)]
     assert told[-1].done == pytest.approx(told[-1].total)
+
+
+def test_a_build_killed_over_and_over_at_any_moment_ends_with_the_same_files(chain, killed):
+    root, codes = killed
+    assert len(codes) > 1
+    assert codes[-1] == 0
+    output = root / "at random" / f"output-{len(codes) - 1}"
+    assert files_of(output) == files_of(chain.tokenized_dir)
 
 
 def test_a_build_killed_before_publication_encodes_nothing_again(chain, make_workspace):
