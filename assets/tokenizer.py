@@ -106,7 +106,9 @@ def _shown(files: Path) -> Mapping[str, Any]:
 
     tokenizer = load_tokenizer(files)
     texts = Texts(tokenizer)
-    tokens = [texts.shown(number, learned=True) for number in range(tokenizer.vocab_size)]
+    tokens = [
+        token for number in range(tokenizer.vocab_size) for token in texts.shown([(number, True)])
+    ]
     special = [token for token in tokens if token.kind == "special"]
     others = [token for token in tokens if token.kind == "text"]
     others.sort(key=lambda token: (-len(token.text), token.token_id))
