@@ -90,13 +90,18 @@ def test_the_loss_is_over_the_assistants_tokens_alone(chats, tmp_path, make_work
     assert 0 < sum(expected) < len(expected) / 2
 
     Batch, Pos, Vocab = Axis("batch", len(rows.tokens)), Axis("position", 32), Axis("vocab", 300)
-    model = build_model(
-        Gpt2Config(hidden_dim=16, num_layers=1, num_heads=2), Vocab, Pos, key=jax.random.key(0)
-    )
-    tokens = hax.named(rows.tokens, (Batch, Pos))
-    mask = hax.named(rows.loss_mask, (Batch, Pos))
-    total, weight = next_token_loss(model, LmExample.causal(tokens, Pos, None, mask))
-    logits = np.asarray(model(tokens).rearrange((Batch, Pos, Vocab)).array, np.float64)
+    config = Gpt2Config(hidden_dim=16, num_layers=1, num_heads=2)
+
+    @jax.jit
+    def loss_and_logits(key):
+        model = build_model(config, Vocab, Pos, key=key)
+        tokens = hax.named(rows.tokens, (Batch, Pos))
+        mask = hax.named(rows.loss_mask, (Batch, Pos))
+        loss = next_token_loss(model, LmExample.causal(tokens, Pos, None, mask))
+        return loss, model(tokens).rearrange((Batch, Pos, Vocab)).array
+
+    (total, weight), logits = loss_and_logits(jax.random.key(0))
+    logits = np.asarray(logits, np.float64)
     nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(
         logits, np.roll(rows.tokens, -1, 1)[..., None], -1
     ).squeeze(-1)
