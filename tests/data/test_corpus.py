@@ -167,7 +167,8 @@ def test_paragraphs_of_one_text_are_documents_of_both_splits(tmp_path, make_work
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        (b'{"text": "x"', "not JSON: Expecting ',' delimiter (column 13). Repair it"),
+        (b'{"text": "x"', "not JSON"),
+        (b'{"text": nix}', "not JSON: Expecting value (column 10). Repair it"),
         (b'{"txt": "x"}', "no field 'text'"),
         (b'["text"]', "no field 'text'"),
         (b'{"text": 1}', "is int 1, expected a string"),
