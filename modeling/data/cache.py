@@ -39,7 +39,7 @@ from modeling.data.token_files import Manifest, SplitManifest
 Layout = Literal["view", "copy"]
 INDEX_FILE = "index.json"
 FORMATS: dict[Layout, str] = {"view": "token_cache.view/1", "copy": "token_cache.copy/1"}
-SHARD_TOKENS = 1 << 24
+SHARD_TOKENS = 1 << 26
 _CHUNK_TOKENS = 1 << 20
 
 
@@ -182,15 +182,10 @@ def copy(
     splits, facts = {}, {}
     for name, split in index.splits.items():
         step = max(shard_tokens // index.sequence_length, 1)
-        # For all files: memory that was never touched takes longer to get than to fill.
-        room = {
-            column: np.empty((min(step, split.rows), index.sequence_length), dtype)
-            for column, dtype in _column_dtypes(index).items()
-        }
         files = []
         for start in range(0, split.rows, step):
             files.append(f"{file_stem(name)}-{len(files):05d}.arrow")
-            columns = _columns(opened.table(name), start, min(start + step, split.rows), room)
+            columns = _columns(opened, index, name, start, min(start + step, split.rows))
             with needing_space("rows of a token cache", workspace.output):
                 write_rows(workspace.output / files[-1], columns, index.sequence_length)
         splits[name] = replace(split, shards=tuple(files), windows=None)
@@ -439,20 +434,19 @@ def _facts(config: TokenCacheConfig, split: SplitManifest, rows: int, fate: Fate
 
 
 def _columns(
-    table: RowTable, start: int, stop: int, room: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    """Returns rows `start` to `stop` as the flat columns of a file, in the `room` given."""
-    (length,) = {column.shape[1] for column in room.values()}
+    opened: TokenCache, index: Index, name: str, start: int, stop: int
+) -> dict[str, list[np.ndarray]]:
+    """Returns rows `start` to `stop` of a split as the flat columns of a file, in pieces."""
+    table, length = opened.table(name), index.sequence_length
+    if isinstance(table, StoredRows) and table.loss_mask is None:
+        return {"input_ids": table.tokens.pieces(start * length, stop * length)}
+    columns = {column: [] for column in _column_dtypes(index)}
     step = max(_CHUNK_TOKENS // length, 1)
     for first, last in pairwise([*range(start, stop, step), stop]):
-        if isinstance(table, StoredRows) and table.loss_mask is None:
-            found = [table.tokens.span(first * length, last * length).reshape(-1, length)]
-        else:
-            rows = table.gather(np.arange(first, last))
-            found = [column for column in rows if column is not None]
-        for column, piece in zip(room.values(), found, strict=True):
-            column[first - start : last - start] = piece
-    return {name: column[: stop - start].reshape(-1) for name, column in room.items()}
+        found = (column for column in table.gather(np.arange(first, last)) if column is not None)
+        for (column, dtype), piece in zip(_column_dtypes(index).items(), found, strict=True):
+            columns[column].append(piece.reshape(-1).astype(dtype))
+    return columns
 
 
 def _column_dtypes(index: Index) -> dict[str, np.dtype]:

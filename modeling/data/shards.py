@@ -11,6 +11,7 @@ One uncompressed batch has its ids contiguous and little endian in the file, so 
 NumPy array that costs no memory and no copy.
 """
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from modeling.merkle import BLOCK_BYTES, prefix_root
 
 Ids = Integer[np.ndarray, "_"]
 _MOST_TOKENS = (1 << 31) - 1
+_WRITTEN_AT_ONCE = 1 << 20
 
 
 class MappedShard(NamedTuple):
@@ -93,18 +95,62 @@ def map_shard(path: Path, dtype: np.dtype, *, with_loss_mask: bool = False) -> M
     return MappedShard(ids, bounds, np.frombuffer(mask, np.uint8, len(ids)))
 
 
-def write_rows(path: Path, columns: Mapping[str, Ids], row_length: int) -> None:
-    """Writes columns, given flat, as rows of `row_length`, of which each must be a multiple."""
-    schema = _rows_schema({name: column.dtype for name, column in columns.items()}, row_length)
+def write_rows(path: Path, columns: Mapping[str, Sequence[Ids]], row_length: int) -> None:
+    """Writes columns, each given flat in pieces, as rows of `row_length`, which divides each.
+
+    Putting the pieces side by side in memory first would take several times as long as copying
+    the file.
+    """
+    schema = _rows_schema({name: pieces[0].dtype for name, pieces in columns.items()}, row_length)
+    # Never written to or read, so that they take no memory.
+    stand_ins = [np.empty(sum(map(len, pieces)), pieces[0].dtype) for pieces in columns.values()]
     arrays = [
         pa.Array.from_buffers(
             field.type, len(column) // row_length, [None], children=[_wrapped(column)]
         )
-        for field, column in zip(schema, columns.values(), strict=True)
+        for field, column in zip(schema, stand_ins, strict=True)
     ]
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        writer.write_batch(pa.record_batch(arrays, schema=schema))
+    with path.open("wb") as file:
+        of_address = dict(zip((c.ctypes.data for c in stand_ins), columns.values(), strict=True))
+        sink = _Substituting(file, of_address)
+        with pa.ipc.new_stream(sink, schema) as writer:
+            writer.write_batch(pa.record_batch(arrays, schema=schema))
+        sink.require_all()
     sync_file(path)
+
+
+class _Substituting:
+    """A file that pyarrow writes, in which pieces take the place of columns that stand for them."""
+
+    closed = False
+
+    def __init__(self, file: io.BufferedWriter, pieces: Mapping[int, Sequence[Ids]]) -> None:
+        """Takes the pieces by the address of their column."""
+        self._file = file
+        self._pieces = dict(pieces)
+        self._room = np.empty(_WRITTEN_AT_ONCE, np.uint8)
+
+    def write(self, data: bytes | pa.Buffer) -> int:
+        """Writes what it is given, which is a `pa.Buffer` where it is not copied."""
+        pieces = self._pieces.pop(data.address, None) if isinstance(data, pa.Buffer) else None
+        if pieces is None:
+            self._file.write(data)
+        else:
+            for piece in pieces:
+                content = np.frombuffer(piece, np.uint8)
+                for start in range(0, len(content), len(self._room)):
+                    part = content[start : start + len(self._room)]
+                    # What is mapped takes the kernel twice as long to write as what is in memory.
+                    self._room[: len(part)] = part
+                    self._file.write(self._room[: len(part)].data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Does nothing yet: the file is flushed when it is closed."""
+
+    def require_all(self) -> None:
+        """Makes sure that pyarrow has given each column as it is, and copied none."""
+        assert not self._pieces, "pyarrow copies what it writes"
 
 
 def map_rows(path: Path, dtypes: Mapping[str, np.dtype], row_length: int) -> dict[str, Ids]:
@@ -137,12 +183,16 @@ class FlatTokens:
 
     def span(self, start: int, stop: int) -> Ids:
         """Returns tokens `start` to `stop`; a copy if they lie in several shards."""
-        pieces = [
+        pieces = self.pieces(start, stop)
+        return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, self._parts[0][:0]])
+
+    def pieces(self, start: int, stop: int) -> list[Ids]:
+        """Returns tokens `start` to `stop` as they lie in each shard, in place."""
+        return [
             part[max(start - first, 0) : max(stop - first, 0)]
             for part, first in zip(self._parts, self._starts.tolist(), strict=False)
             if first < stop and first + len(part) > start
         ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate([*pieces, self._parts[0][:0]])
 
     def rows(
         self, indices: Integer[np.ndarray, " rows"], length: int
