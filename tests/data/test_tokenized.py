@@ -15,10 +15,17 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from modeling.artifacts import ArtifactStore, Recipe, Workspace
-from modeling.data import compute, corpus, ledger, token_files, tokenized
+from modeling.data import compute, corpus, ledger, shards, token_files, tokenized
 from modeling.data.config import TokenizationConfig
 from modeling.data.ledger import committed
-from modeling.data.shards import FlatTokens, map_shard, token_dtype, write_shard
+from modeling.data.shards import (
+    FlatTokens,
+    map_rows,
+    map_shard,
+    token_dtype,
+    write_rows,
+    write_shard,
+)
 from modeling.data.sources_config import FilesSource
 from modeling.data.splits import ROLES
 from modeling.data.tokenizer import Tokenizer, save
@@ -562,6 +569,18 @@ def test_a_shard_of_other_columns_is_refused(tmp_path):
     assert not tokens.flags.writeable
     with pytest.raises(ValueError, match=r"x\.arrow: expected one batch of .*uint16"):
         map_shard(path, np.dtype(np.uint16))
+
+
+@pytest.mark.parametrize("written_at_once", [3, 6, 1 << 20])
+def test_columns_of_rows_are_written_in_pieces(written_at_once, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "_WRITTEN_AT_ONCE", written_at_once)
+    ids, mask = np.arange(40, dtype=np.uint16), np.arange(40, dtype=np.uint8) % 3
+    columns = {"input_ids": np.split(ids, [1, 17]), "loss_mask": [mask]}
+    write_rows(tmp_path / "x.arrow", columns, 8)
+    dtypes = {name: pieces[0].dtype for name, pieces in columns.items()}
+    found = map_rows(tmp_path / "x.arrow", dtypes, 8)
+    assert np.array_equal(found["input_ids"], ids)
+    assert np.array_equal(found["loss_mask"], mask)
 
 
 def test_gathering_crosses_shards_of_any_size():
