@@ -15,7 +15,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -130,9 +130,9 @@ class _Substituting:
         self._pieces = dict(pieces)
         self._room = np.empty(_WRITTEN_AT_ONCE, np.uint8)
 
-    def write(self, data: bytes | pa.Buffer) -> int:
-        """Writes what it is given, which is a `pa.Buffer` where it is not copied."""
-        pieces = self._pieces.pop(data.address, None) if isinstance(data, pa.Buffer) else None
+    def write(self, data: Any) -> int:
+        """Writes what it is given: bytes, or a `pa.Buffer`, which has an address, of a column."""
+        pieces = self._pieces.pop(getattr(data, "address", 0), None)
         if pieces is None:
             self._file.write(data)
         else:
