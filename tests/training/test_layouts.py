@@ -25,6 +25,9 @@ LAYOUTS = {
     "tensor parallel": {
         "mesh": {"model": 4}, "axis_resources": SPLIT, "parameter_axis_resources": {},
     },
+    "fsdp and tensor parallel": {
+        "mesh": {"data": 4, "model": 2}, "axis_resources": {"batch": "data", **SPLIT},
+    },
     "slices": {
         "mesh": {"replica": 2, "data": 4}, "axis_resources": {"batch": ["replica", "data"]},
     },
@@ -39,6 +42,7 @@ BYTES = {
     "data parallel": STATE,
     "fsdp": 246_640,
     "tensor parallel": 520_912,
+    "fsdp and tensor parallel": 247_888,
     "slices": 477_136,
     "sequence": 933_520,
 }
@@ -103,11 +107,23 @@ def test_each_layout_communicates_as_it_should(runs):
     assert kinds["one device"] == set()
     assert kinds["data parallel"] == {"all-reduce"}
     assert kinds["tensor parallel"] == {"all-reduce"}
-    for layout in ("fsdp", "slices", "sequence"):
+    for layout in ("fsdp", "fsdp and tensor parallel", "slices", "sequence"):
         assert {"all-gather", "all-reduce"} <= kinds[layout]
 
 
 def test_no_split_weight_of_all_layers_is_whole_anywhere(runs):
     assert max(stacked_sizes(runs["data parallel"][2])) == STACKED
-    for layout in ("fsdp", "tensor parallel", "slices"):
+    for layout in ("fsdp", "tensor parallel", "fsdp and tensor parallel", "slices"):
         assert max(stacked_sizes(runs[layout][2])) < STACKED, layout
+
+
+def test_no_activation_of_the_whole_batch_is_gathered_but_what_is_read_of_a_split_table(runs):
+    """XLA reads a table split along `embed` where it lies and moves what it has read.
+
+    Over several slices it goes by way of whole batches of a share of `embed`, with a warning of an
+    "involuntary full rematerialization": once an update, and never of all of `embed`.
+    """
+    hlo = runs["slices"][2]
+    gathered = re.findall(r"= f32\[8,16,(\d+)\]\S* all-gather\(.*op_name=\"([^\"]*)", hlo)
+    assert [(width, "Embedding.embed" in name) for width, name in gathered] == [("16", True)]
+    assert not re.findall(r"f32\[8,16,\d+\]\S* all-gather\(", runs["fsdp"][2])

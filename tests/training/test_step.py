@@ -272,7 +272,16 @@ class PackedCache(driver.CountingCache):
 
 
 @pytest.mark.parametrize(
-    "trainer", [{"num_microbatches": 2}, {"reproducibility": "elastic"}], ids=str
+    "trainer",
+    [
+        {
+            "num_microbatches": 2,
+            "mesh": {"data": 2, "sequence": 2},
+            "axis_resources": {"batch": "data", "position": "sequence"},
+        },
+        {"reproducibility": "elastic"},
+    ],
+    ids=["positions and microbatches", "elastic"],
 )
 def test_rows_of_several_documents_are_trained_on_as_such(trainer):
     model = {"hidden_dim": 16, "num_layers": 1, "num_heads": 2}
