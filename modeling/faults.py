@@ -3,8 +3,8 @@
 `LEVANTER_FAULT=during-write@4` kills the process with SIGKILL when it reaches `during-write` at
 step 4: no handler runs, nothing is flushed. `before-record@tokenizer` is a point of publishing an
 artifact of that kind. `during-write@4:stop` makes the thread that reaches it wait for ever, as a
-disk may; `during-write@4:ENOSPC` raises that `OSError`, as a full disk does. Without the variable,
-`reach` does nothing.
+disk may; `after-step@4:pause` stops the process until it is sent SIGCONT; `during-write@4:ENOSPC`
+raises that `OSError`, as a full disk does. Without the variable, `reach` does nothing.
 """
 
 import errno
@@ -47,12 +47,15 @@ def reach(point: str, where: int | str) -> None:
     wanted = os.environ.get(VARIABLE)
     if wanted is None:
         return
-    match = re.fullmatch(r"([a-z-]+)@([a-z0-9_]+)(?::(stop|E[A-Z]+))?", wanted)
-    points, ways = TRAINING + SENDING + PUBLISHING, {None, "stop", *errno.errorcode.values()}
+    match = re.fullmatch(r"([a-z-]+)@([a-z0-9_]+)(?::(stop|pause|E[A-Z]+))?", wanted)
+    points, ways = (
+        TRAINING + SENDING + PUBLISHING,
+        {None, "stop", "pause", *errno.errorcode.values()},
+    )
     if match is None or match[1] not in points or match[3] not in ways:
         raise ValueError(
-            f"{VARIABLE}={wanted!r}: expected <point>@<step or kind>, perhaps with `:stop` or the "
-            f"name of an error such as `:ENOSPC`, with one of the points {list(points)}."
+            f"{VARIABLE}={wanted!r}: expected <point>@<step or kind>, perhaps with `:stop`, `:pause` "
+            f"or the name of an error such as `:ENOSPC`, with one of the points {list(points)}."
         )
     if (match[1], match[2]) == (point, str(where)):
         _fail(match[3])
@@ -61,7 +64,10 @@ def reach(point: str, where: int | str) -> None:
 def _fail(how: str | None) -> None:
     if how == "stop":
         threading.Event().wait()
+    elif how == "pause":
+        os.kill(os.getpid(), signal.SIGSTOP)
     elif how is not None:
         number = getattr(errno, how)
         raise OSError(number, os.strerror(number))
-    os.kill(os.getpid(), signal.SIGKILL)
+    else:
+        os.kill(os.getpid(), signal.SIGKILL)

@@ -74,6 +74,10 @@ class Life:
         os.kill(self.pid, number)
 
     @property
+    def is_paused(self):
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(") ")[2].startswith("T")
+
+    @property
     def out(self):
         return Path(f"{self._path}.out").read_text()
 
@@ -344,9 +348,10 @@ def test_a_signal_to_one_process_makes_all_of_them_save_and_exit(nursery):
         return fields("fsdp", processes=2, mesh={"data": 2}, num_train_steps=30, **trainer)
 
     space = nursery.directory / "crew"
-    first, second = nursery.crew(crew_of_two(), "crew")
-    wait_for(first, lambda: newest_step(space) > 0)
+    first, second = nursery.crew(crew_of_two(), "crew", fault="after-step@10:pause", faulty=1)
+    wait_for(first, lambda: second.is_paused)
     second.signal(signal.SIGTERM)
+    second.signal(signal.SIGCONT)
     assert (first.wait(), second.wait()) == (EXIT_CODE, EXIT_CODE), first.err + second.err
     stopped = newest_step(space)
     for life in (first, second):
