@@ -86,10 +86,10 @@ def _samples_and_page(artifact: Artifact, files: Path) -> Mapping[str, Any]:
     row = json.loads((files / "report.json").read_text(encoding="utf-8"))["row"]
     seen = [TokenView(token["text"], token["probability"]) for token in row]
     return {
-        "samples": dg.MetadataValue.md(samples),
         "token_probabilities": panel.picture(
             "token probabilities", drawing(seen).encode(), "image/svg+xml"
         ),
+        "samples": dg.MetadataValue.md(samples),
         # A browser follows no link from the UI's page to a file, so the path is for copying.
         "page": dg.MetadataValue.path(files / "report.html"),
     }
