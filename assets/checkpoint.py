@@ -138,7 +138,7 @@ def _shown(artifact: Artifact, files: Path) -> Mapping[str, Any]:
 
     manifest = json.loads((files / "manifest.json").read_text(encoding="utf-8"))
     shown: dict[str, Any] = {
-        "loss": loss_picture(read_losses(files)),
+        "loss_curve": loss_picture(read_losses(files)),
         "arrays": panel.table(
             ("array", "dtype", "shape", "axes", "sha256"),
             (

@@ -96,8 +96,7 @@ def _samples_and_page(artifact: Artifact, files: Path) -> Mapping[str, Any]:
 
 
 def _faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:
-    # Loads JAX here, but starts no device of it.
-    from modeling.evaluation import report
+    from modeling.evaluation.results import content_id
 
     figures = json.loads((files / "report.json").read_text(encoding="utf-8"))
     known = [name for name in FIGURES if name != "bits_per_byte" or figures[name] is not None]
@@ -107,5 +106,5 @@ def _faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[s
         return
     if not math.isclose(figures["perplexity"], math.exp(figures["loss"]), rel_tol=1e-9):
         yield f"perplexity {figures['perplexity']} is not exp({figures['loss']})."
-    if (found := report.content_id(files)) != artifact.content_id:
+    if (found := content_id(files)) != artifact.content_id:
         yield f"the figures in report.json give the content id {found[:12]}."

@@ -21,6 +21,8 @@ from resources import materializations, panel, provenance
 from resources.scratch import scratch_directory
 
 CONTENT_TAG = "content/"
+_MOST_ROWS = 12
+"""Of a table that stands before the plain facts; the panel shows every row of each."""
 
 
 class StoreLocationError(ValueError):
@@ -95,6 +97,8 @@ class StoreResource(dg.ConfigurableResource):
         files = store.local(artifact.kind, artifact.content_id)
         record = store.record(artifact.recipe_id, artifact.numerics)
         shown = show(artifact, files)
+        tables = {name: value for name, value in shown.items() if _is_long(value)}
+        shown = {name: value for name, value in shown.items() if name not in tables}
         shown_id = artifact.content_id[:12]
         run_tags = {f"{CONTENT_TAG}{key.to_user_string()}": shown_id}
         context.instance.add_run_tags(context.run.run_id, run_tags)
@@ -118,6 +122,7 @@ class StoreResource(dg.ConfigurableResource):
                 materializations.CONFIG: context.assets_def.metadata_by_key[key][
                     materializations.CONFIG
                 ],
+                **tables,
             },
         )
 
@@ -160,6 +165,10 @@ class StoreResource(dg.ConfigurableResource):
                     above[wanted["kind"]] = store.from_record(records[-1])
                     waiting.append(above[wanted["kind"]])
         return above
+
+
+def _is_long(value: Any) -> bool:
+    return isinstance(value, dg.TableMetadataValue) and len(value.records) > _MOST_ROWS
 
 
 def _why(

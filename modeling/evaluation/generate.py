@@ -7,7 +7,6 @@ right of a row's end irrelevant to its next token, so the buffer needs no mask.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Literal
 
 import equinox as eqx
 import jax
@@ -17,11 +16,9 @@ from jaxtyping import Array
 
 import haliax as hax
 from haliax import Axis, NamedArray
+from modeling.evaluation.results import Stop
 from modeling.models.lm import LanguageModel
 from modeling.models.loss import logits
-
-Stop = Literal["end", "limit", "context"]
-"""The model ended the document; `num_tokens` were made; the row was full."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -167,12 +167,13 @@ class Hooks:
 
     def _draw(self, update: int, foreseen: tuple[np.ndarray, np.ndarray, np.ndarray]) -> Path:
         from modeling.evaluation import heat_map
+        from modeling.evaluation.foresight import views_of
 
         rows, decode = _picture_rows(self._setting), self._setting.decode
         assert decode is not None
         page = heat_map.page(
             f"Step {update}",
-            heat_map.views_of(rows, *foreseen, decode=decode),
+            views_of(rows, *foreseen, decode=decode),
             caption="How well the model foresees each token of these validation rows.",
         )
         path = self._setting.directory / f"step-{update:06d}.html"
@@ -252,7 +253,7 @@ def _picture_rows(setting: Setting) -> Rows:
 
 def _compile_foresight(setting: Setting) -> Callable[[list[Any]], tuple[Array, Array, Array]]:
     """Compiles how well the model foresees the tokens of the rows that are drawn."""
-    from modeling.evaluation.heat_map import foreseen
+    from modeling.evaluation.foresight import foreseen
 
     if setting.decode is None:
         raise ValueError(

@@ -9,7 +9,6 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from modeling.data import examples
 from modeling.data.examples import read_example, to_html, to_markdown, to_text
-from modeling.data.pictures import histogram
 from modeling.data.rows import Rows
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
 
@@ -172,11 +171,3 @@ def test_a_row_of_a_real_cache_reads_as_its_documents(chain):
     (document,) = example.documents
     ids = [token.token_id for token in document.tokens]
     assert ids == cache.rows("train", np.array([3])).tokens[0].tolist()
-
-
-def test_a_histogram_has_a_bar_for_each_count():
-    picture = histogram([(64, 3), (128, 12000), (256, 1)], "a < b", "documents")
-    assert picture.count("<title>") == 3
-    assert "128 to 255: 12,000" in picture
-    assert "a &lt; b" in picture
-    assert histogram([], "a", "b").endswith("</svg>")

@@ -19,6 +19,8 @@ from modeling.data.rows import Rows
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
 from modeling.evaluation import report
 from modeling.evaluation.config import EvaluationConfig
+from modeling.evaluation.heat_map import TokenView
+from modeling.evaluation.results import Results, Sample, _chart, content_id, to_html, write
 from modeling.models.trained import load_model
 
 
@@ -129,7 +131,7 @@ def test_documents_of_ids_have_a_loss_but_neither_bytes_nor_samples(model, token
     assert with_text.samples
     # The row is shown as ids.
     assert [view.text for view in found.row][:3] == [str(i) for i in rows[0, :3]]
-    report.write(found, tmp_path)
+    write(found, tmp_path)
     assert json.loads((tmp_path / "report.json").read_text())["bits_per_byte"] is None
 
 
@@ -215,11 +217,11 @@ def test_building_again_gives_the_same_bytes(built, trained, cache, tmp_path):
 def test_the_content_id_covers_every_value_and_no_formatting(built, tmp_path):
     values = json.loads((built[0] / "report.json").read_text())
     (tmp_path / "report.json").write_text(json.dumps(values))
-    assert report.content_id(tmp_path) == built[1].content_id
+    assert content_id(tmp_path) == built[1].content_id
     for name, value in values.items():
         other = value * 2 if isinstance(value, int | float) else value[:-1]
         (tmp_path / "report.json").write_text(json.dumps(values | {name: other}))
-        assert report.content_id(tmp_path) != built[1].content_id, name
+        assert content_id(tmp_path) != built[1].content_id, name
 
 
 def test_compute_precision_is_that_of_training(trained, cache, tmp_path):
@@ -280,13 +282,13 @@ def test_hostile_samples_stay_text(built):
     hostile = "</div><script>alert(1)</script>{{ 7 * 7 }}"
     values = json.loads((built[0] / "report.json").read_text())
     row = tuple(
-        report.TokenView(t["text"], t["probability"], tuple(map(tuple, t["alternatives"])))
+        TokenView(t["text"], t["probability"], tuple(map(tuple, t["alternatives"])))
         for t in values["row"]
     )
-    sample = report.Sample(hostile, hostile, 1, "end")
+    sample = Sample(hostile, hostile, 1, "end")
     curve = tuple(values["loss_by_position"])
     changed = {"samples": (sample,), "row": row, "loss_by_position": curve}
-    page = Page(report.to_html(report.Results(**{**values, **changed})))
+    page = Page(to_html(Results(**{**values, **changed})))
     assert hostile + hostile in page.text
     assert "script" not in {tag for tag, _ in page.tags}
 
@@ -304,7 +306,7 @@ def test_the_chart_goes_through_every_position(built):
 
 @pytest.mark.parametrize("values", [[3.0], [2.0, 2.0], [0.0, 1e-9], [8.3, 2.1, 1.7]])
 def test_the_chart_has_a_few_round_ticks_around_any_values(values):
-    chart = report._chart(values)
+    chart = _chart(values)
     labels = [float(tick["label"]) for tick in chart["ticks"]]
     assert 2 <= len(labels) <= 9
     assert min(labels) <= min(values) + 1e-6

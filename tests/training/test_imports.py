@@ -1,4 +1,4 @@
-"""What starting a training process loads."""
+"""What starting a training process loads, and what showing its products does not."""
 
 import json
 import subprocess
@@ -29,3 +29,14 @@ json.dump(sorted(sys.modules), sys.stdout)
 def test_a_trainer_loads_nothing_that_training_does_not_need(loaded, needless):
     assert "jax" in loaded
     assert not loaded & needless
+
+
+def test_what_is_on_record_is_shown_without_the_library_that_computed_it():
+    script = (
+        "import sys\n"
+        "import modeling.evaluation.results, modeling.pictures, modeling.training.history\n"
+        "import modeling.training.reading, modeling.data.cache, modeling.data.examples\n"
+        "assert not {'jax', 'equinox', 'haliax'} & set(sys.modules), sorted(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, timeout=300)
+    assert done.returncode == 0, done.stderr.decode()
