@@ -69,8 +69,24 @@ def build(
         evaluation: figures for the card, such as the perplexity.
         report: told of the progress.
     """
-    output, dtype = workspace.output, experiment.export.dtype
     model = load_model(checkpoint_dir, experiment, experiment.export.weights)
+    return write(
+        model, tokenizer_dir, lineage, workspace.output,
+        dtype=experiment.export.dtype, evaluation=evaluation, report=report,
+    )  # fmt: skip
+
+
+def write(
+    model: Gpt2LmHeadModel,
+    tokenizer_dir: Path,
+    lineage: Mapping[str, str],
+    output: Path,
+    *,
+    dtype: str,
+    evaluation: Mapping[str, float] | None = None,
+    report: Report = ignore,
+) -> Built:
+    """Writes the export of a model; the rest is as in `build`."""
     tokenizer = load_tokenizer(tokenizer_dir)
     _require_same_vocabulary(model, tokenizer, tokenizer_dir)
     tensors = {name: t.astype(jnp.dtype(dtype)) for name, t in to_tensors(model).items()}

@@ -8,15 +8,27 @@ grows leaves all of them alone (`added_later`).
 import importlib
 import pkgutil
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers.models import WordLevel
 
 import modeling
+from haliax import Axis
 from modeling import recipes
-from modeling.artifacts import Artifact
+from modeling.artifacts import Artifact, Workspace
+from modeling.data import tokenizer
 from modeling.data.config import DatasetConfig, TokenCacheConfig
+from modeling.data.tokenizers_config import PretrainedTokenizerConfig
+from modeling.evaluation.heat_map import TokenView
+from modeling.evaluation.results import Results, Sample, content_id, write
 from modeling.experiment import ExperimentConfig, validate
+from modeling.hf import export
+from modeling.hf.gpt2 import from_tensors, to_tensors
+from modeling.hf.model_card import LINEAGE
+from modeling.models.gpt2 import Gpt2Config, Gpt2LmHeadModel
 from modeling.training.manifest import (
     ChunkRecord,
     FileRecord,
@@ -58,6 +70,24 @@ CHECKPOINT = {
 }
 
 
+RESULTS = Results(
+    loss=0.1 + 0.2,
+    perplexity=1.5,
+    bits_per_byte=None,
+    num_rows=1,
+    num_tokens=3,
+    num_bytes=7,
+    loss_by_position=(1e-07, None, 2.0),
+    samples=(Sample("a", "e\u0301\n", 2, "limit"),),
+    row=(TokenView("a", None), TokenView("b", 0.25, (("c", 0.5),))),
+)
+REPORT = "35f1d7e75acef1c26ee326967136dcb25978f51c332f3311a815c216a98941a3"
+EXPORT = {
+    "bfloat16": "e468b8222645c55cba4638b5cddb1c31344249351d0336bf88b1660d198f20bb",
+    "float32": "d5e17aaf4bb7c1c596927b783e4c8d49379ce6072caf165d281fa660800c7f58",
+}
+
+
 def artifact(kind: str, **roots: str) -> Artifact:
     content_id = f"{list(recipes.VERSIONS).index(kind):x}" * 64
     return Artifact(kind, content_id, "e" * 64, "exact", "file:///nowhere", roots, {})
@@ -68,17 +98,17 @@ def test_every_stage_has_the_recipe_id_on_record(monkeypatch):
     dataset = validate(DatasetConfig, DATASET, "dataset")
     experiment = validate(ExperimentConfig, EXPERIMENT, "experiment")
     corpus = artifact("raw_corpus", documents="d" * 64)
-    tokenizer, tokens = artifact("tokenizer"), artifact("tokenized_corpus")
+    vocabulary, tokens = artifact("tokenizer"), artifact("tokenized_corpus")
     cache, checkpoint = artifact("token_cache"), artifact("checkpoint", parameters="f" * 64)
     made = [
         recipes.corpus_recipe(dataset, "b" * 64),
         recipes.tokenizer_recipe(dataset, corpus),
-        recipes.tokenized_recipe(dataset, corpus, tokenizer),
+        recipes.tokenized_recipe(dataset, corpus, vocabulary),
         recipes.cache_recipe(TokenCacheConfig(length=64), tokens),
         recipes.cache_copy_recipe(cache),
         recipes.checkpoint_recipe(experiment, cache),
-        recipes.evaluation_recipe(experiment, checkpoint, cache.as_input(), tokenizer.as_input()),
-        recipes.export_recipe(experiment, checkpoint, tokenizer.as_input()),
+        recipes.evaluation_recipe(experiment, checkpoint, cache.as_input(), vocabulary.as_input()),
+        recipes.export_recipe(experiment, checkpoint, vocabulary.as_input()),
     ]
     found = {f"{recipe.kind}/{recipe.version}": recipe.id for recipe in made}
     assert set(found) == {f"{kind}/{version}" for kind, version in recipes.VERSIONS.items()}
@@ -121,6 +151,39 @@ def test_the_order_of_arrays_is_nothing_and_the_place_in_the_data_is_something()
     assert manifest(dict(reversed(LEAVES.items()))).content_id == manifest(LEAVES).content_id
     assert manifest(LEAVES, rows=44).content_id != manifest(LEAVES).content_id
     assert manifest(LEAVES, rows=44).parameters == manifest(LEAVES).parameters
+
+
+def test_a_report_has_the_id_on_record(tmp_path):
+    write(RESULTS, tmp_path)
+    assert content_id(tmp_path) == REPORT
+
+
+@pytest.mark.parametrize("dtype", sorted(EXPORT))
+def test_an_export_has_the_id_on_record(tmp_path, dtype):
+    """Of weights and a tokenizer that no library has computed."""
+    config = Gpt2Config(hidden_dim=4, num_layers=2, num_heads=2)
+    Vocab, Pos = Axis("vocab", 3), Axis("position", 5)
+    blueprint = to_tensors(Gpt2LmHeadModel.init(Vocab, Pos, config, key=jax.random.key(0)))
+    tensors = {
+        name: np.arange(tensor.size, dtype=np.float32).reshape(tensor.shape) / 7
+        for name, tensor in blueprint.items()
+    }
+    places = {name: tmp_path / name for name in ("tokenizer", "export")}
+    for place in places.values():
+        place.mkdir()
+    words = tokenizers.Tokenizer(WordLevel({"<end>": 0, "<unk>": 1, "word": 2}, "<unk>"))
+    words.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<end>"}')
+    taken = PretrainedTokenizerConfig(type="pretrained", path=str(tmp_path))
+    tokenizer.build(taken, None, Workspace(tmp_path, places["tokenizer"]))
+    made = export.write(
+        from_tensors(tensors, config, Vocab, Pos),
+        places["tokenizer"],
+        {kind: kind[0] * 64 for kind, _ in LINEAGE},
+        places["export"],
+        dtype=dtype,
+    )
+    assert made.content_id == EXPORT[dtype]
 
 
 def test_no_two_classes_share_an_identity_tag():
