@@ -9,14 +9,16 @@ from look to look; a run is requested when two looks in a row agree.
     run key   NUMBER-LOOK: a daemon that dies before it has kept the cursor starts no second run
 
 `rerun_what_changed` starts one run of what is out of date and of all below it, such as after a
-change to a tokenizer in its YAML file. Within the run every asset looks itself up, so one that
-comes out unchanged ends the computing. An asset that was never made is left to people. One whose
-run has failed waits until something about it changes again, and one whose parent has failed a check
-until that passes.
+change to a tokenizer in its YAML file, or to the files of one that is taken from a path. Within the
+run every asset looks itself up, so one that comes out unchanged ends the computing. An asset that
+was never made is left to people. One whose run has failed waits until something about it changes
+again, and one whose parent has failed a check until that passes.
 """
 
+import functools
 import json
 import warnings
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
@@ -24,6 +26,7 @@ import dagster as dg
 from modeling import canonical
 from modeling.experiment import Catalog
 from pipelines.jobs import DATA
+from pipelines.plan import Outside, tokenizer_now
 from resources import materializations
 from resources.provenance import scrub
 
@@ -36,7 +39,7 @@ _LOOK_EVERY_S = 60
 
 
 def build_sensors(catalog: Catalog) -> list[dg.SensorDefinition]:
-    """Returns the sensor of each dataset, and the one that evaluates `rerun_condition`."""
+    """Returns the sensor of each dataset, and the one that evaluates `rerun_conditions`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", dg.BetaWarning)
         rerun = dg.AutomationConditionSensorDefinition(
@@ -51,8 +54,22 @@ def build_sensors(catalog: Catalog) -> list[dg.SensorDefinition]:
     return [*(_new_files(name, dataset) for name, dataset in catalog.datasets.items()), rerun]
 
 
-def rerun_condition() -> dg.AutomationCondition:
-    """Returns when an asset that was made before is to be made again."""
+def rerun_conditions(catalog: Catalog) -> Callable[[dg.AssetKey], dg.AutomationCondition]:
+    """Returns what gives, for each asset that was made before, when it is to be made again."""
+    by_files = {
+        dg.AssetKey([name, "tokenizer"]): _rerun_condition(
+            functools.partial(tokenizer_now, dataset)
+        )
+        for name, dataset in catalog.datasets.items()
+        if getattr(dataset.tokenizer, "path", None) is not None
+    }
+    by_definition = _rerun_condition()
+    return lambda key: by_files.get(key, by_definition)
+
+
+def _rerun_condition(
+    outside: Callable[[], Outside | None] | None = None,
+) -> dg.AutomationCondition:
     when = dg.AutomationCondition
     is_above_asked_for = when.any_deps_match(when.will_be_requested())
     return (
@@ -62,7 +79,7 @@ def rerun_condition() -> dg.AutomationCondition:
         & ~when.any_deps_in_progress()
         & when.all_deps_blocking_checks_passed()
         # Last, for it keeps in mind what it has said when it is asked at all.
-        & (is_above_asked_for | _NewlyOutOfDate())
+        & (is_above_asked_for | _NewlyOutOfDate(outside))
     ).with_label("out of date")
 
 
@@ -72,6 +89,10 @@ class _NewlyOutOfDate(dg.AutomationCondition):
     Dagster's own `code_version_changed` compares with the last tick: it misses what was changed
     while the switch was off. This compares with the last materialization.
     """
+
+    def __init__(self, outside: Callable[[], Outside | None] | None) -> None:
+        """Asks `outside`, where there is one, what the asset's files are now."""
+        self._outside = outside
 
     @property
     def name(self) -> str:
@@ -93,9 +114,25 @@ class _NewlyOutOfDate(dg.AutomationCondition):
             return None
         above = {key: materializations.latest(instance, key) for key in node.parent_keys}
         inputs = {key.to_user_string(): now.data_version for key, now in above.items() if now}
-        if node.code_version == made.code_version and inputs == made.inputs:
+        files = self._files_now(context)
+        is_of_files = files is None or files == made.recipe_id
+        if node.code_version == made.code_version and inputs == made.inputs and is_of_files:
             return None
-        return canonical.digest("out_of_date/1", [node.code_version, inputs])
+        return canonical.digest("out_of_date/2", [node.code_version, inputs, files])
+
+    def _files_now(self, context: dg.AutomationContext) -> str | None:
+        """Returns the recipe of the files there are now; None where they decide nothing."""
+        if self._outside is None:
+            return None
+        from modeling.data.pretrained import PretrainedTokenizerError
+
+        try:
+            now = self._outside()
+        except PretrainedTokenizerError as error:
+            # A run would fail of it: `levanter status` tells it, and the next tick looks again.
+            context.log.warning(f"{context.key.to_user_string()}: {scrub(str(error))}")
+            return None
+        return None if now is None else now.recipe_id
 
 
 def _new_files(name: str, dataset: "DatasetConfig") -> dg.SensorDefinition:

@@ -30,7 +30,7 @@ from assets.export import export_assets
 from assets.tokenizer import tokenizer_assets
 from assets.tokens import cache_assets, tokenized_assets
 from modeling.experiment import Catalog, ConfigError, load_catalog
-from pipelines.automation import build_sensors, rerun_condition
+from pipelines.automation import build_sensors, rerun_conditions
 from pipelines.jobs import build_jobs
 from resources.head_start import HeadStartResource
 from resources.io_manager import ReferenceIOManagerFactory
@@ -57,10 +57,12 @@ def build_defs(catalog: Catalog, **overrides: Any) -> dg.Definitions:
     if unknown := sorted(set(overrides) - set(resources)):
         raise TypeError(f"no resource is named {unknown[0]!r}; there are {sorted(resources)}.")
     made = _assets(catalog)
-    rerun = rerun_condition()
+    rerun = rerun_conditions(catalog)
     return dg.Definitions(
         assets=[
-            one.map_asset_specs(lambda spec: spec.replace_attributes(automation_condition=rerun))
+            one.map_asset_specs(
+                lambda spec: spec.replace_attributes(automation_condition=rerun(spec.key))
+            )
             for one in made
             if not isinstance(one, dg.AssetChecksDefinition)
         ],

@@ -64,7 +64,7 @@ def _changed_outside(
         return None
     if not store.contains(made.kind, made.content_id):
         return Staleness("MISSING", (f"its bytes are gone from {store.url}",))
-    found = {"raw_corpus": _corpus_now, "tokenizer": _tokenizer_now}.get(made.kind)
+    found = {"raw_corpus": _corpus_now, "tokenizer": tokenizer_now}.get(made.kind)
     if found is None:
         return None
     # Imported here, as all that reads data is: Dagster loads this module with its code.
@@ -80,7 +80,7 @@ def _changed_outside(
     return Staleness("STALE", _changed_files(store, made, now.files))
 
 
-class _Outside(NamedTuple):
+class Outside(NamedTuple):
     """What a root of the graph would be made of now."""
 
     recipe_id: str
@@ -88,21 +88,25 @@ class _Outside(NamedTuple):
     """The digest of each file, by name."""
 
 
-def _corpus_now(dataset: "DatasetConfig") -> _Outside:
+def _corpus_now(dataset: "DatasetConfig") -> Outside:
     from modeling.data import corpus
 
     listing = corpus.scan(dataset.named_sources, validation=dataset.validation, memo=open_memo())
     files = {file.logical_path: file.sha256 for file in listing.files}
-    return _Outside(recipes.corpus_recipe(dataset, listing.root).id, files)
+    return Outside(recipes.corpus_recipe(dataset, listing.root).id, files)
 
 
-def _tokenizer_now(dataset: "DatasetConfig") -> _Outside | None:
-    """None where the tokenizer is not taken from files that a path names."""
+def tokenizer_now(dataset: "DatasetConfig") -> Outside | None:
+    """Returns what a tokenizer would be made of; None where no path names its files.
+
+    Raises:
+        PretrainedTokenizerError: the files are not there, or are no tokenizer's.
+    """
     from modeling.data import tokenizer
 
     files = tokenizer.file_digests(dataset.tokenizer)
     root = tokenizer.files_root(files)
-    return _Outside(recipes.tokenizer_recipe(dataset, None, root).id, files) if files else None
+    return Outside(recipes.tokenizer_recipe(dataset, None, root).id, files) if files else None
 
 
 def _changed_files(

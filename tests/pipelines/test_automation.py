@@ -10,6 +10,7 @@ import pytest
 from fsspec.spec import AbstractFileSystem
 
 from pipelines.automation import NEW_FILES, RERUN
+from resources.materializations import latest
 
 DATA = [("tales", "raw_corpus"), ("tales", "tokenizer"), ("tales", "tokenized_corpus"),
         ("tales", "token_cache", "L32")]  # fmt: skip
@@ -198,6 +199,28 @@ class TestRerun:
         made = own.run(changed, select=DATA[:2], job="tales__data")
         assert made.success
         assert daemon(changed) == list(below)
+
+    def test_changed_files_of_a_tokenizer_with_a_path_are_noticed(self, daemon, own, tmp_path):
+        where = tmp_path / "made elsewhere"
+        with own.instance() as instance:
+            content_id = latest(instance, dg.AssetKey(DATA[1])).content_id
+        made = own.store.local("tokenizer", content_id)
+        where.mkdir()
+        shutil.copy(made / "tokenizer.json", where)
+        (where / "tokenizer_config.json").write_text('{"eos_token": "<|endoftext|>"}')
+        taken = json.dumps({"type": "pretrained", "path": str(where)})
+        changes = "dataset.tokenizer=null", f"dataset.tokenizer={taken}"  # else they are merged
+        assert daemon(*changes) == [*self.BELOW, "tales/tokenizer"]
+        assert own.run(*changes, select=DATA, job="tales__data").success
+        assert daemon(*changes) == []
+        (where / "chat_template.jinja").write_text("{{ 1 }}")
+        assert daemon(*changes) == [*self.BELOW, "tales/tokenizer"]
+        assert daemon(*changes) == [], "also if that run has failed"
+        kept = (where / "tokenizer.json").rename(tmp_path / "kept.json")
+        assert daemon(*changes) == [], "what is not there cannot be made"
+        kept.rename(where / "tokenizer.json")
+        assert own.run(*changes, select=DATA[1:2], job="tales__data").success
+        assert daemon(*changes) == list(self.BELOW)
 
     def test_nothing_is_made_of_what_has_failed_its_check(self, daemon, own):
         failed = dg.AssetCheckEvaluation(
