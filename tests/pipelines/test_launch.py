@@ -106,35 +106,23 @@ def test_what_a_daemon_starts(settled, tmp_path):
     change = "dataset.tokenizer.vocab_size=311"
     switches = ["dagster", "sensor", "start", "--start-all", "-w", "workspace.yaml"]
     assert shell(switches, chain, change)[0] == 0
-    with (tmp_path / "daemon").open("w") as log:
-        daemon = subprocess.Popen(
-            [BIN / "dagster-daemon", "run", "-w", CHECKOUT / "workspace.yaml"],
-            env={**CLEAN, **chain.environment(change)},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-    try:
-        with chain.instance() as instance:
+    with a_daemon(chain, tmp_path / "daemon", change) as daemon, chain.instance() as instance:
 
-            def started_by(sensor):
-                """Returns the runs that a sensor has started, once they are there and over."""
-                wanted = dg.RunsFilter(tags={"dagster/sensor_name": sensor})
+        def started_by(sensor):
+            """Returns the runs that a sensor has started, once they are there and over."""
+            wanted = dg.RunsFilter(tags={"dagster/sensor_name": sensor})
 
-                def are_there():
-                    assert daemon.poll() is None, (tmp_path / "daemon").read_text()
-                    runs = instance.get_runs(wanted)
-                    return runs and all(run.is_finished for run in runs)
+            def are_there():
+                runs = instance.get_runs(wanted)
+                return runs and all(run.is_finished for run in runs)
 
-                wait_for(are_there)
-                return instance.get_runs(wanted)
+            wait_for(are_there, daemon)
+            return instance.get_runs(wanted)
 
-            (rerun,) = started_by(RERUN)
-            code, output = shell(["levanter", "launch", "tales__data"], chain)
-            (new_files,) = started_by(f"tales{NEW_FILES}")
-            made = materializations.of_run(instance, rerun.run_id)
-    finally:
-        daemon.terminate()
-        daemon.wait(timeout=60)
+        (rerun,) = started_by(RERUN)
+        code, output = shell(["levanter", "launch", "tales__data"], chain)
+        (new_files,) = started_by(f"tales{NEW_FILES}")
+        made = materializations.of_run(instance, rerun.run_id)
     assert rerun.is_success
     assert {one.key.to_user_string(): one.metadata["was"] for one in made} == {
         "tales/tokenizer": "built",
@@ -145,6 +133,76 @@ def test_what_a_daemon_starts(settled, tmp_path):
     assert "### tales__data: SUCCESS" in output
     assert "| tales/tokenizer | reused | `" in output
     assert (new_files.job_name, new_files.is_success) == ("tales__data", True)
+
+
+@pytest.mark.slow
+def test_a_daemon_starts_a_killed_run_again_and_never_one_that_was_terminated(settled, tmp_path):
+    """The second run goes on from where the first was killed, and has a retry left that it is not
+    given: what was asked to stop is no crash.
+    """
+    config = settled.home / "dagster.yaml"
+    config.write_text(
+        config.read_text().replace("poll_interval_seconds: 20", "poll_interval_seconds: 1")
+    )
+    endless = "trainer.seed=9", "trainer.num_train_steps=1000000"
+    before, run_id = saved(settled), str(uuid.uuid4())
+    launched = ["dagster", "job", "launch", "-w", "workspace.yaml", "-j", "tiny__pretrain",
+                "--run-id", run_id, "--tags", '{"dagster/max_retries": "2"}']  # fmt: skip
+    with (
+        a_daemon(settled, tmp_path / "daemon", *endless) as daemon,
+        settled.instance() as instance,
+    ):
+        assert shell(launched, settled, *endless)[0] == 0
+        wait_for(lambda: saved(settled) - before, daemon)
+        process = instance.get_run_by_id(run_id).tags[abandoned.PROCESS].split()[2]
+        os.kill(int(process), signal.SIGKILL)
+        retries = dg.RunsFilter(tags={"dagster/parent_run_id": run_id})
+        wait_for(lambda: instance.get_runs(retries), daemon)
+        (again,) = instance.get_runs(retries)
+        wait_for(lambda: "Going on from step" in told_in(instance, again.run_id), daemon)
+
+        instance.run_coordinator.cancel_run(again.run_id)
+        wait_for(lambda: instance.get_run_by_id(again.run_id).is_finished, daemon)
+        # It looks for runs that have ended once a round: after two it has seen this one.
+        rounds = set()
+        wait_for(lambda: rounds.add(heartbeat(instance)) or len(rounds) > 2, daemon)
+        runs = {run.run_id: run.status for run in instance.get_runs()}
+    assert runs == {
+        run_id: dg.DagsterRunStatus.FAILURE,
+        again.run_id: dg.DagsterRunStatus.CANCELED,
+    }
+    assert workers(settled) == []
+
+
+@contextlib.contextmanager
+def a_daemon(chain, log, *changes):
+    """Runs a daemon; yields what tells how it is, and fails if it has ended."""
+    with log.open("w") as output:
+        daemon = subprocess.Popen(
+            [BIN / "dagster-daemon", "run", "-w", CHECKOUT / "workspace.yaml"],
+            env={**CLEAN, **chain.environment(*changes)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+
+    def tell():
+        assert daemon.poll() is None, log.read_text()
+        return log.read_text()
+
+    try:
+        yield tell
+    finally:
+        daemon.terminate()
+        daemon.wait(timeout=120)
+
+
+def told_in(instance, run_id):
+    return "\n".join(entry.user_message for entry in instance.all_logs(run_id))
+
+
+def heartbeat(instance):
+    """Returns when the daemon that starts runs again was last seen at work."""
+    return instance.get_daemon_heartbeats()["EVENT_LOG_CONSUMER"].timestamp
 
 
 def test_the_example_for_ci_launches_as_the_command_line_has_it(capsys):
@@ -313,8 +371,9 @@ def workers(chain):
     return found
 
 
-def wait_for(condition, timeout_s=400):
+def wait_for(condition, tell=lambda: "this took too long", timeout_s=400):
     deadline = time.monotonic() + timeout_s
     while not condition():
-        assert time.monotonic() < deadline, "this took too long"
+        told = tell()
+        assert time.monotonic() < deadline, f"not within {timeout_s} s\n{told}"
         time.sleep(0.3)
