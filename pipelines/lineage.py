@@ -12,6 +12,7 @@ from typing import Any
 from modeling.artifacts import ArtifactStore
 
 Record = Mapping[str, Any]
+_FILES, _MOST_FILES = "files/", 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Node:
     is_repeat: bool
     """Its inputs stand further up in the tree."""
     inputs: tuple["Node", ...]
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The files that it was read from, with the SHA-256 of each: what a lineage ends in."""
+        return files_of(self.record)
 
 
 class LineageError(ValueError):
@@ -40,16 +46,34 @@ def lineage(store: ArtifactStore, reference: str) -> Node:
 
 
 def lines(node: Node) -> Iterator[str]:
-    """Yields the tree as text, a line an artifact."""
+    """Yields the tree as text, a line an artifact, with the first files of what was read."""
     yield _label(node)
     yield from _branches(node, "")
 
 
 def _branches(node: Node, indent: str) -> Iterator[str]:
-    for place, child in enumerate(node.inputs):
-        is_last = place == len(node.inputs) - 1
-        yield f"{indent}{'└─ ' if is_last else '├─ '}{_label(child)}"
-        yield from _branches(child, indent + ("   " if is_last else "│  "))
+    below: list[tuple[str, Node | None]] = [(_label(child), child) for child in node.inputs]
+    below += [] if node.is_repeat else [(line, None) for line in _file_lines(node.files)]
+    for place, (line, child) in enumerate(below, 1):
+        is_last = place == len(below)
+        yield f"{indent}{'└─ ' if is_last else '├─ '}{line}"
+        if child is not None:
+            yield from _branches(child, indent + ("   " if is_last else "│  "))
+
+
+def _file_lines(files: Mapping[str, str]) -> Iterator[str]:
+    for path in sorted(files)[:_MOST_FILES]:
+        yield f"{path}  sha256 {files[path][:12]}"
+    if (more := len(files) - _MOST_FILES) > 0:
+        yield f"and {more:,} more: --json lists every file"
+
+
+def files_of(record: Record) -> dict[str, str]:
+    """Returns the SHA-256 of each file that an artifact was read from, by path."""
+    leaves: Mapping[str, str] = record["leaves"]
+    return {
+        name.removeprefix(_FILES): leaf for name, leaf in leaves.items() if name.startswith(_FILES)
+    }
 
 
 def _label(node: Node) -> str:
@@ -94,7 +118,7 @@ def _node(
 
 
 def as_json(node: Node) -> str:
-    """Returns the tree as JSON: kind, ids, recipe, figures and inputs of each artifact."""
+    """Returns the tree as JSON: kind, ids, recipe, figures, files and inputs of each artifact."""
     return json.dumps(_plain(node), indent=2, ensure_ascii=False)
 
 
@@ -102,6 +126,13 @@ def _plain(node: Node) -> dict[str, Any]:
     keys = ("kind", "content_id", "recipe_id", "roots", "numerics")
     shown: dict[str, Any] = {key: node.record[key] for key in keys}
     shown["params"] = node.record["recipe"]["params"]
+    shown["summary"] = summary(node.record)
+    provenance = node.record["provenance"]
+    shown["made"] = {"commit": provenance.get("git", {}).get("commit")} | provenance.get(
+        "times", {}
+    )
+    if node.files and not node.is_repeat:
+        shown["files"] = dict(node.files)
     return shown | {"inputs": {child.role: _plain(child) for child in node.inputs}}
 
 

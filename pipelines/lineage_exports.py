@@ -4,6 +4,8 @@ PROV-JSON (https://www.w3.org/submissions/prov-json) in its own words: an artifa
 the run of a recipe an *activity*, a person's commit of the code an *agent*:
 
     wasGeneratedBy(artifact, recipe)   used(recipe, input)   wasDerivedFrom(artifact, input)
+
+A file that an artifact was read from is an entity too: its bytes, used under its path as role.
 """
 
 import json
@@ -11,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from modeling import pages
-from pipelines.lineage import Node, Record, summary
+from pipelines.lineage import Node, Record, files_of, summary
 
 _BOX_WIDTH, _BOX_HEIGHT, _GAP_X, _GAP_Y, _MARGIN = 170, 54, 60, 26, 44
 _NAMESPACE = "urn:levanter:"
@@ -76,6 +78,17 @@ def to_prov(node: Node) -> str:
             "prov:usedEntity": source,
             "prov:activity": recipe,
         }
+    for key, record in records.items():
+        recipe = _activity(record)
+        for path, sha256 in files_of(record).items():
+            file = f"levanter:file-{sha256}"
+            entities[file] = {"prov:type": "file", "levanter:sha256": sha256}
+            used[f"_:u{len(used)}"] = {
+                "prov:activity": recipe, "prov:entity": file, "prov:role": path,
+            }  # fmt: skip
+            derived[f"_:d{len(derived)}"] = {
+                "prov:generatedEntity": key, "prov:usedEntity": file, "prov:activity": recipe,
+            }  # fmt: skip
     document = {
         "prefix": {"levanter": _NAMESPACE},
         "entity": entities,

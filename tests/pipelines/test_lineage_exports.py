@@ -11,6 +11,7 @@ from pipelines.lineage import lineage
 from pipelines.lineage_exports import to_html, to_prov
 
 HOSTILE = "</td><script>alert(1)</script>"
+SHA256 = digest("file", "f")
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def node(tmp_path):
     def make(kind, text, **inputs):
         def build(workspace):
             (workspace.output / "a").write_text(text)
-            leaves = {f"files/{HOSTILE}": digest("leaf", text)}
+            leaves = {f"files/{HOSTILE}": SHA256} if kind == "files" else {}
             return Built(digest("t", text), facts={"vocab_size": 7}, leaves=leaves)
 
         given = {name: artifact.as_input() for name, artifact in inputs.items()}
@@ -74,7 +75,8 @@ def test_prov_says_what_was_made_of_what(node):
     document = json.loads(to_prov(node))
     entities, activities = document["entity"], document["activity"]
     kinds = {name: entity["prov:type"] for name, entity in entities.items()}
-    assert sorted(kinds.values()) == ["files", "model", "tokenizer", "tokens"]
+    assert sorted(kinds.values()) == ["file", "files", "model", "tokenizer", "tokens"]
+    assert entities[f"levanter:file-{SHA256}"]["levanter:sha256"] == SHA256
     derived = {
         (kinds[one["prov:generatedEntity"]], kinds[one["prov:usedEntity"]])
         for one in document["wasDerivedFrom"].values()
@@ -85,11 +87,12 @@ def test_prov_says_what_was_made_of_what(node):
         ("tokens", "files"),
         ("tokens", "tokenizer"),
         ("tokenizer", "files"),
+        ("files", "file"),
     }
     for relation in ("wasGeneratedBy", "used", "wasDerivedFrom"):
         for one in document[relation].values():
             assert one["prov:activity"] in activities
     assert all("prov:startTime" in one for one in activities.values())
     assert {one["prov:role"] for one in document["used"].values()} == {
-        "corpus", "tokens", "tokenizer",
+        "corpus", "tokens", "tokenizer", HOSTILE,
     }  # fmt: skip

@@ -61,7 +61,8 @@ def test_no_secret_is_kept_of_a_whole_run(chain, address, tmp_path, capfd, monke
         assert main(["status", "tiny"]) == 0
         assert main(["why", "tales/raw_corpus"]) == 0
         assert main(["lineage", "tiny/hf_model", "--html", str(tmp_path / "lineage.html")]) == 0
-        assert main(["lineage", "tiny/hf_model", "--prov"]) == 0
+        for form in ("--prov", "--json"):
+            assert main(["lineage", "tiny/hf_model", form]) == 0
         for missing, code in ((f'["{NONE}"]', 1), (f"[{NONE}", 2)):
             missing = missing.replace("ADDRESS", address)
             assert main(["run", "tiny", "--set", f"dataset.source.paths={missing}"]) == code
