@@ -72,9 +72,9 @@ layers above it; and what its last materialization was for.
 _VERIFY = """\
 Makes an asset again, from the inputs on its record, in a store of its own, and compares the content
 ids; names the first part that differs, and whether this is another numerics class. Exits 1 if other
-bytes came out.
+bytes came out. An asset may also be named by an alias, or six or more digits of its content id.
 
-  levanter verify nano/tokenizer
+  levanter verify pystdlib/tokenizer
   levanter verify nano/checkpoint          (trains again)
   levanter verify nano/checkpoint --steps 300..400
                                            (only these updates, from the checkpoint of step 300)

@@ -25,7 +25,7 @@ from pipelines.plan import out_of_date, wanted_assets
 from pipelines.replay import Replay, replay
 from pipelines.staleness import Staleness
 from pipelines.terminal import Terminal, terminal_logger
-from pipelines.verify import Verdict, verify
+from pipelines.verify import UnverifiableError, Verdict, verify
 from pipelines.why import why
 from resources import materializations
 from resources.abandoned import PROCESS, end_abandoned_runs, process_tags
@@ -121,14 +121,14 @@ def verify_asset(asset: str, steps: tuple[int, int] | None = None) -> int:
     """Makes an asset again, compares, and prints the verdict; returns 1 if it is not the same.
 
     Args:
-        asset: its key.
+        asset: its key; or an alias or content id of what it is now.
         steps: for a checkpoint, makes only the updates after the first of them up to the second.
     """
-    key, store = dg.AssetKey(asset.split("/")), open_store()
-    catalog = catalog_from_environment()
+    store, catalog = open_store(), catalog_from_environment()
     log = _log_file("verify")
     with dg.DagsterInstance.get() as instance, _terminal() as terminal:
-        terminal.say(f"Making {asset} again; what that prints is in {log}.")
+        key = _asset_named(asset, instance, store, catalog)
+        terminal.say(f"Making {key.to_user_string()} again; what that prints is in {log}.")
         verdict: Verdict | Replay
         with _output_to(log):
             if steps is None:
@@ -138,6 +138,24 @@ def verify_asset(asset: str, steps: tuple[int, int] | None = None) -> int:
         for line in verdict.lines():
             terminal.say(line)
     return 0 if verdict.is_equal else 1
+
+
+def _asset_named(
+    reference: str, instance: dg.DagsterInstance, store: ArtifactStore, catalog: Catalog
+) -> dg.AssetKey:
+    """Returns the asset with this key, or the one that is this artifact now."""
+    if "/" in reference:
+        return dg.AssetKey(reference.split("/"))
+    content_id = store.resolve(reference)
+    for key in build_defs(catalog).resolve_asset_graph().toposorted_asset_keys:
+        made = materializations.latest(instance, key)
+        if made is not None and made.content_id == content_id:
+            return key
+    raise UnverifiableError(
+        f"{reference}: no asset of the catalog is {content_id[:12]} now, so nothing here says how "
+        f"to make it again; `levanter lineage {reference}` shows its record. Give the catalog the "
+        f"parameters that stand there, and materialize the asset: that computes nothing."
+    )
 
 
 def content_id_of(store: ArtifactStore, reference: str) -> str:

@@ -145,7 +145,7 @@ def unchanged(
     """
     name, made = key.to_user_string(), materializations.latest(instance, key)
     if made is None:
-        raise UnverifiableError(f"{name} has never been materialized here.")
+        raise UnverifiableError(f"{name} has never been materialized here; see `levanter status`.")
     graph = defs.resolve_asset_graph()
     if not graph.has(key):
         raise UnverifiableError(f"{name} is not in the catalog any more.")

@@ -52,8 +52,12 @@ def _now(key: dg.AssetKey, stale: Mapping[dg.AssetKey, Staleness]) -> Iterator[s
     if key not in stale:
         yield f"{key.to_user_string()} is fresh: its data, code and environment are those it has."
         return
-    yield f"{key.to_user_string()} is {stale[key].status.lower()}:"
-    yield from (f"  {cause}" for cause in stale[key].causes or ("never made",))
+    name, found = key.to_user_string(), stale[key]
+    if found.status == "UPSTREAM":
+        yield f"{name} is as it was defined, but made of something that is not up to date:"
+    else:
+        yield f"{name} is {found.status.lower()}:"
+    yield from (f"  {cause}" for cause in found.causes or ("never made",))
     for parent, found in stale.items():
         if parent != key and found.status != "UPSTREAM":
             causes = [cause for cause in found.causes if not cause.endswith("is not up to date")]

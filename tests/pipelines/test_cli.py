@@ -1,6 +1,8 @@
 """The `levanter` command as a person types it: what it prints and makes, and its exit codes."""
 
+import hashlib
 import json
+import re
 import subprocess
 import sys
 
@@ -10,6 +12,7 @@ import yaml
 
 from modeling.experiment import ConfigError
 from pipelines.cli import dotted_overrides, main, make_parser
+from pipelines.instance import CHECKOUT
 
 MODEL_STAGES = ["tiny/checkpoint", "tiny/eval_report", "tiny/hf_model"]
 DATA_STAGES = [
@@ -108,6 +111,20 @@ class TestCommandLine:
         assert "Traceback" not in told
 
 
+def table(text: str) -> dict[str, tuple[str, str]]:
+    """Returns state and content id of each asset in a table of `run` or `status`."""
+    words = [line.split() for line in text.splitlines()]
+    return {w[0]: (w[1], w[2]) for w in words if len(w) > 2 and w[0] in MODEL_STAGES + DATA_STAGES}
+
+
+def documented(pattern: str) -> str:
+    """Returns the block of the page on identity that holds what a pattern says."""
+    page = (CHECKOUT / "docs" / "lineage.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```\w*\n(.*?)```", page, re.S)
+    (found,) = [block for block in blocks if re.search(pattern, block)]
+    return found
+
+
 class TestRun:
     def test_a_fresh_experiment_runs_nothing(self, chain, first_run, capfd):
         with chain.instance() as instance:
@@ -148,9 +165,14 @@ class TestRun:
         """In an instance without memory, so what is reused is found in the store."""
         with other_instance.instance():
             assert main(["run", "tiny", "--set", "dataset.tokenizer.vocab_size=300"]) == 0
-        assert states(capfd.readouterr().out) == dict.fromkeys(
-            DATA_STAGES + MODEL_STAGES, "built"
-        ) | {"tales/raw_corpus": "reused"}
+        printed = capfd.readouterr().out
+        assert states(printed) == dict.fromkeys(DATA_STAGES + MODEL_STAGES, "built") | {
+            "tales/raw_corpus": "reused"
+        }
+        told, found = table(documented(r"tiny/hf_model +built")), table(printed)
+        assert list(told) == DATA_STAGES + MODEL_STAGES
+        for asset in DATA_STAGES:  # those of models depend on the machine
+            assert told[asset][1] == found[asset][1], "docs/lineage.md"
 
     def test_a_new_file_in_the_source_is_noticed(self, other_instance, capfd):
         with other_instance.instance():
@@ -207,12 +229,21 @@ class TestStatusAndLineage:
         overrides = json.dumps(chain.overrides("dataset.tokenizer.vocab_size=300"))
         with chain.instance(LEVANTER_OVERRIDES=overrides):
             assert main(["status", "tiny"]) == 0
-        printed = capfd.readouterr().out
+            printed = capfd.readouterr().out
+            assert main(["why", "tiny/hf_model"]) == 0
+            why = capfd.readouterr().out
         assert states(printed) == {
             "tales/raw_corpus": "fresh",
             "tales/tokenizer": "stale",
         } | dict.fromkeys([*DATA_STAGES[2:], *MODEL_STAGES], "upstream")
-        assert "tales/tokenizer: tokenizer.vocab_size 320 -> " in printed
+        told = documented("levanter status tiny")
+        assert {a: told for a, told in table(told).items() if a in DATA_STAGES} == {
+            a: found for a, found in table(printed).items() if a in DATA_STAGES
+        }
+        causes = re.findall(r"^\S+: .*", told, re.M)
+        assert causes == re.findall(r"^\S+: .*", printed, re.M)
+        assert why.splitlines()[:3] == told.splitlines()[-3:]
+        assert causes[0] == "tales/tokenizer: tokenizer.vocab_size 320 -> 300"
 
     def test_lineage_leads_from_the_model_to_the_corpus(self, chain, first_run, capfd):
         with chain.instance():
@@ -227,17 +258,27 @@ class TestStatusAndLineage:
             ("│  └─ ", "token_cache", "tales/token_cache/L32"),
             ("│     └─ ", "tokenized_corpus", "tales/tokenized_corpus"),
             ("│        ├─ ", "corpus: raw_corpus", "tales/raw_corpus"),
+            ("│        │  ├─ ", "00.txt", None),
+            ("│        │  ├─ ", "01.txt", None),
+            ("│        │  ├─ ", "02.txt", None),
+            ("│        │  └─ ", "and 57 more: --json lists every file", None),
             ("│        └─ ", "tokenizer", "tales/tokenizer"),
             ("│           └─ ", "corpus: raw_corpus", "tales/raw_corpus"),
             ("└─ ", "tokenizer", "tales/tokenizer"),
         ]
         assert len(tree) == len(expected)
         for line, (branch, title, asset) in zip(tree, expected, strict=True):
-            assert line.startswith(f"{branch}{title} {shown[asset]['content_id'][:12]}")
-        assert [number for number, line in enumerate(tree) if line.endswith("(as above)")] == [6, 7]
+            told = f" {shown[asset]['content_id'][:12]}" if asset else ""
+            assert line.startswith(f"{branch}{title}{told}")
+        assert [n for n, line in enumerate(tree) if line.endswith("(as above)")] == [10, 11]
         node = json.loads(capfd.readouterr().out)
         assert node["content_id"] == content_id
         assert node["inputs"]["checkpoint"]["content_id"] == shown["tiny/checkpoint"]["content_id"]
+        while "corpus" not in node["inputs"]:
+            node = next(iter(node["inputs"].values()))
+        text = (chain.texts / "07.txt").read_bytes()
+        files = node["inputs"]["corpus"]["files"]
+        assert (len(files), files["07.txt"]) == (60, hashlib.sha256(text).hexdigest())
 
 
 class TestTrain:

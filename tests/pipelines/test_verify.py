@@ -6,7 +6,7 @@ import shutil
 import dagster as dg
 import pytest
 
-from modeling.artifacts import Workspace
+from modeling.artifacts import Built, Recipe, Workspace
 from modeling.training.reading import read_manifest
 from pipelines import replay as replays
 from pipelines.cli import main
@@ -93,7 +93,19 @@ def test_a_stranger_can_check_an_export_by_its_card(chain, first_run, tmp_path, 
 def test_the_command_tells_the_verdict(chain, first_run, capfd):
     with chain.instance():
         assert main(["verify", "tales/tokenizer"]) == 0
-    assert "Verified: made again" in capfd.readouterr().out
+        assert "Verified: made again" in capfd.readouterr().out
+        content_id = chain.artifact("tales", "tokenizer").content_id
+        assert main(["verify", content_id[:8]]) == 0
+        assert "Making tales/tokenizer again" in capfd.readouterr().out
+
+
+def test_an_artifact_that_no_asset_is_now_is_not_guessed_at(empty_chain, capfd):
+    other = Recipe("tokenizer", 1, {"of": "another catalog"})
+    made = lambda workspace: Built("c0ffee" + 58 * "0")
+    with empty_chain.instance():
+        empty_chain.store.materialize(other, made)
+        assert main(["verify", "c0ffee00"]) == 2
+    assert "no asset of the catalog is c0ffee000000 now" in capfd.readouterr().err
 
 
 def test_a_run_can_check_itself(other_instance, capfd):
