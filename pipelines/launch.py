@@ -111,15 +111,27 @@ def _starts_through_daemon(instance: dg.DagsterInstance) -> bool:
 
 
 def _submit(job: str, run_id: str, tags: Mapping[str, str], environment: dict[str, str]) -> bool:
-    """Hands the run to Dagster in a process of its own; what that prints, it prints here."""
-    _say(f"Launching {job} as run {run_id}.")
+    """Hands the run to Dagster in a process of its own.
+
+    What that prints goes to a file, and so does what the run prints, which inherits its output and
+    outlives it: each event twice, and a pipe that stays open. Here the events are streamed.
+    """
+    log = Path(os.environ["DAGSTER_HOME"]) / "logs" / f"launch-{run_id}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    _say(f"Launching {job} as run {run_id}; what it prints is in {log}.")
     command = [
         sys.executable, "-m", "dagster", "job", "launch",
         "--workspace", str(CHECKOUT / "workspace.yaml"), "--job", job, "--run-id", run_id,
         "--tags", json.dumps({"levanter/command": "launch", **tags}),
     ]  # fmt: skip
     # Signals of the terminal are for this process, which then cancels the run in good order.
-    return subprocess.run(command, env=environment, check=False, process_group=0).returncode == 0
+    with log.open("ab") as output:
+        launched = subprocess.run(
+            command, env=environment, check=False, process_group=0, stdout=output, stderr=output
+        )
+    if launched.returncode:
+        _say(log.read_text(encoding="utf-8", errors="replace"))
+    return launched.returncode == 0
 
 
 def _terminate(instance: dg.DagsterInstance, run_id: str, timeout_s: float) -> None:

@@ -88,12 +88,19 @@ def test_a_launched_run_of_a_changed_tokenizer_makes_what_depends_on_it(settled)
         assert run.tags[f"content/{one.key.to_user_string()}"] == one.content_id[:12]
 
 
+def test_a_job_that_there_is_not_is_told_with_those_there_are(settled):
+    code, output = shell(["levanter", "launch", "tales__date"], settled)
+    assert code == NOT_STARTED, output
+    assert "'tales__data'" in output
+
+
 def test_a_launched_run_that_fails(settled):
     code, output = shell(
         ["levanter", "launch", "tales__data"], settled, "dataset.source.paths=[/nowhere/*.txt]"
     )
     assert code == FAILED, output
     assert "/nowhere" in output, "and says why"
+    assert output.count("Started execution of run") == 1, "each event once"
     assert "### tales__data: FAILURE" in output
 
 
@@ -284,11 +291,12 @@ def test_a_cancelled_launch_saves_and_leaves_no_process(settled, tmp_path):
         code = launched.wait(timeout=240)
     assert code == 128 + signal.SIGTERM, said()
     assert len(pids) == 1, said()
-    assert "Stopped: preempted after step" in said()
+    (log,) = (settled.home / "logs").glob("launch-*.log")
+    assert "Stopped: preempted after step" in log.read_text()
     assert workers(settled) == []
     assert len(saved(settled) - before) == 1, "the state at the time is kept for the next run"
 
-    (run_id,) = re.findall(r"Launching tiny as run ([0-9a-f-]+)", said())
+    (run_id,) = re.findall(r"Launching tiny as run ([0-9a-f-]+);", said())
     with settled.instance() as instance:
         run = instance.get_run_by_id(run_id)
         retries = instance.all_logs(run_id, of_type=dg.DagsterEventType.STEP_UP_FOR_RETRY)
