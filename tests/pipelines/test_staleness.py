@@ -5,12 +5,17 @@ import json
 import dagster as dg
 import pytest
 import tokenizers
+import yaml
 from tokenizers import models, pre_tokenizers
 
+from modeling.experiment import load_catalog
+from pipelines.build import build_defs
+from pipelines.instance import CHECKOUT
 from pipelines.plan import out_of_date
 from pipelines.staleness import describe, stale_assets
 from pipelines.why import why
 
+CATALOG = CHECKOUT / "tests" / "catalogs" / "tiny"
 BELOW_TOKENIZER = [
     "tales/tokenized_corpus", "tales/token_cache/L32", "tiny/checkpoint", "tiny/eval_report",
     "tiny/hf_model",
@@ -58,6 +63,25 @@ def test_a_changed_mesh_is_another_numerics_class(stale):
 @pytest.mark.parametrize("change", ["trainer.log_every_steps=1", "description=other"])
 def test_what_changes_no_result_makes_nothing_stale(stale, change):
     assert stale(change) == {}
+
+
+def test_comments_key_order_and_place_of_the_files_make_nothing_stale(chain, first_run, tmp_path):
+    def reversed_keys(value):
+        if not isinstance(value, dict):
+            return value
+        return {key: reversed_keys(value[key]) for key in reversed(value)}
+
+    for path in CATALOG.rglob("*.yaml"):
+        copy = tmp_path / "elsewhere" / path.relative_to(CATALOG)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        content = yaml.safe_load(path.read_text())
+        text = yaml.safe_dump(reversed_keys(content), sort_keys=False)
+        copy.write_text(f"# Another comment.\n{text}")
+        assert next(iter(yaml.safe_load(copy.read_text()))) != next(iter(content))
+    catalog = load_catalog(tmp_path / "elsewhere", chain.overrides())
+    with chain.instance() as instance:
+        found = stale_assets(build_defs(catalog), instance)
+    assert set(found) <= {dg.AssetKey(["tales", "token_cache", "L64"])}
 
 
 def test_what_was_never_made_is_missing(empty_chain):
