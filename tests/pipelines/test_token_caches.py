@@ -45,6 +45,13 @@ def publish_as_if_built(directory):
 
 
 @pytest.fixture(scope="module")
+def chain(chain, tmp_path_factory):
+    """One with caches of its own, over the same texts."""
+    root = tmp_path_factory.mktemp("caches")
+    return dataclasses.replace(chain, home=root / "home", store_directory=root / "store")
+
+
+@pytest.fixture(scope="module")
 def run(chain):
     return chain.run(CACHES, job="tales__data")
 
