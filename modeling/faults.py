@@ -48,14 +48,12 @@ def reach(point: str, where: int | str) -> None:
     if wanted is None:
         return
     match = re.fullmatch(r"([a-z-]+)@([a-z0-9_]+)(?::(stop|pause|E[A-Z]+))?", wanted)
-    points, ways = (
-        TRAINING + SENDING + PUBLISHING,
-        {None, "stop", "pause", *errno.errorcode.values()},
-    )
+    points = TRAINING + SENDING + PUBLISHING
+    ways = {None, "stop", "pause", *errno.errorcode.values()}
     if match is None or match[1] not in points or match[3] not in ways:
         raise ValueError(
-            f"{VARIABLE}={wanted!r}: expected <point>@<step or kind>, perhaps with `:stop`, `:pause` "
-            f"or the name of an error such as `:ENOSPC`, with one of the points {list(points)}."
+            f"{VARIABLE}={wanted!r}: expected <point>@<step or kind>, perhaps with `:stop`, "
+            f"`:pause` or an error's name such as `:ENOSPC`; the points are {list(points)}."
         )
     if (match[1], match[2]) == (point, str(where)):
         _fail(match[3])
