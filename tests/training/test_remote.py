@@ -10,7 +10,7 @@ import pytest
 
 from modeling.artifacts import ArtifactStore, Built, Recipe, Workspace
 from modeling.training.manifest import CheckpointError
-from modeling.training.pins import pin, pinned, unpin
+from modeling.training.pins import mark, pin, pinned, unpin
 from modeling.training.reading import read_manifest
 from modeling.training.remote import RemoteCheckpoints
 from modeling.training.restoring import restore
@@ -134,6 +134,44 @@ def test_what_arrives_as_something_else_is_refused_by_name(tmp_path, monkeypatch
     with pytest.raises(CheckpointError, match=r"memory://.*/c\.0\.0 arrived with other bytes"):
         remote.send(tmp_path / "step-000003.aaaaaaaaaaaa")
     assert remote.names() == []
+
+
+def test_a_disk_that_spoils_what_is_copied_makes_it_passed_over_not_copied_for_ever(
+    tmp_path, caplog
+):
+    url = f"memory://{uuid.uuid4().hex}"
+    with open_checkpoints(tmp_path / "a", keep=2, remote=url) as here:
+        save_all(here, [1, 2])
+
+    def spoiled(path):
+        if "step-000002." in path.name:
+            (path / "arrays/model.up/c.0.0").write_bytes(b"")
+        return restore(path, make_state())
+
+    with open_checkpoints(tmp_path / "b", keep=2, remote=url) as there:
+        path, found = there.resume(spoiled)
+    assert path.name.startswith("step-000001.")
+    assert_same_bits(found, make_state(1))
+    assert caplog.text.count("was copied from") == 2
+
+
+def test_a_pin_that_comes_while_its_remote_step_is_being_retired_is_heeded(tmp_path, monkeypatch):
+    url = f"memory://{uuid.uuid4().hex}"
+    with open_checkpoints(tmp_path, keep=2, remote=url) as held:
+        save_all(held, [1, 2])
+        rm_file = fsspec.get_filesystem_class("memory").rm_file
+
+        def removed_and_pinned(self, path):
+            rm_file(self, path)
+            if path.endswith("COMMIT"):
+                mark(url, 1, "just now")
+
+        monkeypatch.setattr(fsspec.get_filesystem_class("memory"), "rm_file", removed_and_pinned)
+        save_all(held, [3])
+    assert steps_there(url) == [3, 2, 1]
+    assert (
+        RemoteCheckpoints(url).fetch(RemoteCheckpoints(url).names()[-1], tmp_path / "b").step == 1
+    )
 
 
 def test_a_training_goes_on_elsewhere_and_ends_with_the_same_bits(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import concurrent.futures
 import dataclasses
 import json
 import logging
+import shutil
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -223,6 +224,30 @@ def test_a_finished_run_trains_no_more(finished):
     verify(again.output)
 
 
+@pytest.mark.parametrize("ended", [True, False], ids=["to be published", "to be gone on with"])
+def test_a_damaged_array_is_told_and_the_run_goes_on_from_the_one_before(
+    finished, compile_cache, tmp_path, caplog, ended
+):
+    """The sizes of all files are right: nothing is known before the array is read."""
+    own = driver.workspace(tmp_path)
+    shutil.copytree(finished[0].progress / "checkpoints", own.progress / "checkpoints")
+    (directory,) = (own.progress / "checkpoints").iterdir()
+    before, last = sorted(directory.glob("step-*"))
+    if not ended:
+        shutil.rmtree(last)
+    damaged = max((last if ended else before).rglob("c*"), key=lambda path: path.stat().st_size)
+    raw = damaged.read_bytes()
+    damaged.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
+    observer = Recorder()
+    built = train(
+        driver.experiment(), driver.counting_cache(), own,
+        observer=observer, compile_cache=compile_cache,
+    )  # fmt: skip
+    assert observer.named("resumed") == ([4] if ended else [])
+    assert built.content_id == finished[1].content_id
+    assert f"DAMAGED CHECKPOINT: {damaged} holds other values" in caplog.text
+
+
 def test_the_checkpoints_of_another_experiment_are_not_taken_for_ones_own(finished):
     space, _, _ = finished
     longer = driver.experiment(trainer={"num_train_steps": 8})
@@ -329,6 +354,23 @@ def test_what_differs_is_named_by_field_and_refused_unless_told(finished, tmp_pa
         continued(finished, tmp_path / "d", None, how={"checkpoint": "e2" * 32})
     with pytest.raises(ConfigError, match=r"allow_changed names \['data'\]; leave one of them out"):
         continued(finished, tmp_path, None, how={"weights_only": True, "allow_changed": ["data"]})
+
+
+def test_another_type_of_optimizer_is_refused_by_its_state_and_takes_the_weights(
+    finished, tmp_path, compile_cache
+):
+    other = {"optimizer": {"type": "lion", "learning_rate": 1e-3}}
+    with pytest.raises(CheckpointError, match=r"optimizer\.type 'adamw' -> 'lion'"):
+        continued(finished, tmp_path / "a", None, **other)
+    with pytest.raises(
+        CheckpointError, match=r"holds another state .*`opt_state\.[^`]*nu[^`]*` is"
+    ):
+        continued(finished, tmp_path / "b", None, how={"allow_changed": ["optimizer"]}, **other)
+    how, short = {"weights_only": True}, {"num_train_steps": 1}
+    built = continued(finished, tmp_path / "c", compile_cache, how=how, trainer=short, **other)
+    assert (built.facts["resumed_from"], built.facts["steps"]) == (0, 1)
+    first = finished[1].facts["loss_curve"]
+    assert built.facts["loss_first"] < first[0][1], "it begins with weights that have learned"
 
 
 def test_a_run_that_goes_on_unchanged_is_the_run_it_goes_on_from(finished, tmp_path, compile_cache):
