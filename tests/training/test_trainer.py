@@ -356,21 +356,12 @@ def test_what_differs_is_named_by_field_and_refused_unless_told(finished, tmp_pa
         continued(finished, tmp_path, None, how={"weights_only": True, "allow_changed": ["data"]})
 
 
-def test_another_type_of_optimizer_is_refused_by_its_state_and_takes_the_weights(
-    finished, tmp_path, compile_cache
-):
+def test_another_type_of_optimizer_is_refused_by_name_and_by_its_state(finished, tmp_path):
     other = {"optimizer": {"type": "lion", "learning_rate": 1e-3}}
-    with pytest.raises(CheckpointError, match=r"optimizer\.type 'adamw' -> 'lion'"):
+    with pytest.raises(CheckpointError, match=r"optimizer optim\.adamw/1 -> optim\.lion/1"):
         continued(finished, tmp_path / "a", None, **other)
-    with pytest.raises(
-        CheckpointError, match=r"holds another state .*`opt_state\.[^`]*nu[^`]*` is"
-    ):
+    with pytest.raises(CheckpointError, match=r"holds another state .*`opt_state\.adam\.count` is"):
         continued(finished, tmp_path / "b", None, how={"allow_changed": ["optimizer"]}, **other)
-    how, short = {"weights_only": True}, {"num_train_steps": 1}
-    built = continued(finished, tmp_path / "c", compile_cache, how=how, trainer=short, **other)
-    assert (built.facts["resumed_from"], built.facts["steps"]) == (0, 1)
-    first = finished[1].facts["loss_curve"]
-    assert built.facts["loss_first"] < first[0][1], "it begins with weights that have learned"
 
 
 def test_a_run_that_goes_on_unchanged_is_the_run_it_goes_on_from(finished, tmp_path, compile_cache):
