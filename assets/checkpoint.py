@@ -13,6 +13,7 @@ from assets.checks import artifact_check
 from assets.pictures import loss_picture
 from modeling import recipes
 from modeling.artifacts import Artifact
+from modeling.difference import differences
 from modeling.experiment import ConfigError, ExperimentConfig
 from resources import panel
 from resources.head_start import HeadStartResource, stand_ins
@@ -87,11 +88,18 @@ def training_files(
         "tokenized_corpus": store.files(above["tokenized_corpus"]),
         "tokenizer": store.files(above["tokenizer"]),
     }
-    return files | initial_checkpoint(experiment, store)
+    return files | initial_checkpoint(experiment, store, above["tokenizer"])
 
 
-def initial_checkpoint(experiment: ExperimentConfig, store: StoreResource) -> dict[str, Path]:
-    """Returns the files of the checkpoint to begin with, if there is to be one."""
+def initial_checkpoint(
+    experiment: ExperimentConfig, store: StoreResource, tokenizer: Artifact
+) -> dict[str, Path]:
+    """Returns the files of the checkpoint to begin with, if there is to be one.
+
+    Raises:
+        ConfigError: the store does not have it; or it was trained on ids of another tokenizer than
+            `tokenizer`, which `trainer.initialize_from.allow_changed` does not name.
+    """
     wanted = experiment.trainer.initialize_from
     if wanted is None:
         return {}
@@ -101,7 +109,28 @@ def initial_checkpoint(experiment: ExperimentConfig, store: StoreResource) -> di
             f"trainer.initialize_from.checkpoint: {opened.url} has no checkpoint "
             f"{wanted.checkpoint}. Name the content id of one that it has, or copy it there."
         )
+    if not wanted.allows_other_tokenizer:
+        _require_same_tokenizer(wanted.checkpoint, store, tokenizer)
     return {"initial_checkpoint": opened.local("checkpoint", wanted.checkpoint)}
+
+
+def _require_same_tokenizer(content_id: str, store: StoreResource, tokenizer: Artifact) -> None:
+    opened = store.open()
+    record = opened.records_by_object()["checkpoint", content_id][-1]
+    before = store.inputs_above(opened.from_record(record))["tokenizer"]
+    if before.content_id == tokenizer.content_id:
+        return
+    recipes_of_both = (
+        opened.record(one.recipe_id, one.numerics)["recipe"]["params"]
+        for one in (before, tokenizer)
+    )
+    found = "; ".join(map(str, differences(*recipes_of_both))) or "the same fields, another corpus"
+    raise ConfigError(
+        f"trainer.initialize_from: checkpoint {content_id[:12]} was trained on ids of tokenizer "
+        f"{before.content_id[:12]}, and this experiment has ids of tokenizer "
+        f"{tokenizer.content_id[:12]} ({found}): the same id would stand for other text. Take that "
+        f"tokenizer, or name `tokenizer` in trainer.initialize_from.allow_changed."
+    )
 
 
 def _leaf_faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:

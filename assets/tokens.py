@@ -67,7 +67,7 @@ def tokenized_assets(
                     context, trained, experiments[trained], dataset, launcher, store,
                     tokenized=recipe, progress=space.progress,
                     text_bytes=corpus.text_bytes(inputs[0]),
-                    files=initial_checkpoint(experiments[trained], store)
+                    files=initial_checkpoint(experiments[trained], store, tokenizer)
                     | {"tokenizer": inputs[1]},
                 )  # fmt: skip
             return tokenized.build(

@@ -259,6 +259,10 @@ WeightsChoice = Literal["last", "ema", "tail_average"]
 """Those after the last update, or an average that the trainer keeps."""
 
 
+TOKENIZER = "tokenizer"
+"""What `allow_changed` calls the tokenizer, which is looked for in lineages."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitializeFromConfig:
     """Another run's checkpoint to go on from: its weights, optimizer, step and place in the data.
@@ -269,19 +273,26 @@ class InitializeFromConfig:
     checkpoint: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     """Its content id, which `levanter status` and the asset's metadata show."""
     weights_only: bool = False
-    """Takes the weights alone, begins at step 0, and leaves everything else free to differ."""
+    """Takes the weights alone and begins at step 0; all but the tokenizer is free to differ."""
     allow_changed: tuple[str, ...] = dataclasses.field(default=(), metadata=NOT_IDENTITY)
-    """Fields, or sections of them, such as `optimizer`; `data` for the rows. A guard."""
+    """Fields, or sections of them, such as `optimizer`; `data` for the rows, and `tokenizer` where
+    ids may stand for other text. A guard."""
 
     identity_tag: ClassVar[str] = "initialize_from/1"
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
-        if self.weights_only and self.allow_changed:
+        needless = [field for field in self.allow_changed if field != TOKENIZER]
+        if self.weights_only and needless:
             raise ValueError(
-                f"weights_only: true leaves everything free to differ, but allow_changed names "
-                f"{list(self.allow_changed)}; leave one of them out."
+                f"weights_only: true leaves all but the tokenizer free to differ, but "
+                f"allow_changed names {needless}; leave one of them out."
             )
+
+    @property
+    def allows_other_tokenizer(self) -> bool:
+        """Whether ids may stand for other text than where the weights come from."""
+        return TOKENIZER in self.allow_changed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

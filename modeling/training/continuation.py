@@ -15,7 +15,7 @@ from modeling import canonical, recipes
 from modeling.data.loader import TrainingData
 from modeling.difference import Difference, differences
 from modeling.experiment import ExperimentConfig
-from modeling.training.config import InitializeFromConfig
+from modeling.training.config import TOKENIZER, InitializeFromConfig
 from modeling.training.manifest import CheckpointError, Manifest
 from modeling.training.reading import inspect
 
@@ -97,7 +97,7 @@ def _require_allowed(
     unused = [
         field
         for field in wanted.allow_changed
-        if field != _DATA and not any(_is_within(one.path, field) for one in found)
+        if field not in (_DATA, TOKENIZER) and not any(_is_within(one.path, field) for one in found)
     ]
     if unused:
         _log.warning("trainer.initialize_from.allow_changed: nothing differs in %s.", unused)

@@ -9,8 +9,11 @@ from xml.etree import ElementTree
 
 import dagster as dg
 
+from assets.checkpoint import initial_checkpoint
+from modeling.training.config import InitializeFromConfig
 from pipelines.instance import CHECKOUT
 from pipelines.lineage import lineage
+from resources.store import StoreResource
 
 DATA = [("tales", "raw_corpus"), ("tales", "tokenizer"), ("tales", "tokenized_corpus"),
         ("tales", "token_cache", "L32")]  # fmt: skip
@@ -212,6 +215,28 @@ def test_a_run_begins_with_another_checkpoint_and_reports_an_average(chain, othe
     used = store.record(report.recipe_id, report.numerics)["recipe"]["inputs"]["checkpoint"]
     assert used["used"] == own.roots["parameters.ema"] != own.roots["parameters"]
     assert own.facts["loss_first"] < known.facts["loss_first"]
+
+
+def test_weights_of_another_tokenizer_are_refused_by_field_unless_told(chain, other_instance):
+    known = chain.artifact("tiny", "checkpoint").content_id
+    begun = {"checkpoint": known, "weights_only": True}
+    changes = (
+        f"trainer.initialize_from={json.dumps(begun)}", "dataset.tokenizer.vocab_size=300"
+    )  # fmt: skip
+    result = other_instance.run(*changes, select=[*DATA, ("tiny", "checkpoint")])
+    assert not result.success
+    (failure,) = result.get_step_failure_events()
+    assert failure.step_key == "tiny__checkpoint"
+    said = failure.event_specific_data.error.to_string()
+    assert f"checkpoint {known[:12]} was trained on ids of tokenizer" in said
+    assert "(tokenizer.vocab_size 320 -> 300)" in said
+    told = InitializeFromConfig(**begun, allow_changed=("tokenizer",))
+    experiment = chain.catalog().experiments["tiny"]
+    own = dataclasses.replace(
+        experiment, trainer=dataclasses.replace(experiment.trainer, initialize_from=told)
+    )
+    other = other_instance.artifact("tales", "tokenizer")
+    assert initial_checkpoint(own, StoreResource(url=chain.store.url), other)
 
 
 def test_a_checkpoint_to_begin_with_that_is_not_there_is_named(other_instance):
