@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 
 from modeling import faults, numerics
+from modeling.training import history
 from modeling.training.preemption import EXIT_AT_ONCE, EXIT_CODE
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -342,13 +343,16 @@ def test_kills_at_random_moments_and_preemptions_leave_no_trace(nursery):
 
 
 def test_a_signal_to_one_process_makes_all_of_them_save_and_exit(nursery):
-    """Two processes in the fast mode; then the same mesh goes on, with the same bits."""
+    """Two processes in the fast mode; then the same mesh goes on, with the same bits.
+
+    The interrupted run also takes losses on validation rows, each once, which change nothing.
+    """
 
     def crew_of_two(**trainer):
         return fields("fsdp", processes=2, mesh={"data": 2}, num_train_steps=30, **trainer)
 
-    space = nursery.directory / "crew"
-    first, second = nursery.crew(crew_of_two(), "crew", fault="after-step@10:pause", faulty=1)
+    looking, space = crew_of_two(eval_every_steps=4, eval_max_rows=6), nursery.directory / "crew"
+    first, second = nursery.crew(looking, "crew", fault="after-step@10:pause", faulty=1)
     wait_for(first, lambda: second.is_paused)
     second.signal(signal.SIGTERM)
     second.signal(signal.SIGCONT)
@@ -356,9 +360,13 @@ def test_a_signal_to_one_process_makes_all_of_them_save_and_exit(nursery):
     stopped = newest_step(space)
     for life in (first, second):
         assert f"preempted after step {stopped}" in life.err
-    resumed = nursery.result(crew_of_two(), "crew")
+    resumed = nursery.result(looking, "crew")
     assert resumed["facts"]["resumed_from"] == stopped < 30
     assert_same_run(resumed, nursery.result(crew_of_two(), "crew-reference"))
+    (output,) = (path.parent for path in space.glob("output-*/COMMIT"))
+    taken = history.read_evaluations(output)
+    assert [one["step"] for one in taken] == [4, 8, 12, 16, 20, 24, 28, 30]
+    assert taken[-1]["losses"]["validation"] < taken[0]["losses"]["validation"]
 
 
 @pytest.mark.parametrize("grace_s", [30.0, 0.01], ids=["a second signal", "the time is over"])
