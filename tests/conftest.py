@@ -5,9 +5,11 @@ JAX reads `XLA_FLAGS` once, when its first backend starts, so the flags are set 
 
 import dataclasses
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -22,14 +24,31 @@ from hypothesis import settings
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+# Of a test's time most is compilation, and of that half is what makes programs fast. Processes that
+# a test launches are given the flags that their experiment asks for, and compile as ever.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("NPROC", "8")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("DAGSTER_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What the product's processes compile is kept for all that follow, whatever their instance: most of
+# a tiny run is compilation, of the same few programs. Workers of pytest have the variable already.
+_PROGRAMS = None
+if "LEVANTER_COMPILE_CACHE" not in os.environ:
+    _PROGRAMS = tempfile.mkdtemp(prefix="levanter-programs-")
+    os.environ["LEVANTER_COMPILE_CACHE"] = _PROGRAMS
 # gcsfs asks Google what kind of bucket it has before each access; an emulator has one kind.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
+
+def pytest_unconfigure() -> None:
+    """Removes what was compiled, once no process of the tests is left to use it."""
+    if _PROGRAMS is not None:
+        shutil.rmtree(_PROGRAMS, ignore_errors=True)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -146,7 +146,11 @@ def test_two_that_share_a_store_make_everything_once(request, chain, tmp_path, p
 
 def test_every_artifact_is_the_same_in_both(chain, tmp_path):
     here = clone(tmp_path / "here", chain.texts)
-    one = make_everything(here, PYTHONHASHSEED="1", TZ="UTC", LANG="C.UTF-8")
+    # Only one of them takes programs that were compiled for other tests.
+    programs = os.environ["LEVANTER_COMPILE_CACHE"]
+    one = make_everything(
+        here, PYTHONHASHSEED="1", TZ="UTC", LANG="C.UTF-8", LEVANTER_COMPILE_CACHE=programs
+    )
     other = make_everything(
         clone(tmp_path / "some" / "where else", chain.texts),
         PYTHONHASHSEED="2",

@@ -102,7 +102,7 @@ def test_a_run_that_runs_out_says_after_which_step_and_what_to_do(
     def out_of_memory(self):
         raise real_error
 
-    monkeypatch.setattr(trainer._Run, "_arrays", out_of_memory)
+    monkeypatch.setattr(trainer._Run, "_initial_arrays", out_of_memory)
     with pytest.raises(
         DeviceMemoryError, match=r"Out of memory after step 0\..*best first"
     ) as found:
