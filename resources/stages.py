@@ -19,6 +19,8 @@ from resources.tracker import Tracker, open_tracker
 from resources.worker import Channel
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from modeling.data.cache import TokenCache
     from modeling.data.loader import TrainingData
     from modeling.training.compile_cache import CompileCache
@@ -270,13 +272,10 @@ def parity(
     arguments: Arguments, workspace: Workspace | None, channel: Channel
 ) -> Mapping[str, Any]:
     """Compares the logits of an export, by NumPy from its files, with the checkpoint's own."""
-    import numpy as np
-
     from modeling.hf import export
 
     cache = _cache(arguments)
-    split = "validation" if cache.num_rows("validation") else "train"
-    rows = cache.rows(split, np.arange(min(PARITY_ROWS, cache.num_rows(split)))).tokens
+    rows = parity_rows(cache)
     directories = Path(arguments["export"]), Path(arguments["checkpoint"])
     experiment = _experiment(arguments)
     with programs(experiment):
@@ -287,6 +286,17 @@ def parity(
         "limit": found.limit,
         "num_logits": rows.size * cache.vocab_size,
     }
+
+
+def parity_rows(cache: "TokenCache") -> "np.ndarray":
+    """Returns a few rows of tokens: of the first split that is held out, if one has any."""
+    import numpy as np
+
+    from modeling.data.splits import VALIDATION, role_of
+
+    held_out_first = sorted(cache.splits, key=lambda split: role_of(split) != VALIDATION)
+    split = next(split for split in held_out_first if cache.num_rows(split))
+    return cache.rows(split, np.arange(min(PARITY_ROWS, cache.num_rows(split)))).tokens
 
 
 def _training_data(arguments: Arguments, channel: Channel) -> "TrainingData":

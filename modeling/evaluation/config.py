@@ -14,7 +14,8 @@ class EvaluationConfig:
 
     batch_size: Positive = 16
     max_rows: Positive | None = None
-    """Takes this many validation rows, evenly spaced; all of them when absent."""
+    """Takes this many validation rows, evenly spaced, of each source its share and at least one;
+    all of them when absent."""
     prompts: tuple[str, ...] = ("def __init__(self", "class Test", "for i in range(")
     """None ends in a space: byte-level BPE begins a word with its space, so one alone is rare."""
     sample_tokens: Positive = 64

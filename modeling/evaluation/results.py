@@ -39,6 +39,20 @@ class Sample:
 
 
 @dataclasses.dataclass(frozen=True)
+class Figures:
+    """What a model makes of the rows of one source."""
+
+    loss: float | None
+    """Nats a token; None where the loss mask of all its rows is 0."""
+    perplexity: float | None
+    bits_per_byte: float | None
+    """None where the bytes of a token are not known, or there are none."""
+    num_rows: int
+    num_tokens: int
+    num_bytes: int | None
+
+
+@dataclasses.dataclass(frozen=True)
 class Results:
     """All that the report says, in plain values."""
 
@@ -58,19 +72,31 @@ class Results:
     samples: tuple[Sample, ...]
     row: tuple[TokenView, ...]
     """The first validation row as the model saw it."""
+    by_source: Mapping[str, Figures] = dataclasses.field(default_factory=dict)
+    """Where the corpus has several; the figures above are then over the rows of all."""
+    macro_loss: float | None = None
+    """Mean of the losses of the sources, where there are several."""
+
+    def plain(self) -> dict[str, Any]:
+        """Returns all of it; what is said of several sources, only where there are several."""
+        values = dataclasses.asdict(self)
+        if not self.by_source:
+            del values["by_source"], values["macro_loss"]
+        return values
 
     def facts(self) -> dict[str, Any]:
         """Returns figures and samples, without the curves and pictures."""
-        figures = ("loss", "perplexity", "bits_per_byte", "num_rows", "num_tokens", "num_bytes")
-        return {name: getattr(self, name) for name in figures} | {
-            "samples": [dataclasses.asdict(sample) for sample in self.samples]
-        }
+        return {
+            name: value
+            for name, value in self.plain().items()
+            if name not in ("loss_by_position", "row")
+        } | {"samples": [dataclasses.asdict(sample) for sample in self.samples]}
 
 
 def write(results: Results, directory: Path) -> None:
     """Writes both files of the report."""
     text = json.dumps(
-        dataclasses.asdict(results), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
+        results.plain(), indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False
     )
     (directory / REPORT_JSON).write_text(text + "\n", encoding="utf-8")
     (directory / REPORT_HTML).write_text(to_html(results), encoding="utf-8")
@@ -86,13 +112,16 @@ def content_id(report_dir: Path) -> str:
 
 def to_html(results: Results) -> str:
     """Returns the report as one page; it says nothing that `results` does not."""
+    macro = results.macro_loss
     figures = (
         ("Loss (nats per token)", f"{results.loss:.4f}"),
         ("Perplexity", f"{results.perplexity:,.2f}"),
-        ("Bits per byte", "" if results.bits_per_byte is None else f"{results.bits_per_byte:.4f}"),
+        ("Bits per byte", _shown(results.bits_per_byte, ".4f")),
+        ("Mean loss of the sources", _shown(macro, ".4f")),
+        ("Its perplexity", _shown(None if macro is None else math.exp(macro), ",.2f")),
         ("Rows", f"{results.num_rows:,}"),
         ("Predicted tokens", f"{results.num_tokens:,}"),
-        ("Bytes", "" if results.num_bytes is None else f"{results.num_bytes:,}"),
+        ("Bytes", _shown(results.num_bytes, ",")),
     )
     figures = tuple((name, value) for name, value in figures if value)
     return render(
@@ -102,7 +131,22 @@ def to_html(results: Results) -> str:
         samples=results.samples,
         stops=_STOPS,
         row=results.row,
+        sources=[
+            (
+                name,
+                _shown(one.loss, ".4f"),
+                _shown(one.perplexity, ",.2f"),
+                _shown(one.bits_per_byte, ".4f"),
+                f"{one.num_rows:,}",
+                f"{one.num_tokens:,}",
+            )
+            for name, one in results.by_source.items()
+        ],
     )
+
+
+def _shown(value: int | float | None, pattern: str) -> str:
+    return "" if value is None else format(value, pattern)
 
 
 def _chart(by_position: Sequence[float | None]) -> dict[str, Any]:

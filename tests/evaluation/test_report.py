@@ -32,6 +32,8 @@ class Given:
         self._rows = Rows(np.asarray(tokens, np.int32), segment_ids, loss_mask)
         self.sequence_length = self._rows.tokens.shape[1]
 
+        self.splits = ("train", "validation")
+
     def num_rows(self, split):
         return len(self._rows.tokens) if split == "validation" else 0
 
@@ -155,12 +157,59 @@ def test_max_rows_are_evenly_spaced(model, tokenizer):
     assert some.num_rows == 3
 
 
+class Sources:
+    """A token cache of several sources, one of which holds out nothing."""
+
+    sequence_length = 24
+
+    def __init__(self, **rows):
+        self._rows = {f"validation/{name}": found for name, found in rows.items()}
+        self.splits = ("train/web", "train/code", "validation/none", *self._rows)
+
+    def num_rows(self, split):
+        return len(self._rows.get(split, ()))
+
+    def rows(self, split, indices):
+        return Rows(np.asarray(self._rows[split][indices], np.int32))
+
+
+def test_of_several_sources_there_are_figures_of_all_and_of_each(model, tokenizer, tmp_path):
+    rows = np.random.default_rng(0).integers(0, 280, (9, 24))
+    config = EvaluationConfig(batch_size=2, prompts=())
+    found = report.evaluate(config, model, Sources(code=rows[:6], web=rows[6:]), tokenizer)
+    whole = report.evaluate(config, model, Given(rows), tokenizer)
+    parts = [
+        report.evaluate(config, model, Given(part), tokenizer) for part in (rows[:6], rows[6:])
+    ]
+    assert (found.loss, found.bits_per_byte) == pytest.approx((whole.loss, whole.bits_per_byte))
+    assert (found.num_rows, found.num_tokens, found.num_bytes) == (9, 9 * 23, whole.num_bytes)
+    assert list(found.by_source) == ["code", "web"]
+    for figures, alone in zip(found.by_source.values(), parts, strict=True):
+        assert dataclasses.asdict(figures).items() <= dataclasses.asdict(alone).items()
+    assert found.macro_loss == pytest.approx((parts[0].loss + parts[1].loss) / 2)
+    write(found, tmp_path)
+    assert found.facts()["by_source"]["web"]["loss"] == parts[1].loss
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.open == []
+    assert f"{parts[1].loss:.4f}" in page.text
+    assert f"{found.macro_loss:.4f}" in page.text
+
+
+def test_each_source_has_its_share_of_max_rows_and_one_at_least():
+    taken = report.row_indices(Sources(code=np.zeros((90, 24)), web=np.zeros((3, 24))), 10)
+    assert {split: len(indices) for split, indices in taken.items()} == {
+        "validation/code": 9,
+        "validation/web": 1,
+    }
+
+
 def test_more_max_rows_than_rows_are_all(model, tokenizer):
-    np.testing.assert_array_equal(report.row_indices(Given(np.zeros((5, 24))), 9), np.arange(5))
+    taken = report.row_indices(Given(np.zeros((5, 24))), 9)
+    np.testing.assert_array_equal(taken["validation"], np.arange(5))
 
 
 def test_no_validation_rows_is_an_error(model, tokenizer):
-    with pytest.raises(ValueError, match=r"no row of 24 tokens\. Raise validation.fraction"):
+    with pytest.raises(ValueError, match=r"\(validation\) has a row of 24 tokens\. Raise"):
         report.evaluate(EvaluationConfig(), model, Given(np.zeros((0, 24))), tokenizer)
 
 
