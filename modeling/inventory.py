@@ -144,13 +144,28 @@ def read_inventory(raw: bytes, key: tuple[str, str] | None = None) -> dict[str, 
         inventory = json.loads(raw)
         str([(entry["path"], entry["size"], entry["sha256"]) for entry in inventory["files"]])
         found = inventory["kind"], inventory["content_id"]
-    except (ValueError, KeyError, TypeError) as error:
+        at = inventory.get("at", ".")
+        for name in (*([] if at == "." else [at]), *(it["path"] for it in inventory["files"])):
+            require_within(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"no valid inventory ({error})") from None
     if json_bytes(inventory) != raw:
         raise ValueError("no inventory as it was written: it was changed")
     if key is not None and found != key:
         raise ValueError(f"the inventory of {found[0]} {found[1][:12]}: it was exchanged")
     return inventory
+
+
+def require_within(name: str) -> str:
+    """Returns the name of a file within some directory, if it is one.
+
+    Raises:
+        ValueError: whoever opened a file of this name might open one elsewhere.
+    """
+    parts = name.split("/")
+    if {"", ".", ".."} & set(parts) or "\0" in name or "\\" in name:
+        raise ValueError(f"{name!r} names no file within the directory: it was changed")
+    return name
 
 
 def verify_files(directory: Path) -> None:

@@ -365,6 +365,8 @@ class TrainerConfig:
         default=2, metadata=NOT_IDENTITY
     )
     """How many of the newest verified ones stay besides; older ones are removed."""
+    begin_anew_if_damaged: bool = dataclasses.field(default=False, metadata=NOT_IDENTITY)
+    """Whether a run of whose checkpoints none can be read begins at step 0; else it is refused."""
     preemption_grace_s: Annotated[float, Field(gt=0)] = dataclasses.field(
         default=50.0, metadata=NOT_IDENTITY
     )

@@ -40,6 +40,17 @@ def require_same_science(directory: Path, manifest: Manifest, science: Mapping[s
         )
 
 
+def require_same_class(directory: Path, manifest: Manifest, numerics: str) -> None:
+    """Raises `CheckpointError` if a run's own checkpoint was made in another numerics class."""
+    found = manifest.config.get("numerics")
+    if found != numerics:
+        raise CheckpointError(
+            f"{directory} was made in the numerics class {found}, and this is {numerics}, which "
+            f"rounds otherwise: it was copied here. Remove it; or go on from it on purpose with "
+            f"trainer.initialize_from."
+        )
+
+
 def verified_beginning(
     directory: Path, experiment: ExperimentConfig, cache: TrainingData, numerics: str
 ) -> Manifest:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from modeling import canonical
+from modeling.inventory import require_within
 
 MANIFEST, COMMIT, ARRAYS, PARTS = "manifest.json", "COMMIT", "arrays", "parts"
 """Names within a checkpoint's directory."""
@@ -98,6 +99,16 @@ class Manifest:
             found[f"parameters.{name}"] = canonical.digest("parameters/1", _identity(average))
         return found
 
+    @property
+    def chunks(self) -> tuple[ChunkRecord, ...]:
+        """The chunks of all leaves."""
+        return tuple(chunk for leaf in self.leaves for chunk in leaf.chunks)
+
+    @property
+    def whole_files(self) -> tuple[FileRecord, ...]:
+        """All files but chunks, `MANIFEST` and `COMMIT`."""
+        return (*self.files, *(leaf.metadata for leaf in self.leaves))
+
     def leaf(self, path: str) -> LeafRecord:
         """Returns the record of one array."""
         known = {leaf.path: leaf for leaf in self.leaves}
@@ -124,7 +135,11 @@ def to_json(manifest: Manifest) -> dict[str, Any]:
 
 
 def from_json(content: Mapping[str, Any]) -> Manifest:
-    """Returns the manifest that `to_json` wrote."""
+    """Returns the manifest that `to_json` wrote.
+
+    Raises:
+        ValueError: it names a file outside the checkpoint's directory.
+    """
     leaves = tuple(
         LeafRecord(
             path=leaf["path"],
@@ -133,18 +148,25 @@ def from_json(content: Mapping[str, Any]) -> Manifest:
             axes=None if leaf["axes"] is None else tuple(leaf["axes"]),
             sha256=leaf["sha256"],
             chunk_shape=tuple(leaf["chunk_shape"]),
-            metadata=FileRecord(**leaf["metadata"]),
+            metadata=_file_from_json(leaf["metadata"]),
             chunks=tuple(chunk_from_json(chunk) for chunk in leaf["chunks"]),
         )
         for leaf in content["leaves"]
     )
-    files = tuple(FileRecord(**record) for record in content["files"])
+    files = tuple(map(_file_from_json, content["files"]))
     return Manifest(content["step"], content["cursor"], content["config"], leaves, files)
 
 
 def chunk_from_json(content: Mapping[str, Any]) -> ChunkRecord:
     """Returns the record of one chunk."""
-    return ChunkRecord(FileRecord(**content["file"]), tuple(content["start"]), content["crc32c"])
+    file = _file_from_json(content["file"])
+    return ChunkRecord(file, tuple(content["start"]), content["crc32c"])
+
+
+def _file_from_json(content: Mapping[str, Any]) -> FileRecord:
+    record = FileRecord(**content)
+    require_within(record.path)
+    return record
 
 
 def likeness(path: str, known: Iterable[str]) -> str:

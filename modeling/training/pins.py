@@ -16,6 +16,9 @@ from modeling.artifacts import PINS
 from modeling.notes import Note
 from modeling.training.manifest import COMMIT, CheckpointError
 
+REFUSED = ".refused"
+"""Ends the name of a directory beside a run's checkpoints, for those that are of no use to it but
+were pinned by hand."""
 _PIN = re.compile(r"step-(\d{6,})\.json")
 _ATTEMPT = re.compile(r"step-(\d{6,})\.[0-9a-f]{12}")
 

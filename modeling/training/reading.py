@@ -34,6 +34,7 @@ from modeling.training.manifest import (
     cells,
     from_json,
 )
+from modeling.training.pins import step_of
 
 _PIECE_BYTES = 1 << 20
 _ALIGNMENT = 64
@@ -43,22 +44,49 @@ def read_manifest(directory: Path) -> Manifest:
     """Returns the manifest of a committed checkpoint; its arrays are not looked at.
 
     Raises:
-        CheckpointError: there is no commit, or the manifest is not the one that was committed.
+        CheckpointError: there is no commit, the manifest is not the one that was committed, or the
+            directory has the name of another step.
     """
     commit, manifest = directory / COMMIT, directory / MANIFEST
     for path in (commit, manifest):
         if not path.is_file():
             raise DamagedCheckpointError(f"{path} is missing: this checkpoint was never completed.")
-    raw, promised = manifest.read_bytes(), commit.read_bytes()
+    return parse_manifest(manifest.read_bytes(), commit.read_bytes(), str(directory))
+
+
+def parse_manifest(raw: bytes, promised: bytes, directory: str) -> Manifest:
+    """Returns what the bytes of a manifest say, once they are those that were committed.
+
+    Args:
+        raw: the bytes.
+        promised: those of `COMMIT`.
+        directory: path or URL of the checkpoint.
+
+    Raises:
+        CheckpointError: as `read_manifest`.
+    """
     found = hashlib.sha256(raw).hexdigest()
     if promised != f"{found}\n".encode():
         raise DamagedCheckpointError(
-            f"{manifest} has the digest {found}, but {commit} promises {promised!r}."
+            f"{directory}/{MANIFEST} has the digest {found}, but {directory}/{COMMIT} promises "
+            f"{promised!r}."
         )
     content = json.loads(raw)
     if content.get("format") != FORMAT:
-        raise CheckpointError(f"{manifest}: format {content.get('format')!r}, expected {FORMAT!r}.")
-    return from_json(content)
+        raise CheckpointError(
+            f"{directory}/{MANIFEST}: format {content.get('format')!r}, expected {FORMAT!r}."
+        )
+    try:
+        manifest = from_json(content)
+    except ValueError as error:
+        raise DamagedCheckpointError(f"{directory}/{MANIFEST}: {error}.") from None
+    # A published one has another name, which says nothing of a step.
+    if step_of(directory.rpartition("/")[2]) not in (None, manifest.step):
+        raise DamagedCheckpointError(
+            f"{directory}/{MANIFEST} is of step {manifest.step}: the directory was renamed, or "
+            f"copied to the name of another step."
+        )
+    return manifest
 
 
 def inspect(directory: Path) -> Manifest:

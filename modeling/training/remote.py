@@ -7,12 +7,16 @@
 A checkpoint is written to a local directory, verified there, and then sent: every file, each read
 back and compared, and `COMMIT` last, so that whoever sees a commit sees a whole checkpoint. It is
 taken back the same way: copied, verified to the last byte, and only then given its name. Any file
-system of fsspec's will do; none need rename, nor list at once what was written.
+system of fsspec's will do; none need rename, nor list at once what was written or removed: a
+listing only says where to look, and what is there is read.
 """
 
+import contextlib
 import hashlib
+import logging
 import shutil
 import uuid
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +25,19 @@ import fsspec
 from modeling import faults
 from modeling.inventory import file_sha256
 from modeling.notes import sync_directory, sync_tree
-from modeling.training.manifest import COMMIT, CheckpointError, Manifest
-from modeling.training.pins import is_pinned, step_of
-from modeling.training.reading import verify
+from modeling.training.manifest import (
+    COMMIT,
+    CRC_BYTES,
+    MANIFEST,
+    CheckpointError,
+    DamagedCheckpointError,
+    FileRecord,
+    Manifest,
+)
+from modeling.training.pins import REFUSED, mark, step_of
+from modeling.training.reading import parse_manifest, verify
 
+_log = logging.getLogger(__name__)
 FETCHING = "fetching-"
 """Begins the name of a local directory whose files are still coming."""
 _PIECE_BYTES = 1 << 22
@@ -36,13 +49,19 @@ class RemoteCheckpoints:
     def __init__(self, url: str) -> None:
         """Opens `url`, which need not exist yet."""
         self.url = url.rstrip("/")
-        filesystem, root = fsspec.url_to_fs(self.url)
+        # Listings that are kept show others' work as it was.
+        filesystem, root = fsspec.url_to_fs(self.url, use_listings_cache=False)
         self._filesystem: Any = filesystem
         self._root = str(root).rstrip("/")
+        self._verified: set[str] = set()
+        self._damaged: set[str] = set()
 
     def names(self) -> list[str]:
         """Returns the attempts that are complete, highest step first."""
-        return [name for name, files in self._attempts() if COMMIT in files]
+        return [name for name, _ in self._attempts() if self._is_committed(name)]
+
+    def _is_committed(self, name: str) -> bool:
+        return self._filesystem.exists(f"{self._root}/{name}/{COMMIT}")
 
     def send(self, directory: Path) -> None:
         """Copies a verified local checkpoint; returns once it counts there, too.
@@ -57,6 +76,7 @@ class RemoteCheckpoints:
             self._send_file(directory, name)
             faults.reach("during-send", step)
         self._send_file(directory, COMMIT)
+        self._verified.add(directory.name)
 
     def _send_file(self, directory: Path, name: str) -> None:
         target = f"{self._root}/{directory.name}/{name}"
@@ -69,68 +89,160 @@ class RemoteCheckpoints:
             )
 
     def _sha256(self, path: str) -> str:
-        digest = hashlib.sha256()
+        return self._digested(path, 0)[0]
+
+    def _digested(self, path: str, tail: int) -> tuple[str, int, str]:
+        """Returns SHA-256 of all but the last `tail` bytes, the size, and those bytes in hex."""
+        digest, size, held = hashlib.sha256(), 0, b""
         with self._filesystem.open(path, "rb") as stream:
             while piece := stream.read(_PIECE_BYTES):
-                digest.update(piece)
-        return digest.hexdigest()
+                size += len(piece)
+                held += piece
+                end = max(len(held) - tail, 0)
+                digest.update(held[:end])
+                held = held[end:]
+        return digest.hexdigest(), size, held.hex()
 
     def fetch(self, name: str, directory: Path) -> Manifest:
         """Copies a checkpoint into `directory`, where it counts once all of it is verified.
 
-        Returns its manifest.
+        Only then does it take the place of what has its name there. Returns its manifest.
 
         Raises:
             CheckpointError: naming the file that is missing or damaged.
         """
-        attempt = directory / f"{FETCHING}{uuid.uuid4().hex[:12]}"
-        source = f"{self._root}/{name}"
+        attempt, source = directory / f"{FETCHING}{uuid.uuid4().hex[:12]}", f"{self._root}/{name}"
         try:
-            for path in map(str, self._filesystem.find(source)):
-                target = attempt / path.removeprefix(source).lstrip("/")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                self._filesystem.get_file(path, str(target))
+            manifest = self._read_manifest(name)
+            records = (*manifest.whole_files, *(chunk.file for chunk in manifest.chunks))
+            for path in (COMMIT, MANIFEST, *(record.path for record in records)):
+                (attempt / path).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    self._filesystem.get_file(f"{source}/{path}", str(attempt / path))
+                except FileNotFoundError as error:
+                    raise CheckpointError(f"{attempt / path} is missing.") from error
             manifest = verify(attempt)
-        except (CheckpointError, FileNotFoundError) as error:
+        except CheckpointError as error:
             shutil.rmtree(attempt, ignore_errors=True)
             found = str(error).replace(str(attempt), f"{self.url}/{name}")
             raise CheckpointError(found) from error
         sync_tree(attempt)
-        attempt.replace(directory / name)
+        if (directory / name).exists():
+            spoiled = directory / f"{FETCHING}{uuid.uuid4().hex[:12]}"
+            (directory / name).rename(spoiled)
+            attempt.replace(directory / name)
+            shutil.rmtree(spoiled)
+        else:
+            attempt.replace(directory / name)
         sync_directory(directory)
+        self._verified.add(name)
         return manifest
 
-    def retire(self, keep: int, step: int) -> None:
-        """Removes all but the newest `keep` and those that are pinned, and attempts that died.
+    def _read_manifest(self, name: str) -> Manifest:
+        """Returns the manifest of a checkpoint, read from the store.
+
+        Raises:
+            CheckpointError: as of `parse_manifest`, or for want of a file.
+        """
+        source = f"{self._root}/{name}"
+        try:
+            promised = self._filesystem.cat_file(f"{source}/{COMMIT}")
+            raw = self._filesystem.cat_file(f"{source}/{MANIFEST}")
+        except FileNotFoundError as error:
+            lost = [file for file in (COMMIT, MANIFEST)
+                    if not self._filesystem.exists(f"{source}/{file}")]  # fmt: skip
+            raise DamagedCheckpointError(
+                f"{self.url}/{name}/{' and '.join(lost)} is missing."
+            ) from error
+        return parse_manifest(raw, promised, f"{self.url}/{name}")
+
+    def verify(self, name: str) -> Manifest:
+        """Reads every byte of a checkpoint where it is, and returns its manifest.
+
+        Raises:
+            CheckpointError: naming the file that is missing or damaged.
+        """
+        manifest = self._read_manifest(name)
+        for record in manifest.whole_files:
+            self._require_as_written(name, record, "")
+        for chunk in manifest.chunks:
+            self._require_as_written(name, chunk.file, chunk.crc32c)
+        return manifest
+
+    def _require_as_written(self, name: str, record: FileRecord, crc32c: str) -> None:
+        path = f"{self._root}/{name}/{record.path}"
+        try:
+            found = self._digested(path, CRC_BYTES if crc32c else 0)
+        except FileNotFoundError as error:
+            raise DamagedCheckpointError(f"{self.url}/{name}/{record.path} is missing.") from error
+        if found != (record.sha256, record.size, crc32c):
+            raise DamagedCheckpointError(
+                f"{self.url}/{name}/{record.path} holds other bytes than were written."
+            )
+
+    def _verifies(self, name: str) -> bool:
+        """Whether every byte of it has been read back from the store, and it is still there."""
+        if name not in self._verified | self._damaged:
+            try:
+                self.verify(name)
+                self._verified.add(name)
+            except CheckpointError as error:
+                self._damaged.add(name)
+                _log.warning("DAMAGED CHECKPOINT: %s It does not count as kept.", error)
+        return name in self._verified and self._is_committed(name)
+
+    def retire(self, keep: int, step: int, *, is_pinned: Callable[[int], bool]) -> None:
+        """Removes what is older than the newest `keep` verified ones, and attempts that died.
 
         Args:
             keep: how many.
             step: the newest that was sent; what is beyond it may still be coming from elsewhere.
+            is_pinned: whether a step is to stay.
         """
-        kept = 0
-        for name, files in self._attempts():
-            is_whole = COMMIT in files
-            if is_whole and kept < keep:
-                kept += 1
-            elif _step(name) <= step and not (is_whole and is_pinned(self.url, _step(name))):
-                self._remove(name, files, unless_pinned=is_whole)
+        attempts, kept = self._attempts(), 0
+        # Nothing is read back if nothing would be removed.
+        needs_room = len(attempts) > keep
+        for name, files in attempts:
+            if kept < keep:
+                if self._is_committed(name):
+                    kept += not needs_room or self._verifies(name)
+                elif _step(name) <= step:
+                    self._remove(name, files)
+            elif _step(name) <= step and not (self._is_committed(name) and is_pinned(_step(name))):
+                self._remove(name, files, is_pinned=is_pinned)
 
-    def clear(self) -> None:
-        """Removes every checkpoint."""
+    def clear(self, kept: Collection[int] = ()) -> None:
+        """Removes every checkpoint, but moves those of some steps aside, where they count no more.
+
+        Args:
+            kept: the steps.
+        """
         for name, files in self._attempts():
+            if _step(name) in kept and self._is_committed(name):
+                mark(f"{self.url}{REFUSED}", _step(name), "of a run that began anew")
+                for file in (*sorted(files - {COMMIT}), COMMIT):
+                    target = f"{self._root}{REFUSED}/{name}/{file}"
+                    self._filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
+                    content = self._filesystem.cat_file(f"{self._root}/{name}/{file}")
+                    self._filesystem.pipe_file(target, content)
             self._remove(name, files)
+        self._verified.clear()
 
-    def _remove(self, name: str, files: set[str], *, unless_pinned: bool = False) -> None:
+    def _remove(
+        self, name: str, files: set[str], *, is_pinned: Callable[[int], bool] = lambda step: False
+    ) -> None:
         commit = f"{self._root}/{name}/{COMMIT}"
-        if COMMIT in files:
-            # Without its commit a half-removed checkpoint does not count.
+        # Without its commit a half-removed checkpoint does not count.
+        with contextlib.suppress(FileNotFoundError):
             content = self._filesystem.cat_file(commit)
             self._filesystem.rm_file(commit)
-            if unless_pinned and is_pinned(self.url, _step(name)):
+            if is_pinned(_step(name)):
                 self._filesystem.pipe_file(commit, content)  # pinned in this very moment
                 return
+        self._verified.discard(name)
         for file in sorted(files - {COMMIT}):
-            self._filesystem.rm_file(f"{self._root}/{name}/{file}")
+            with contextlib.suppress(FileNotFoundError):  # listed still, but gone
+                self._filesystem.rm_file(f"{self._root}/{name}/{file}")
 
     def _attempts(self) -> list[tuple[str, set[str]]]:
         """Returns all attempts, complete or not, with their files, highest step first."""

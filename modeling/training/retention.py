@@ -5,7 +5,8 @@
 
 The newest checkpoint is the one of the highest step that *verifies*, not the one that was written
 last: clocks go backwards and writers die. A run that goes on reads it once, digesting what it
-restores, and takes the one before if a file is damaged. A checkpoint is removed only when enough
+restores, and takes the one before if a file is damaged. If all of them are, it does not begin anew
+unless it is told to. A checkpoint is removed only when enough
 newer ones have been read back from disk, and never while it is pinned: see `pins`. Where the store
 is remote, each is sent there as soon as it is verified here: see `remote`.
 """
@@ -29,7 +30,15 @@ from modeling.artifacts import needing_space
 from modeling.training import checkpoint
 from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import COMMIT, CheckpointError, DamagedCheckpointError, Manifest
-from modeling.training.pins import attempt_name, is_pinned, mark, pinned, step_of, unpin
+from modeling.training.pins import (
+    REFUSED,
+    attempt_name,
+    is_pinned,
+    mark,
+    pinned,
+    step_of,
+    unpin,
+)
 from modeling.training.processes import Crew
 from modeling.training.reading import inspect, read_manifest, verify
 from modeling.training.remote import FETCHING, RemoteCheckpoints
@@ -37,6 +46,8 @@ from modeling.training.saving import PINNED_BY
 
 _log = logging.getLogger(__name__)
 Read = TypeVar("Read")
+_REFUSED = "refused"
+"""What the first process of a crew says if it may neither go on nor begin anew."""
 
 
 class Checkpoints:
@@ -50,16 +61,19 @@ class Checkpoints:
         executor: ThreadPoolExecutor,
         crew: Crew | None,
         remote: RemoteCheckpoints | None,
+        may_begin_anew: bool,
     ) -> None:
         self._directory = directory
         self._remote = remote
+        self._may_begin_anew = may_begin_anew
         self._keep = keep
         self._crew = crew
         self._launch = _shared(crew, uuid.uuid4().hex)
         self._executor = executor
         self._manifests: dict[Path, Manifest] = {}
         self._verified: set[Path] = set()
-        self._damaged: set[Path] = set()
+        self._damaged: dict[Path, str] = {}
+        """What is wrong with each."""
         self._fetched: set[str] = set()
         self._pending: Future[None] | None = None
 
@@ -76,6 +90,9 @@ class Checkpoints:
 
         Args:
             read: reads a checkpoint, and verifies all of it: `restore` does, and `verify`.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none can be read.
         """
         while (path := self._most_promising()) is not None:
             found: list[Read] = []
@@ -86,19 +103,41 @@ class Checkpoints:
             if all(_each_says(self._crew, bool(found))):
                 self._verified.add(path)
                 return path, found[0]
-            self._damaged.add(path)
+            self._damaged.setdefault(path, f"{path} could not be read by all processes.")
         return None
 
     def _most_promising(self) -> Path | None:
         """Returns the newest that may be whole, here or, once it is here, elsewhere."""
         found = self._found_by_first() if self._is_first else None
-        name = _shared(self._crew, found.name if found else "")
+        refusal = self._refusal() if self._is_first and found is None else ""
+        name = _shared(self._crew, found.name if found else _REFUSED if refusal else "")
         if not name:
             return None
+        if name == _REFUSED:
+            raise CheckpointError(refusal or "No checkpoint can be read: the first process tells.")
         path = self._directory / name
         if not self._is_first:
             self._manifests[path] = read_manifest(path)
         return path
+
+    def _refusal(self) -> str:
+        """Returns why a run must not begin anew, none of its checkpoints being readable."""
+        lost = sorted(self._damaged, key=_step_of, reverse=True)
+        if not lost:
+            return ""
+        told = " ".join(self._damaged[path] for path in lost)
+        places = " and ".join(map(str, self._places))
+        what = (
+            f"None of the {len(lost)} checkpoints of this run can be read, the newest of step "
+            f"{_step_of(lost[0]):,}: {told}"
+        )
+        if self._may_begin_anew:
+            _log.warning("%s ALL IS LOST, and training begins anew, as it was told.", what)
+            return ""
+        return (
+            f"{what} Training does not begin anew by itself. Restore one of them from a copy in "
+            f"{places}; or, to lose them, set trainer.begin_anew_if_damaged: true."
+        )
 
     def _found_by_first(self) -> Path | None:
         here = {path.name for path in self._by_step()}
@@ -126,7 +165,7 @@ class Checkpoints:
 
     def _tell_damaged(self, path: Path, error: Exception) -> None:
         _log.warning("DAMAGED CHECKPOINT: %s Falling back to an older one.", error)
-        self._damaged.add(path)
+        self._damaged[path] = str(error)
 
     def _comes(self, name: str) -> bool:
         assert self._remote is not None
@@ -134,15 +173,12 @@ class Checkpoints:
         if name in self._fetched:
             return False  # a disk that spoils it again will do so for ever
         self._fetched.add(name)
-        if path.exists():
-            # Damaged, or cut off; what is elsewhere is whole.
-            shutil.rmtree(path)
         try:
             self._manifests[path] = self._remote.fetch(name, self._directory)
         except CheckpointError as error:
-            _log.warning("DAMAGED CHECKPOINT: %s Falling back to an older one.", error)
+            self._tell_damaged(path, error)
             return False
-        self._damaged.discard(path)
+        self._damaged.pop(path, None)
         _log.warning("%s was copied from %s.", name, self._remote.url)
         return True
 
@@ -151,17 +187,28 @@ class Checkpoints:
         return self._manifests[path]
 
     def clear(self) -> None:
-        """Removes every checkpoint: they are of no use to this run."""
+        """Removes every checkpoint: they are of no use to this run.
+
+        Those that were pinned by hand are moved beside, to a directory that ends with `REFUSED`.
+        """
         if self._is_first:
-            for place in self._places:
-                for step in pinned(place):
-                    unpin(place, step)
+            pins = {place: pinned(place) for place in self._places}
+            kept = {s for by in pins.values() for s, why in by.items() if why != PINNED_BY}
+            aside = self._directory.with_name(f"{self._directory.name}{REFUSED}")
             for path in self._by_step():
-                (path / COMMIT).unlink(missing_ok=True)
-                shutil.rmtree(path)
+                if _step_of(path) in kept and (path / COMMIT).exists():
+                    mark(aside, _step_of(path), "of a run that began anew")
+                    path.rename(aside / path.name)
+                else:
+                    (path / COMMIT).unlink(missing_ok=True)
+                    shutil.rmtree(path)
             if self._remote is not None:
-                self._remote.clear()
+                self._remote.clear(kept)
+            for place, by_step in pins.items():
+                for step in by_step:
+                    unpin(place, step)
         self._verified.clear()
+        self._damaged.clear()
         self._manifests.clear()
 
     def save(
@@ -211,7 +258,7 @@ class Checkpoints:
             if self._is_first:
                 if self._remote is not None:
                     self._remote.send(path)
-                    self._remote.retire(self._keep, step)
+                    self._remote.retire(self._keep, step, is_pinned=self._is_pinned)
                 self._retire(step)
             done(path)
 
@@ -241,6 +288,10 @@ class Checkpoints:
     def _places(self) -> list[Path | str]:
         return [self._directory, *([] if self._remote is None else [self._remote.url])]
 
+    def _is_pinned(self, step: int) -> bool:
+        """Whether a step is to stay: who pins it here or in the store means both."""
+        return any(is_pinned(place, step) for place in self._places)
+
     def _by_step(self) -> list[Path]:
         """All attempts, complete or not, highest step first."""
         found = [p for p in self._directory.iterdir() if p.is_dir() and step_of(p.name) is not None]
@@ -254,7 +305,7 @@ class Checkpoints:
                 self._verified.add(path)
             except (CheckpointError, OSError) as error:
                 self._tell_damaged(path, error)
-        return path in self._verified
+        return path in self._verified and (path / COMMIT).exists()
 
     def _retire(self, step: int) -> None:
         """Removes what is older than the newest `keep` verified ones, and attempts that died."""
@@ -266,7 +317,7 @@ class Checkpoints:
                 # What is beyond this step is being written by the rest of the crew.
                 elif not (path / COMMIT).exists() and _step_of(path) <= step:
                     shutil.rmtree(path)
-            elif not any(is_pinned(place, _step_of(path)) for place in self._places):
+            elif not self._is_pinned(_step_of(path)):
                 _remove(path, step)
                 self._verified.discard(path)
                 self._manifests.pop(path, None)
@@ -274,7 +325,12 @@ class Checkpoints:
 
 @contextlib.contextmanager
 def open_checkpoints(
-    directory: Path, *, keep: int, crew: Crew | None = None, remote: str | None = None
+    directory: Path,
+    *,
+    keep: int,
+    crew: Crew | None = None,
+    remote: str | None = None,
+    may_begin_anew: bool = False,
 ) -> Iterator[Checkpoints]:
     """Holds `directory` for this process; leaving waits for the last save.
 
@@ -285,6 +341,7 @@ def open_checkpoints(
         keep: how many of the newest verified ones stay.
         crew: the processes that save together; this one alone by default.
         remote: the URL that every checkpoint is sent to as well, and taken from where it is newer.
+        may_begin_anew: whether a run whose checkpoints are all damaged may begin at step 0.
 
     Raises:
         CheckpointError: another trainer holds it.
@@ -301,7 +358,10 @@ def open_checkpoints(
                 shutil.rmtree(leftover)
         executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
         there = None if remote is None else RemoteCheckpoints(remote)
-        checkpoints = Checkpoints(directory, keep=keep, executor=executor, crew=crew, remote=there)
+        checkpoints = Checkpoints(
+            directory, keep=keep, executor=executor, crew=crew, remote=there,
+            may_begin_anew=may_begin_anew,
+        )  # fmt: skip
         yield checkpoints
         checkpoints.wait()
 

@@ -49,7 +49,12 @@ from modeling.training import history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
 from modeling.training.config import BatchSchedule, LengthSchedule
-from modeling.training.continuation import require_same_science, science_of, verified_beginning
+from modeling.training.continuation import (
+    require_same_class,
+    require_same_science,
+    science_of,
+    verified_beginning,
+)
 from modeling.training.hooks import Decode, Hooks, Setting
 from modeling.training.leaves import HostLeaf, HostMemory, named_leaves, snapshot
 from modeling.training.manifest import CheckpointError, Manifest
@@ -135,7 +140,11 @@ def train(
     with (
         PreemptionNotice(experiment.trainer.preemption_grace_s) as notice,
         open_checkpoints(
-            directory, keep=keep, crew=crew, remote=workspace.remote_path(directory)
+            directory,
+            keep=keep,
+            crew=crew,
+            remote=workspace.remote_path(directory),
+            may_begin_anew=experiment.trainer.begin_anew_if_damaged,
         ) as checkpoints,
         Ledger(directory / "time.jsonl" if crew.is_first else None) as ledger,
     ):
@@ -361,6 +370,7 @@ class _Run:
         """Reads a checkpoint of this run's own, whole; None if it is of rows that are no more."""
         manifest = self._checkpoints.manifest(directory)
         require_same_science(directory, manifest, self._plan.science)
+        require_same_class(directory, manifest, class_here(self._plan.experiment))
         seen = manifest.config["data"]
         if (why := self._cache.refusal(seen)) is not None:
             if "token_cache" in seen:

@@ -351,6 +351,47 @@ def test_a_damaged_one_is_told_passed_over_and_never_counted_as_kept(tmp_path, c
         assert steps_on_disk(tmp_path) == [4, 5]
 
 
+def test_a_checkpoint_under_the_name_of_another_step_is_none(tmp_path, caplog):
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [1, 2])
+    (one,) = tmp_path.glob("step-000001.*")
+    shutil.copytree(one, tmp_path / f"step-000009.{'a' * 12}")
+    with pytest.raises(CheckpointError, match=r"step-0*9.*is of step 1: the directory was renamed"):
+        verify(tmp_path / f"step-000009.{'a' * 12}")
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.manifest(checkpoints.newest()).step == 2
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "a/../../x", "a\0b", "", "./x"])
+def test_a_manifest_that_names_a_file_elsewhere_is_refused(tmp_path, intact, name):
+    shutil.copytree(intact, tmp_path / "c")
+    path = tmp_path / "c/manifest.json"
+    content = json.loads(path.read_text())
+    content["files"][0]["path"] = name
+    path.write_text(json.dumps(content))
+    (tmp_path / "c/COMMIT").write_text(hashlib.sha256(path.read_bytes()).hexdigest() + "\n")
+    with pytest.raises(CheckpointError, match="names no file within the directory"):
+        verify(tmp_path / "c")
+
+
+def test_a_run_that_has_lost_all_checkpoints_begins_anew_only_if_told(tmp_path, caplog):
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [1, 2])
+    for path in tmp_path.glob("step-*"):
+        flip(path / "arrays/model.up/c.0.0", path)
+    with (
+        open_checkpoints(tmp_path, keep=2) as checkpoints,
+        pytest.raises(CheckpointError, match=r"None of the 2 checkpoints.*newest of step 2: .*up"),
+    ):
+        checkpoints.newest()
+    with open_checkpoints(tmp_path, keep=2, may_begin_anew=True) as checkpoints:
+        assert checkpoints.newest() is None
+        assert "ALL IS LOST" in caplog.text
+        save_all(checkpoints, [1])
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        assert_same_bits(restore(checkpoints.newest(), make_state()), make_state(1))
+
+
 def test_an_attempt_without_a_commit_does_not_count_and_is_cleared_away(tmp_path):
     with open_checkpoints(tmp_path, keep=2) as checkpoints:
         save_all(checkpoints, [1, 2])

@@ -18,9 +18,13 @@ from modeling.training.retention import open_checkpoints
 from modeling.training.trainer import train
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 import driver
+from bucket import Bucket, register
 from test_checkpoint import assert_same_bits, make_state, save, save_all
 from test_trainer import Recorder
+
+register()
 
 
 @pytest.fixture(params=["gs", "memory"])
@@ -219,3 +223,84 @@ def test_a_finished_build_leaves_in_the_store_what_is_pinned(tmp_path):
     fs, root = fsspec.url_to_fs(f"{url}/work/{stand_in.id}")
     fs.invalidate_cache()
     assert fs.find(root) == []
+
+
+def test_retirement_counts_what_verifies_in_the_store_not_what_has_a_commit(tmp_path, caplog):
+    url = f"memory://{uuid.uuid4().hex}"
+    with open_checkpoints(tmp_path / "a", keep=2, remote=url) as here:
+        save_all(here, [1, 2, 3])
+    fs, files = files_there(url, 3)
+    (path,) = (path for path in files if path.endswith("model.up/c.0.0"))
+    fs.pipe_file(path, bytes(len(fs.cat_file(path))))
+    with open_checkpoints(tmp_path / "b", keep=2, remote=url) as there:
+        assert there.manifest(there.newest()).step == 2
+        save_all(there, [4])
+        assert steps_there(url) == [4, 3, 2], "4 and 2 are the two that are whole"
+        assert "model.up/c.0.0 holds other bytes than were written" in caplog.text
+        save_all(there, [5])
+    assert steps_there(url) == [5, 4]
+
+
+def test_a_listing_that_comes_late_costs_no_checkpoint(tmp_path):
+    """It lacks the commits of the newest, and still has what was removed."""
+    url = f"bucket://{tmp_path}/there"
+    with open_checkpoints(tmp_path / "a", keep=2, remote=url) as here:
+        save_all(here, [1, 2, 3])
+        fs, root = fsspec.url_to_fs(url)
+        commits = [path for path in fs.find(root) if path.endswith("COMMIT")]
+        kept = {path: fs.cat_file(path) for path in commits}
+        for path in commits:
+            fs.rm_file(path)
+        Bucket.list_late(root)
+        try:
+            for path, content in kept.items():
+                fs.pipe_file(path, content)
+            save_all(here, [4])
+            fs.rm_file(next(path for path in kept if "/step-000002." in path))
+            save_all(here, [5])
+        finally:
+            Bucket.late = False
+    assert steps_there(url) == [5, 4, 3]
+    for name in RemoteCheckpoints(url).names():
+        RemoteCheckpoints(url).verify(name)
+
+
+def test_what_cannot_be_fetched_does_not_cost_the_local_copy(tmp_path):
+    url = f"memory://{uuid.uuid4().hex}"
+    with open_checkpoints(tmp_path, keep=2, remote=url) as here:
+        save_all(here, [1, 2])
+    fs, files = files_there(url, 2)
+    (path,) = (path for path in files if path.endswith("model.up/c.0.0"))
+    fs.pipe_file(path, b"")
+    (local,) = tmp_path.glob("step-000002.*")
+    raw = (local / "losses.json").read_bytes() if (local / "losses.json").exists() else None
+    (local / "arrays/half/c.0").write_bytes(b"")
+    with open_checkpoints(tmp_path, keep=2, remote=url) as here:
+        assert here.manifest(here.newest()).step == 1
+    assert (local / "arrays/model.up/c.0.0").exists(), "the only good copy of this array"
+    assert raw is None or (local / "losses.json").read_bytes() == raw
+
+
+def test_a_pin_here_keeps_the_step_in_the_store_too(tmp_path):
+    url = f"memory://{uuid.uuid4().hex}"
+    with open_checkpoints(tmp_path, keep=2, remote=url) as here:
+        save_all(here, [1, 2])
+        pin(tmp_path, 1)
+        save_all(here, [3, 4])
+    assert steps_there(url) == [4, 3, 1]
+
+
+def test_what_was_pinned_by_hand_outlives_a_run_that_begins_anew(tmp_path):
+    url, directory = f"memory://{uuid.uuid4().hex}", tmp_path / "class"
+    with open_checkpoints(directory, keep=2, remote=url) as here:
+        save_all(here, [1, 2])
+        pin(directory, 1)
+        mark(url, 2, "trainer.keep")
+        here.clear()
+        assert here.newest() is None
+        assert (steps_there(url), pinned(url), pinned(directory)) == ([], {}, {})
+    assert steps_there(f"{url}.refused") == [1]
+    RemoteCheckpoints(f"{url}.refused").verify(RemoteCheckpoints(f"{url}.refused").names()[0])
+    (kept,) = (tmp_path / "class.refused").glob("step-*")
+    assert_same_bits(restore(kept, make_state()), make_state(1))
+    assert list(pinned(f"{url}.refused")) == list(pinned(tmp_path / "class.refused")) == [1]
