@@ -13,6 +13,9 @@ therefore always set, or a machine with more cores would give other bits.
 An *elastic* run (`trainer.reproducibility`) gives the same bits on any number of devices, so that
 its class holds no mesh, and its thread pool is as large on one device as on the most it may take.
 
+With `trainer.deterministic: false` a GPU may take kernels that sum in the order of arrival, and
+pick the fastest by stopwatch. Such runs are a class of their own, in which bits are not promised.
+
 No JAX is imported here: whether an artifact exists must be known without starting a device.
 """
 
@@ -43,12 +46,20 @@ GPU_FLAGS = (
     "--xla_gpu_autotune_level=0",
 )
 
-_NUMERIC_PREFIXES = ("JAX_", "XLA_", "NVIDIA_TF32", "CUBLAS_", "CUDNN_", "NPROC")
+_NUMERIC_PREFIXES = (
+    "JAX_", "XLA_", "NPROC",
+    "NVIDIA_TF32", "CUBLAS_", "CUBLASLT_", "CUDNN_",
+    "NCCL_",  # algorithm, protocol and channels decide in which order devices are summed
+    "LIBTPU_",  # LIBTPU_INIT_ARGS holds flags of the compiler
+)  # fmt: skip
 _HARMLESS = (
     "JAX_COMPILATION_CACHE_DIR",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES",
-)
+    # By which wire a machine reaches the others, without which a cluster may not come up at all.
+    "NCCL_DEBUG", "NCCL_DEBUG_FILE", "NCCL_DEBUG_SUBSYS", "NCCL_SOCKET_FAMILY",
+    "NCCL_SOCKET_IFNAME", "NCCL_IB_GID_INDEX", "NCCL_IB_HCA", "NCCL_IB_TC", "NCCL_IB_TIMEOUT",
+)  # fmt: skip
 _DEVICE_COUNT = "--xla_force_host_platform_device_count"
 COLLECTIVES = "JAX_CPUCOLLECTIVES_IMPLEMENTATION"
 _ACCELERATORS = {"gpu": "cuda", "cuda": "cuda", "rocm": "rocm", "tpu": "tpu"}
@@ -134,18 +145,27 @@ def environment(trainer: TrainerConfig, platform: str = "cpu") -> dict[str, str]
         )
     if platform not in _ACCELERATORS:
         raise ValueError(f"platform: {platform!r} is not one of {['cpu', *sorted(_ACCELERATORS)]}.")
-    flags = "" if platform == "tpu" else " ".join(GPU_FLAGS)
+    flags = " ".join(GPU_FLAGS) if trainer.deterministic and platform != "tpu" else ""
     # Batches and checkpoints pass through the CPU backend, which is therefore loaded as well.
     return pinned | {"JAX_PLATFORMS": f"{_ACCELERATORS[platform]},cpu", "XLA_FLAGS": flags}
 
 
 def inherited(surroundings: Mapping[str, str]) -> dict[str, str]:
     """Returns the surroundings without what could change the bits behind `environment`'s back."""
-    return {
-        name: value
+    return {name: value for name, value in surroundings.items() if not _moves_bits(name)}
+
+
+def overruled(surroundings: Mapping[str, str], variables: Mapping[str, str]) -> list[str]:
+    """Returns the names of what `inherited` leaves out and `variables` do not set to the same."""
+    return sorted(
+        name
         for name, value in surroundings.items()
-        if name in _HARMLESS or not name.startswith(_NUMERIC_PREFIXES)
-    }
+        if _moves_bits(name) and variables.get(name) != value
+    )
+
+
+def _moves_bits(name: str) -> bool:
+    return name.startswith(_NUMERIC_PREFIXES) and name not in _HARMLESS
 
 
 def _libraries(platform: str) -> dict[str, str]:

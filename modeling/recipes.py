@@ -164,6 +164,8 @@ def checkpoint_code_params(experiment: ExperimentConfig) -> Any:
         "parameter_axis_resources": dict(trainer.parameter_axis_resources),
         "cpu_threads": trainer.cpu_threads,
     }
+    if not trainer.deterministic:
+        layout["deterministic"] = False
     science = checkpoint_params(experiment) | {"execution": experiment.model.execution}
     return science if trainer.reproducibility == "elastic" else science | {"layout": layout}
 

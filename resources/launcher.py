@@ -26,6 +26,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import queue
@@ -49,6 +50,7 @@ from modeling.artifacts import Built, Workspace
 from modeling.experiment import ExperimentConfig
 from resources.abandoned import LAUNCHED, process_tags, watching
 
+_log = logging.getLogger(__name__)
 PLATFORMS = ("cpu", "gpu", "tpu")
 _ASKED_TO_STOP = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LAST_LINES = 25
@@ -196,6 +198,12 @@ class LauncherResource(dg.ConfigurableResource):
             result_path = Path(directory) / "RESULT.json"
             # A crash in native code tells where Python stood.
             environment = {"PYTHONFAULTHANDLER": "1", **job.environment, **variables}
+            if overruled := numerics.overruled(os.environ, environment):
+                _log.warning(
+                    "not passed on to %s, since they could change its bits: %s. What a run is "
+                    "computed with is set by its experiment (`trainer`).",
+                    job.entry, ", ".join(overruled),
+                )  # fmt: skip
             environment = {**numerics.inherited(os.environ), **environment}
             address = f"127.0.0.1:{_free_port()}"
             commands = []

@@ -350,6 +350,9 @@ class TrainerConfig:
     """Added to `axis_resources` for parameters and optimizer state: `embed: data` is FSDP."""
     cpu_threads: Positive = dataclasses.field(default=2, metadata=NOT_IDENTITY)
     """Threads that XLA's CPU client splits matrix products over; part of the numerics class."""
+    deterministic: bool = dataclasses.field(default=True, metadata=NOT_IDENTITY)
+    """False lets a GPU take faster kernels that sum in no fixed order, chosen by stopwatch: a class
+    of its own, in which a second run may give other bits."""
 
     save_every_steps: Positive | None = dataclasses.field(default=100, metadata=NOT_IDENTITY)
     """Updates between two checkpoints; None to save by `save_interval` and `keep` alone."""
@@ -391,6 +394,11 @@ class TrainerConfig:
             raise ValueError(
                 f"elastic_shards: {self.elastic_shards} has no effect while reproducibility is "
                 f"`fast`; set reproducibility: elastic, or leave it out."
+            )
+        if self.reproducibility == "elastic" and not self.deterministic:
+            raise ValueError(
+                "deterministic: false gives no bits to keep, but reproducibility: elastic asks for "
+                "the same ones on any number of devices; leave one of them out."
             )
 
     def lengths(self, row_length: int) -> LengthSchedule:

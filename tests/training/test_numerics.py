@@ -114,6 +114,16 @@ def test_gpu_flags_are_known_to_this_xla_and_ask_for_determinism():
     assert found["device"] == "NVIDIA H100 80GB HBM3"
 
 
+def test_a_gpu_may_sum_in_any_order_if_told_to_and_is_then_another_class():
+    free = dataclasses.replace(TRAINER, deterministic=False)
+    assert numerics.environment(free, "gpu")["XLA_FLAGS"] == ""
+    gpu = {"platform": "gpu", "device_kind": "NVIDIA H100 80GB HBM3"}
+    assert numerics.numerics_class(free, **gpu) != numerics.numerics_class(TRAINER, **gpu)
+    assert canonical.encode(free) == canonical.encode(TRAINER)
+    with pytest.raises(ValueError, match=r"deterministic: false.*elastic"):
+        dataclasses.replace(free, reproducibility="elastic")
+
+
 def test_an_accelerator_must_be_named_and_a_platform_known():
     with pytest.raises(ValueError, match="device_kind"):
         numerics.numerics_class(TRAINER, platform="gpu")
@@ -136,10 +146,14 @@ def test_surroundings_that_move_bits_do_not_reach_the_process():
         "XLA_FLAGS": "--xla_cpu_enable_fast_math=true",
         "NVIDIA_TF32_OVERRIDE": "0",
         "NPROC": "64",
+        "NCCL_ALGO": "Tree",
+        "LIBTPU_INIT_ARGS": "--xla_tpu_enable_data_parallel_all_reduce_opt=true",
         "JAX_COMPILATION_CACHE_DIR": "/somewhere",
+        "NCCL_SOCKET_IFNAME": "eth0",
     }
-    assert numerics.inherited(surroundings) == {
-        "PATH": "/bin",
-        "JAX_COMPILATION_CACHE_DIR": "/somewhere",
-    }
+    kept = {"PATH", "JAX_COMPILATION_CACHE_DIR", "NCCL_SOCKET_IFNAME"}
+    assert numerics.inherited(surroundings) == {name: surroundings[name] for name in kept}
+    pinned = {"JAX_ENABLE_X64": "true"}
+    told = set(surroundings) - kept - set(pinned)
+    assert numerics.overruled(surroundings, pinned) == sorted(told)
     assert numerics.environment(TRAINER)["JAX_DEFAULT_PRNG_IMPL"] == "threefry2x32"
