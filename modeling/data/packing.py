@@ -196,53 +196,77 @@ def _window_end(documents: Documents, first: int, num_tokens: int) -> int:
 def _best_fit_decreasing(
     starts: Int64[np.ndarray, " pieces"], lengths: Int64[np.ndarray, " pieces"], row_length: int
 ) -> Pieces:
-    short = np.uint16 if row_length < 1 << 16 else np.uint32  # sorted faster
-    by_length = np.argsort((row_length - lengths).astype(short), kind="stable")
+    by_length = np.argsort(_narrow(row_length - lengths, row_length), kind="stable")
     counts = np.bincount(lengths, minlength=1)
     sizes = np.flatnonzero(counts)[::-1]
-    rows = _OpenRows(row_length)
+    by_size = list(zip(sizes.tolist(), counts[sizes].tolist(), strict=True))
+    num_large = int((2 * sizes > row_length).sum())
+    rows = _OpenRows(row_length, by_size[:num_large])
+    num_alone = rows.count
     laid: list[int] = []
-    for length, count in zip(sizes.tolist(), counts[sizes].tolist(), strict=True):
+    for length, count in by_size[num_large:]:
         rows.lay(length, count, laid)
-    row_of = np.empty(len(lengths), np.int64)
-    row_of[by_length] = laid
+    row_of = np.empty(len(lengths), np.int32)
+    row_of[by_length[:num_alone]] = np.arange(num_alone)
+    row_of[by_length[num_alone:]] = np.fromiter(laid, np.int32, len(laid))
     # Number the rows by their first piece; pieces are in the order of the stream already.
     first_piece = np.empty(rows.count, np.int64)
     first_piece[row_of[::-1]] = np.arange(len(lengths))[::-1]  # the last one assigned stays
-    rank = np.empty(rows.count, np.int64)
-    rank[np.argsort(first_piece)] = np.arange(rows.count)
+    is_first = np.zeros(len(lengths), np.bool_)
+    is_first[first_piece] = True
+    rank = np.empty(rows.count, np.int32)
+    rank[row_of[is_first]] = np.arange(rows.count)
     row_of = rank[row_of]
-    order = np.argsort(row_of, kind="stable")
+    order = np.argsort(_narrow(row_of, rows.count), kind="stable")
     bounds = np.cumsum(np.bincount(row_of, minlength=rows.count))
     return Pieces(np.concatenate([[0], bounds]), starts[order], lengths[order].astype(np.int32))
+
+
+def _narrow(values: Integer[np.ndarray, "_"], most: int) -> Integer[np.ndarray, "_"]:
+    """Returns numbers up to `most` in 16 bits, if they are enough, which are sorted faster."""
+    return values.astype(np.uint16 if most < 1 << 16 else np.uint32)
 
 
 class _OpenRows:
     """The rows of a window by the room that they have left."""
 
-    def __init__(self, row_length: int) -> None:
+    def __init__(self, row_length: int, large: Sequence[tuple[int, int]]) -> None:
+        """Opens a row for each piece of more than half a row, which none of its like can share.
+
+        Args:
+            row_length: room of an empty row.
+            large: (length, count) of these pieces, the longest first.
+        """
         self.count = 0
         self._length = row_length
         self._rooms: list[int] = []  # ascending, those that rows have
         self._rows: dict[int, list[int]] = {}  # by room, ascending
+        for length, count in large:
+            if room := row_length - length:
+                self._rooms.append(room)
+                self._rows[room] = list(range(self.count, self.count + count))
+            self.count += count
 
     def lay(self, length: int, count: int, laid: list[int]) -> None:
         """Lays `count` pieces, none longer than any before, and appends the row of each.
 
         A row that takes one and has room for more is the fullest still, so it takes them next.
         """
+        rooms = self._rooms
         while count:
-            at = bisect_left(self._rooms, length)
-            room = self._rooms[at] if at < len(self._rooms) else self._length
+            at = bisect_left(rooms, length)
+            is_open = at < len(rooms)
+            room = rooms[at] if is_open else self._length
             each = room // length
             wanted = -(-count // each)
-            taken = self._take(at, wanted) if at < len(self._rooms) else self._open(wanted)
+            taken = self._take(at, wanted) if is_open else self._open(wanted)
             placed = min(len(taken) * each, count)
-            laid += taken if each == 1 else [row for row in taken for _ in range(each)][:placed]
+            laid += taken if each == 1 else sorted(taken * each)[:placed]
             count -= placed
             if in_last := placed % each:
                 self._put(room - in_last * length, [taken.pop()])
-            self._put(room - each * length, taken)
+            if taken and room != each * length:
+                self._put(room - each * length, taken)
 
     def _take(self, at: int, wanted: int) -> list[int]:
         room = self._rooms[at]
@@ -258,8 +282,6 @@ class _OpenRows:
         return list(range(self.count - wanted, self.count))
 
     def _put(self, room: int, rows: list[int]) -> None:
-        if not room or not rows:
-            return
         if room in self._rows:
             self._rows[room] = sorted(self._rows[room] + rows)
         else:
@@ -316,17 +338,13 @@ class PackedRows:
         Raises:
             ValueError: documents give other rows than when the index was made.
         """
-        columns = [
-            np.empty((len(indices), self._length), dtype) for dtype in (np.int32, np.int32, bool)
-        ]
-        if len(indices):
-            # In the order of the stream, few runs of pieces lie in one shard of tokens each.
-            order = np.argsort(indices, kind="stable")
-            rows = indices[order].astype(np.int64)
+        if not len(indices):
+            shape = 0, self._length
+            return Rows(np.empty(shape, np.int32), np.empty(shape, np.int32), np.empty(shape, bool))
+        rows = indices.astype(np.int64)
+        if not self._is_laid.all():
             self._lay(np.unique(np.searchsorted(self._first_rows, rows, side="right") - 1))
-            for column, in_order in zip(columns, self._laid_out(rows), strict=True):
-                column[order] = in_order
-        return Rows(*columns)
+        return self._laid_out(rows)
 
     def _lay(self, windows: Int64[np.ndarray, " windows"]) -> None:
         """Makes the pieces of windows known. Threads may do so at once: both write the same."""
@@ -346,26 +364,27 @@ class PackedRows:
             all_pieces.lengths[here] = pieces.lengths
             self._is_laid[window] = True
 
-    def _laid_out(
-        self, rows: Int64[np.ndarray, " rows"]
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _laid_out(self, rows: Int64[np.ndarray, " rows"]) -> Rows:
         """Returns rows whose windows are laid; each gets a last span, its padding."""
         pieces, shape = self._pieces, (len(rows), self._length)
-        counts = pieces.bounds[rows + 1] - pieces.bounds[rows]
-        last = np.cumsum(counts + 1) - 1
-        numbers = np.arange(1, last[-1] + 2) - np.repeat(last - counts, counts + 1)
-        numbers[last] = PADDING_SEGMENT
-        at = _ranges(pieces.bounds[rows], counts)
-        starts, lengths = np.full(len(numbers), -1), np.zeros(len(numbers), np.int64)
-        starts[numbers > 0], lengths[numbers > 0] = pieces.starts[at], pieces.lengths[at]
-        lengths[last] = self._length - np.add.reduceat(lengths, last - counts)
-        segment_ids = np.repeat(numbers.astype(np.int32), lengths).reshape(shape)
-        tokens = self._tokens.gather_spans(starts, lengths).reshape(shape)
-        loss_mask = segment_ids != PADDING_SEGMENT
-        np.copyto(tokens, self._padding_id, where=~loss_mask)
-        if self._loss_mask is not None:
-            loss_mask &= self._loss_mask.gather_spans(starts, lengths).reshape(shape) != 0
-        return tokens, segment_ids, loss_mask
+        first = pieces.bounds[rows]
+        spans = pieces.bounds[rows + 1] - first + 1
+        last = np.cumsum(spans) - 1
+        number = np.arange(last[-1] + 1) - np.repeat(last - spans, spans)  # from 1 in each row
+        at = number + np.repeat(first - 1, spans)
+        # What is read for the last span may be the next row's or nothing, and is replaced.
+        starts, lengths = (
+            column.take(at, mode="clip") for column in (pieces.starts, pieces.lengths)
+        )
+        number[last], starts[last], lengths[last] = PADDING_SEGMENT, -1, 0
+        lengths[last] = self._length - np.add.reduceat(lengths, last - spans + 1)
+        segment_ids = np.repeat(number.astype(np.int32), lengths).reshape(shape)
+        tokens = self._tokens.gather_spans(starts, lengths, self._padding_id).reshape(shape)
+        if self._loss_mask is None:
+            loss_mask = segment_ids != PADDING_SEGMENT
+        else:
+            loss_mask = self._loss_mask.gather_spans(starts, lengths, 0).reshape(shape) != 0
+        return Rows(tokens.astype(np.int32), segment_ids, loss_mask)
 
 
 def _ranges(

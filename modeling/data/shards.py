@@ -228,25 +228,21 @@ class FlatTokens:
         self,
         starts: Integer[np.ndarray, " spans"],
         lengths: Integer[np.ndarray, " spans"],
+        fill: int,
     ) -> Ids:
         """Returns spans of different lengths end to end, as stored; each lies in one shard.
 
-        A span that starts at -1 has no place in the stream: what is returned for it is arbitrary.
-        One copy is made for each run of spans in one shard, so give them in the stream's order.
+        A span that starts at -1 has no place in the stream, and is filled with `fill`.
         """
-        ends = np.cumsum(lengths)
-        shard = np.searchsorted(self._starts, starts, side="right") - 1
-        placed = np.maximum.accumulate(np.where(starts >= 0, np.arange(len(starts)), 0))
-        shard = np.maximum(shard[placed], 0)
-        index = np.repeat(starts - self._starts[shard] - (ends - lengths), lengths)
-        index += np.arange(len(index))
-        found = np.empty(len(index), self._dtype)
-        runs = [0, *(np.flatnonzero(np.diff(shard)) + 1).tolist(), len(starts)]
-        of_runs, bounds = shard[runs[:-1]].tolist(), [0, *ends[np.array(runs[1:]) - 1].tolist()]
-        for part, begin, end in zip(of_runs, bounds, bounds[1:], strict=False):
-            # Clipping is for the spans without a place, and checks the others no less cheaply.
-            self._parts[part].take(index[begin:end], out=found[begin:end], mode="clip")
-        return found
+        shard = np.searchsorted(self._starts, starts, side="right") - 1  # -1 for what has no place
+        local = starts - self._starts[shard]
+        is_filler = starts < 0
+        local[is_filler] = 0
+        filler = np.full(lengths[is_filler].max(initial=0), fill, self._dtype)
+        parts = [*self._parts, filler]
+        # Spans are copied faster one by one, for all that Python costs, than by an index of ids.
+        spans = zip(shard.tolist(), local.tolist(), (local + lengths).tolist(), strict=True)
+        return np.concatenate([parts[part][start:stop] for part, start, stop in spans])
 
     def _blocks_of(
         self, length: int
