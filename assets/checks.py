@@ -10,8 +10,10 @@ from pathlib import Path
 
 import dagster as dg
 
+from assets.catalog import guarded
 from modeling.artifacts import Artifact
 from modeling.inventory import DamagedArtifactError, verify_files
+from resources.secrets import scrub
 from resources.store import StoreResource
 
 FindFaults = Callable[[Artifact, Path, StoreResource], Iterable[str]]
@@ -30,11 +32,12 @@ def artifact_check(
         find_faults: yields a line for each thing that is wrong.
     """
 
-    @dg.asset_check(asset=key, name=name, description=description, blocking=True)
     def check(artifact: Artifact, store: StoreResource) -> dg.AssetCheckResult:
         return verdict(description, _all_faults(artifact, store, find_faults))
 
-    return check
+    return dg.asset_check(asset=key, name=name, description=description, blocking=True)(
+        guarded(check, dg.AssetCheckExecutionContext)
+    )
 
 
 def verdict(description: str, faults: list[str], **found: int | float) -> dg.AssetCheckResult:
@@ -45,7 +48,7 @@ def verdict(description: str, faults: list[str], **found: int | float) -> dg.Ass
         faults: a line for each thing that is wrong.
         found: figures to show.
     """
-    shown = faults[:_SHOWN_FAULTS]
+    shown = [scrub(fault) for fault in faults[:_SHOWN_FAULTS]]
     if len(faults) > len(shown):
         shown.append(f"... and {len(faults) - len(shown)} more.")
     return dg.AssetCheckResult(

@@ -30,6 +30,7 @@ def corpus_assets(
         [name, "raw_corpus"],
         of=dataset,
         kinds={"arrow"},
+        places=_places(dataset),
     )
     def raw_corpus(
         context: dg.AssetExecutionContext, store: StoreResource
@@ -64,6 +65,16 @@ def corpus_assets(
         _faults,
     )
     return [raw_corpus, counts_add_up]
+
+
+def _places(dataset: "DatasetConfig") -> Mapping[str, Any] | None:
+    """Returns the paths of each source that has some, and those of files that are held out."""
+    found: dict[str, Any] = {
+        name or "source": [*getattr(source, "paths", ()), *getattr(source.validation, "paths", ())]
+        or getattr(source, "path", None)
+        for name, source in dataset.named_sources.items()
+    } | {"validation": [*getattr(dataset.validation, "paths", ())]}
+    return {name: paths for name, paths in found.items() if paths} or None
 
 
 def _shown(corpus: Artifact) -> Mapping[str, Any]:

@@ -34,6 +34,7 @@ def tokenizer_assets(
         if recipes.is_trained_here(dataset.tokenizer)
         else {},
         description=_DESCRIPTIONS[dataset.tokenizer.type],
+        places=getattr(dataset.tokenizer, "path", None),
     )
 
     def trained(

@@ -41,27 +41,20 @@ def code_version(kind: str, params: Any) -> str:
     return f"{VERSIONS[kind]}-{canonical.digest(f'code/{kind}', params)[:16]}"
 
 
-def corpus_params(dataset: DatasetConfig) -> Any:
-    """Where documents come from, which are kept, and which are held out."""
-    places = {
-        name: [*getattr(source, "paths", ()), *getattr(source.validation, "paths", ())]
-        or getattr(source, "path", None)
-        for name, source in dataset.named_sources.items()
-    }
-    held_out = [*getattr(dataset.validation, "paths", ())]
-    paths = {"paths": places.get("", places)} | ({"validation_paths": held_out} if held_out else {})
-    return _corpus_params(dataset) | paths
+def corpus_params(dataset: DatasetConfig) -> dict[str, Any]:
+    """What documents are read of the files, which are kept, and which are held out.
+
+    Where the files lie is no part of it: that is found by what they hold, see `corpus_recipe`, and
+    a path may carry a password.
+    """
+    sources = {"sources": dataset.sources} if dataset.sources else {"source": dataset.source}
+    readings = {name: one.reading() for name, one in dataset.formats.items()}
+    return {**sources, "validation": dataset.validation} | _formats(readings)
 
 
 def corpus_recipe(dataset: DatasetConfig, listing_root: str) -> Recipe:
     """Takes the digest of the listing found now, not the paths: moving the files is no change."""
-    return _recipe("raw_corpus", _corpus_params(dataset) | {"listing": listing_root})
-
-
-def _corpus_params(dataset: DatasetConfig) -> dict[str, Any]:
-    sources = {"sources": dataset.sources} if dataset.sources else {"source": dataset.source}
-    readings = {name: one.reading() for name, one in dataset.formats.items()}
-    return {**sources, "validation": dataset.validation} | _formats(readings)
+    return _recipe("raw_corpus", corpus_params(dataset) | {"listing": listing_root})
 
 
 def _formats(by_source: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -77,11 +70,9 @@ def is_trained_here(tokenizer: TokenizerConfig) -> bool:
     return isinstance(tokenizer, TrainedTokenizerConfig)
 
 
-def tokenizer_params(dataset: DatasetConfig) -> Any:
-    """How the tokenizer is trained, or where it is taken from."""
-    params = _tokenizer_params(dataset)
-    path = getattr(dataset.tokenizer, "path", None)
-    return params if path is None else params | {"path": path}
+def tokenizer_params(dataset: DatasetConfig) -> dict[str, Any]:
+    """How the tokenizer is trained, or what it is taken from; where that lies is no part of it."""
+    return {"tokenizer": dataset.tokenizer, "tokenizers": importlib.metadata.version("tokenizers")}
 
 
 def tokenizer_recipe(
@@ -94,15 +85,11 @@ def tokenizer_recipe(
         corpus: what a tokenizer is trained on; None for one that is not trained here.
         files_root: the digest of the files found now, where a path names them.
     """
-    params = _tokenizer_params(dataset)
+    params = tokenizer_params(dataset)
     if files_root is not None:
         params |= {"files": files_root}
     inputs = {} if corpus is None else {"corpus": corpus.as_input("documents")}
     return _recipe("tokenizer", params, **inputs)
-
-
-def _tokenizer_params(dataset: DatasetConfig) -> dict[str, Any]:
-    return {"tokenizer": dataset.tokenizer, "tokenizers": importlib.metadata.version("tokenizers")}
 
 
 def tokenized_params(dataset: DatasetConfig) -> Any:

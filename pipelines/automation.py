@@ -28,7 +28,7 @@ from modeling.experiment import Catalog
 from pipelines.jobs import DATA
 from pipelines.plan import Outside, tokenizer_now
 from resources import materializations
-from resources.provenance import scrub
+from resources.secrets import scrub
 
 if TYPE_CHECKING:
     from modeling.data.config import DatasetConfig

@@ -35,6 +35,7 @@ from pipelines.jobs import build_jobs
 from resources.head_start import HeadStartResource
 from resources.io_manager import ReferenceIOManagerFactory
 from resources.launcher import LauncherResource
+from resources.secrets import scrub
 from resources.store import StoreResource
 
 CATALOG = Path(__file__).resolve().parent
@@ -77,7 +78,18 @@ def build_defs(catalog: Catalog, **overrides: Any) -> dg.Definitions:
 
 
 def catalog_from_environment(environ: Mapping[str, str] = os.environ) -> Catalog:
-    """Returns the catalog that the environment names, overrides applied."""
+    """Returns the catalog that the environment names, overrides applied.
+
+    Raises:
+        ConfigError: a file or an override is wrong; without the secrets that it may hold.
+    """
+    try:
+        return _catalog(environ)
+    except ConfigError as error:
+        raise ConfigError(scrub(str(error))) from None
+
+
+def _catalog(environ: Mapping[str, str]) -> Catalog:
     overrides = _overrides(environ.get("LEVANTER_OVERRIDES"))
     if named := environ.get("LEVANTER_CATALOG"):
         if not (Path(named) / "experiments").is_dir():

@@ -7,6 +7,7 @@ import argparse
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -137,11 +138,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return command(arguments)
     except (ValueError, FileNotFoundError) as error:
         # What a user got wrong is told in a line; anything else keeps its traceback.
-        from resources.provenance import scrub
+        from resources.secrets import scrub
 
         # An error may quote the command line, a log may keep it, and a URL may hold a password.
         sys.stderr.write(f"levanter {arguments.command}: {scrub(str(error))}\n")
         return 2
+    except Exception:  # noqa: BLE001 (told as Python would, but without secrets)
+        from resources.secrets import scrub
+
+        sys.stderr.write(scrub(traceback.format_exc()))
+        return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted. What was committed is kept; the same command resumes.\n")
         return 130

@@ -30,6 +30,7 @@ from pipelines.instance import CHECKOUT
 from pipelines.jobs import experiment_of
 from pipelines.wait import NOT_STARTED, wait
 from resources import materializations
+from resources.secrets import scrub
 
 _POLL_S = 0.5
 
@@ -130,7 +131,7 @@ def _submit(job: str, run_id: str, tags: Mapping[str, str], environment: dict[st
             command, env=environment, check=False, process_group=0, stdout=output, stderr=output
         )
     if launched.returncode:
-        _say(log.read_text(encoding="utf-8", errors="replace"))
+        _say(scrub(log.read_text(encoding="utf-8", errors="replace")))
     return launched.returncode == 0
 
 

@@ -29,6 +29,7 @@ from modeling.experiment import (
     read_yaml,
     with_overrides,
 )
+from modeling.urls import public_url
 from pipelines.build import CATALOG
 
 _DEFAULT_TRAINER = {"num_train_steps": 300, "train_batch_size": 16}
@@ -147,14 +148,15 @@ def _dataset(
             f"file, folder, glob or URL."
         )
     written = {
-        "description": f"Documents of {dataset}.",
-        "source": {"type": "files", "paths": [paths], "format": _format(paths)},
+        "description": f"Documents of {public_url(dataset)}.",
+        "source": {"type": "files", "paths": [paths], "format": _format(public_url(paths))},
         "tokenizer": tokenizer or {"type": "bpe", "vocab_size": _DEFAULT_VOCAB_SIZE},
     }
+    # A name is shown everywhere, and with another password it is the same dataset.
+    place = public_url(paths)
     return _write_dataset(
-        home, catalog, _slug(Path(dataset.rstrip("/")).stem), paths, written, raw, changes,
-        tokenizer,
-    )  # fmt: skip
+        home, catalog, _slug(Path(place.rstrip("/")).stem), place, written, raw, changes, tokenizer
+    )
 
 
 def _with_tokenizer(

@@ -20,6 +20,8 @@ from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
+from resources.secrets import scrub
+
 SUCCEEDED, FAILED, NOT_STARTED, STILL_GOING = range(4)
 _POLL_S = 1.0
 _SHOWN = {
@@ -105,7 +107,7 @@ def _error_messages(event: dg.DagsterEvent | None) -> Iterator[str]:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
+    sys.stdout.write(f"{scrub(line)}\n")
     sys.stdout.flush()
 
 

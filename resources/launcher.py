@@ -49,6 +49,7 @@ from modeling import numerics
 from modeling.artifacts import Built, Workspace
 from modeling.experiment import ExperimentConfig
 from resources.abandoned import LAUNCHED, process_tags, watching
+from resources.secrets import scrub
 
 _log = logging.getLogger(__name__)
 PLATFORMS = ("cpu", "gpu", "tpu")
@@ -463,12 +464,13 @@ class _Child:
 def _pump(
     stream: IO[bytes], mark: bytes, tail: collections.deque[str], hear: Callable[[str], None]
 ) -> None:
-    """Copies the child's output to this process's own, where terminal and compute log see it."""
+    """Copies the child's output, without secrets, to where terminal and compute log see it."""
     with stream:
         for line in stream:
-            tail.append(line.decode(errors="replace").rstrip("\n"))
+            text = scrub(line.decode(errors="replace"))
+            tail.append(text.rstrip("\n"))
             hear(tail[-1])
-            view = memoryview(mark + line)
+            view = memoryview(mark + text.encode())
             while view:
                 view = view[os.write(1, view) :]
 

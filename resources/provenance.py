@@ -8,8 +8,7 @@
     cost      seconds by the clock; of processors, here and in the processes that were waited for;
               and of devices: how many of them were held for how long, over all launches
 
-Environment variables are never copied. An argument is dropped when its own name, or the option
-before it, says that it is a secret, or when it looks like a well-known kind of token.
+Environment variables are never copied; what arguments lose says `secrets`.
 """
 
 import datetime
@@ -31,29 +30,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from modeling.artifacts import Artifact, ArtifactStore, Build, Built, Recipe, Workspace
 from modeling.progress import Report, ignore
+from resources.secrets import scrub, without_secrets
 
-REMOVED = "[removed]"
 CHECKOUT = Path(__file__).resolve().parent.parent
 
-# Whole words, since `tokenizer` and `author` are none: letters may not go on on either side.
-_SECRET_WORD = (
-    r"(?<![A-Za-z])(?:pass|passwd|password|passphrase|secret|(?:access|api|auth|id|refresh)?[-_]?token|credentials?|auth|authorization"
-    r"|bearer|sig|signature|(?:api|access|private|secret|account)[-_]?key)(?![A-Za-z])"
-)
-_SECRET_NAME = re.compile(_SECRET_WORD, re.IGNORECASE)
-_SECRET_VALUE = re.compile(
-    r"hf_[A-Za-z0-9]{8,}"  # Hugging Face
-    r"|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}"  # GitHub, GitLab
-    r"|AKIA[0-9A-Z]{12,}|AIza[\w-]{20,}|ya29\.[\w-]{8,}|sk-[\w-]{16,}|xox[abprs]-[\w-]{8,}"
-    r"|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"  # JSON web tokens
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----"
-    r"|\b[0-9a-f]{40}\b"  # Weights & Biases
-)
-_NAMED_VALUE = re.compile(
-    rf"""([\w-]*{_SECRET_WORD}[\w-]*["']?\s*[=:]\s*["']?)[^&\s"',}}]+""", re.IGNORECASE
-)
-_AUTHORIZATION = re.compile(r"(?i)\b(bearer|basic)\s+\S+")
-_USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
 _PACKAGES = (
     "jax",
     "jaxlib",
@@ -130,30 +110,6 @@ def collect(argv: Sequence[str]) -> dict[str, Any]:
         },
         "process": {"argv": without_secrets(argv)},
     }
-
-
-def without_secrets(argv: Sequence[str]) -> list[str]:
-    """Returns `argv` with the values of secret options, tokens and URL credentials taken out."""
-    cleaned = []
-    follows_secret_option = False
-    for argument in argv:
-        name, equals, _ = argument.partition("=")
-        is_option = argument.startswith("-")
-        if follows_secret_option and not is_option:
-            cleaned.append(REMOVED)
-        elif equals and _SECRET_NAME.search(name):
-            cleaned.append(f"{name}={REMOVED}")
-        else:
-            cleaned.append(scrub(argument))
-        follows_secret_option = is_option and not equals and bool(_SECRET_NAME.search(argument))
-    return cleaned
-
-
-def scrub(text: str) -> str:
-    """Returns `text` without tokens of well-known forms and without credentials in URLs."""
-    text = _AUTHORIZATION.sub(REMOVED, _USER_INFO.sub("", text))
-    text = _NAMED_VALUE.sub(rf"\1{REMOVED}", text)
-    return _SECRET_VALUE.sub(REMOVED, text)
 
 
 def git_state(directory: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from resources.secrets import scrub_tree
+
 MODES = ("online", "offline", "disabled")
 PROJECT = "levanter"
 
@@ -38,7 +40,7 @@ class Tracker:
     def summarize(self, facts: Mapping[str, Any]) -> None:
         """Sets what the run has come to."""
         if self._run is not None:
-            self._run.summary.update(dict(facts))
+            self._run.summary.update(scrub_tree(facts))
 
 
 @contextlib.contextmanager
@@ -65,7 +67,7 @@ def open_tracker(
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT") or PROJECT,
         group=name,
-        config=dict(config),
+        config=scrub_tree(config),
         dir=os.environ.get("WANDB_DIR") or os.environ.get("DAGSTER_HOME"),
         mode=mode,
         settings=wandb.Settings(

@@ -24,6 +24,7 @@ from typing import Any
 import dagster_pipes
 
 from modeling.artifacts import WORKER_LOCK, Workspace, write_durably
+from resources.secrets import scrub
 
 _PR_SET_PDEATHSIG = 1
 
@@ -42,16 +43,17 @@ class Channel:
         self.is_first = is_first
 
     def say(self, message: object) -> None:
-        """Shows one message."""
+        """Shows one message, without secrets."""
+        text = scrub(str(message))
         try:
-            sys.stdout.write(f"{message}\n")
+            sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
         except BrokenPipeError:
             # The parent has died and this process is saving: nobody reads, and nothing may stop it.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, sys.stdout.fileno())
             os.dup2(nowhere, sys.stderr.fileno())
-        self._log(str(message))
+        self._log(text)
 
 
 Entry = Callable[[Mapping[str, Any], Workspace | None, Channel], Mapping[str, Any]]

@@ -25,7 +25,6 @@ from modeling.data.sources import (
     find_files,
     matching_files,
     unique_files,
-    without_secrets,
 )
 from modeling.data.sources_config import (
     FilesSource,
@@ -39,6 +38,7 @@ from modeling.data.sources_config import (
     ValidationFiles,
 )
 from modeling.data.splits import VALIDATION, split_name
+from modeling.urls import public_url
 
 Sources = Source | Mapping[str, Source]
 """One source, or several by name."""
@@ -127,7 +127,7 @@ def glance(sources: Sources, *, validation: Validation) -> Look:
             raise
         except Exception as error:
             # Of whatever type: each kind of store has its own for not being reached.
-            told = ", ".join(map(without_secrets, paths)) or source
+            told = ", ".join(map(public_url, paths)) or source
             raise SourceError(
                 f"{told}: cannot be listed: {type(error).__name__}: {error}"
             ) from error
@@ -240,7 +240,7 @@ def _require_pinned(name: str, source: Source, files: list[SourceFile]) -> None:
             )
         if file.sha256 != pinned:
             raise SourceError(
-                f"{without_secrets(file.location)}: has SHA-256 {file.sha256}, but source.sha256 "
+                f"{public_url(file.location)}: has SHA-256 {file.sha256}, but source.sha256 "
                 f"pins it to {pinned}. Restore the file, or pin what it is now."
             )
     root = listing_root(files)

@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import fsspec
 import pyarrow as pa
@@ -38,6 +37,7 @@ from modeling.data.sources_config import (
     SavedDatasetSource,
     Source,
 )
+from modeling.urls import public_url
 
 _NOT_SOURCES = {"site-packages", "dist-packages", "__pycache__"}
 _MAGIC = set("*?[")
@@ -89,7 +89,7 @@ class FoundFile:
     @property
     def shown(self) -> str:
         """The location without the secrets that a URL may carry."""
-        return without_secrets(self.location)
+        return public_url(self.location)
 
     def stamp(self) -> str | None:
         """Returns what changes whenever the file does, or None where nothing is known to.
@@ -128,7 +128,7 @@ class FoundFile:
             return fs.open(path, "rb")
         except OSError as error:
             reason = str(error).replace(self.location, self.shown)
-            raise SourceError(f"{self.shown}: cannot be read: {reason}.") from error
+            raise SourceError(f"{self.shown}: cannot be read: {reason}.") from None
 
 
 @dataclass(frozen=True)
@@ -282,15 +282,6 @@ def unique_files(found: Iterable[FoundFile]) -> list[FoundFile]:
     return sorted(by_path.values(), key=lambda file: file.logical_path)
 
 
-def without_secrets(location: str) -> str:
-    """Returns a URL without user, password, query and fragment; a local path as it is."""
-    if "://" not in location:
-        return location
-    parts = urlsplit(location)
-    hidden = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="")
-    return urlunsplit(hidden)
-
-
 def matching_files(patterns: Iterable[str]) -> Iterator[FoundFile]:
     """Yields the files that paths and patterns stand for.
 
@@ -328,7 +319,7 @@ def _matching_files(pattern: str) -> Iterator[FoundFile]:
     alternatives = _alternatives(pattern)
     for alternative in alternatives:
         fs, path = fsspec.url_to_fs(alternative)
-        base, paths = _matches(fs, path, without_secrets(alternative))
+        base, paths = _matches(fs, path, public_url(alternative))
         if len(alternatives) > 1 and len(fixed) < len(base):
             base = fixed
         for match in paths:
@@ -371,9 +362,7 @@ def _alternatives(pattern: str) -> list[str]:
         width = max(map(len, span.groups())) if padded else 0
         step = 1 if first <= last else -1
         if abs(last - first) >= _MOST_ALTERNATIVES:
-            raise SourceError(
-                f"{without_secrets(pattern)}: {{{inside}}} stands for too many paths."
-            )
+            raise SourceError(f"{public_url(pattern)}: {{{inside}}} stands for too many paths.")
         choices = [f"{number:0{width}d}" for number in range(first, last + step, step)]
     else:
         choices = inside.split(",")

@@ -17,8 +17,9 @@ import pytest
 from pyarrow import parquet
 
 from modeling.data import corpus
-from modeling.data.sources import SourceError, find_files, without_secrets
+from modeling.data.sources import SourceError, find_files
 from modeling.data.sources_config import FilesSource, ValidationConfig
+from modeling.urls import public_url
 
 TEXTS = [f"document {i}, naïve 日本語\nsecond line\n" * (i + 1) for i in range(30)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
@@ -271,9 +272,21 @@ def test_web_addresses_are_read_and_their_queries_stay_secret(tmp_path, make_wor
     assert not [data for data in kept if b"canary" in data]
 
 
-def test_secrets_are_cut_from_what_is_shown():
-    assert without_secrets("https://user:pw@host:1/a/b?sig=x#y") == "https://host:1/a/b"
-    assert without_secrets("/local/a?b#c") == "/local/a?b#c"
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://user:pw@host:1/a/b?sig=x#y", "https://host:1/a/b"),
+        ("https://us?er:p@w#1@host/a?sig=x@y", "https://host/a"),
+        ("https://host/a?c0ffee", "https://host/a"),
+        ("https://host/a#access_token=c0ffee", "https://host/a"),
+        ("https://host/a#L7", "https://host/a#L7"),
+        ("gs://bucket/part-?.txt", "gs://bucket/part-?.txt"),
+        ("gs://bucket/part.txt?X-Goog-Signature=x", "gs://bucket/part.txt"),
+        ("/local/a?b#c", "/local/a?b#c"),
+    ],
+)
+def test_secrets_are_cut_from_what_is_shown(url, shown):
+    assert public_url(url) == shown
 
 
 def test_every_format_gives_the_same_documents(tmp_path, make_workspace):

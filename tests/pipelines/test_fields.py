@@ -31,6 +31,9 @@ RECORD = r"dataset\.(format|sources?\.record)"
 RULES = [
     # Pins say what must be found, and compute how it is worked out: neither changes what is found.
     (r"dataset\.sources?\.(sha256|listing_sha256|streaming)", NOTHING),
+    # Where files lie is found out by what they hold, and a path may carry a password.
+    (r"dataset\.((sources?\.)?validation|sources?)\.paths?", NOTHING),
+    (r"dataset\.tokenizer\.path", NOTHING),
     (r"dataset\.tokenizer\..*", TOKENIZER),
     (r"dataset\.tokenization\..*", TOKENS),
     # What is read of a record is the corpus; how it becomes a text is a matter of the tokens.
