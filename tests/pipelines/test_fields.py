@@ -1,8 +1,10 @@
 """For every field of the YAML: which assets a change of it makes stale, and that no other one is.
 
 The fields are found by reflection, each in every class that can stand at its place, so that a new
-one cannot be forgotten: unless a rule below speaks of it, the test fails. What follows from a stale
-asset is another matter (`test_staleness`): here is who reads the field.
+one cannot be forgotten: unless a rule below speaks of it, the test fails. Compared are the code
+versions, which are what Dagster compares. That it does, and what follows for the assets below, is
+asked of an instance to which the materializations of the definitions were reported: for all fields
+together that change no result, and for one of each stage.
 """
 
 import dataclasses
@@ -11,12 +13,19 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 
+import dagster as dg
 import pytest
 
 from modeling import recipes
 from modeling.data.config import DatasetConfig, TokenCacheConfig
 from modeling.data.sources_config import PyStdlibSource
-from modeling.experiment import ExperimentConfig
+from modeling.experiment import ExperimentConfig, load_catalog
+from pipelines.build import build_defs
+from pipelines.instance import CHECKOUT
+from pipelines.staleness import stale_assets
+from resources import materializations
+
+CATALOG = CHECKOUT / "tests" / "catalogs" / "tiny"
 
 NOTHING: frozenset[str] = frozenset()
 CORPUS, TOKENIZER, TOKENS, CACHE, CHECKPOINT, REPORT, EXPORT = (
@@ -155,11 +164,16 @@ def changed(field):
     if other is None:
         return None
     values = {one.name: getattr(before, one.name) for one in dataclasses.fields(owner)}
-    pair = [before, instance(owner, **values | {name: other})]
+    return [at_place(field, made) for made in (before, instance(owner, **values | {name: other}))]
+
+
+def at_place(field, made=None):
+    """Returns the configuration of a file in which `made`, of the field's class, stands."""
+    made = instance(field.owners[-1]) if made is None else made
     for owner, name in zip(reversed(field.owners[:-1]), reversed(field.names[:-1]), strict=True):
         kind = {one.name: one.type for one in dataclasses.fields(owner)}[name]
-        pair = [instance(owner, **{name: example(kind, inner)}) for inner in pair]
-    return pair
+        made = instance(owner, **{name: example(kind, made)})
+    return made
 
 
 def another(value, kind):
@@ -212,19 +226,34 @@ def versions(config) -> dict[str, str]:
     return {kind: recipes.code_version(kind, one) for kind, one in params.items()}
 
 
-FIELDS = [*fields_below((DatasetConfig,)), *fields_below((ExperimentConfig,))]
+EVERY = [*fields_below((DatasetConfig,)), *fields_below((ExperimentConfig,))]
+FIELDS = [field for field in EVERY if changed(field) is not None]
 
 
 @pytest.mark.parametrize("field", FIELDS, ids=lambda field: field.id)
 def test_a_field_concerns_just_the_stages_that_read_it(field):
-    pair = changed(field)
-    if pair is None:
-        return  # `type: bpe` has no other value; another class is another identity
-    before, after = map(versions, pair)
+    before, after = map(versions, changed(field))
     stale = {kind for kind in before if before[kind] != after[kind]}
+    assert stale == expected_of(field)
+
+
+def expected_of(field):
     expected = [stages for pattern, stages in RULES if re.fullmatch(pattern, str(field))]
     assert expected, f"{field.id}: say in RULES which stages read it"
-    assert stale == expected[0]
+    return expected[0]
+
+
+def test_another_class_concerns_just_the_stages_that_read_its_fields():
+    """What `type: bpe` chooses between: the only value of that field, so it is in no row above."""
+    chosen = [field for field in EVERY if field.names[-1] == "type"]
+    places = {field.names: field for field in chosen}
+    assert len(places) > 10
+    for names, one in places.items():
+        classes = {field.owners[-1]: field for field in chosen if field.names == names}
+        found = [versions(at_place(field)) for field in classes.values()]
+        for other in found[1:]:
+            stale = {kind for kind in other if other[kind] != found[0][kind]}
+            assert stale <= expected_of(one), (names, classes)
 
 
 def test_the_fields_are_those_of_the_files():
@@ -232,3 +261,116 @@ def test_the_fields_are_those_of_the_files():
     assert len(names) > 100
     assert {"dataset.tokenizer.vocab_size", "experiment.optimizer.schedule.warmup"} <= names
     assert {"experiment.trainer.mesh", "dataset.source.paths"} <= names
+
+
+KEYS = {
+    key[1]: "/".join(key)
+    for key in (
+        ("tales", "raw_corpus"), ("tales", "tokenizer"), ("tales", "tokenized_corpus"),
+        ("tales", "token_cache", "L32_documents"), ("tiny", "checkpoint"), ("tiny", "eval_report"),
+        ("tiny", "hf_model"),
+    )
+}  # fmt: skip
+BELOW = {
+    "raw_corpus": TOKENIZER | TOKENS | CACHE | CHECKPOINT | REPORT | EXPORT,
+    "tokenizer": TOKENS | CACHE | CHECKPOINT | REPORT | EXPORT,
+    "tokenized_corpus": CACHE | CHECKPOINT | REPORT | EXPORT,
+    "token_cache": CHECKPOINT | REPORT | EXPORT,
+    "checkpoint": REPORT | EXPORT,
+}
+CACHES = (
+    "dataset.sequence_lengths=[{length: 32, packing: documents}, {length: 64, packing: documents}]"
+)
+BASE = ("dataset.source.paths=[/a/*.txt]", CACHES, "packing=documents")
+
+
+def definitions(*changes):
+    return build_defs(load_catalog(CATALOG, {"tiny": [*BASE, *changes]}))
+
+
+@pytest.fixture(scope="module")
+def reported():
+    """An instance that has been told that each asset was made as the definitions have it."""
+    graph = definitions().resolve_asset_graph()
+    with dg.DagsterInstance.ephemeral() as instance:
+        events = {}
+        for key in graph.toposorted_asset_keys:
+            node, name = graph.get(key), key.to_user_string()
+            tags = {"dagster/code_version": node.code_version, "dagster/data_version": name}
+            for parent in node.parent_keys:
+                above = parent.to_user_string()
+                tags |= {
+                    f"dagster/input_data_version/{above}": above,
+                    f"dagster/input_event_pointer/{above}": str(events[parent]),
+                }
+            metadata = {"content_id": name, materializations.CONFIG: node.metadata["config"]}
+            made = dg.AssetMaterialization(key, metadata=metadata, tags=tags)
+            instance.report_runless_asset_event(made)
+            (record,) = instance.fetch_materializations(key, limit=1).records
+            events[key] = record.storage_id
+        yield instance
+
+
+def stale_after(instance, *changes):
+    """Returns what is stale by itself, and what is because of something above it, of `tiny`."""
+    graph_keys = set(KEYS.values())
+    found = {
+        key.to_user_string(): why
+        for key, why in stale_assets(definitions(*changes), instance).items()
+        if key.to_user_string() in graph_keys
+    }
+    return {
+        status: {name: why.causes for name, why in found.items() if why.status == status}
+        for status in {why.status for why in found.values()} | {"STALE", "UPSTREAM"}
+    }
+
+
+CHANGES_NOTHING = (
+    "dataset.source.paths=[/elsewhere/*.txt, 'https://user:secret@example.com/x?token=other']",
+    "dataset.source.sha256={a.txt: " + 64 * "0" + "}", "dataset.source.listing_sha256=" + 64 * "1",
+    "dataset.compute=ray", "dataset.unit_bytes=4096", "dataset.description=other",
+    "dataset.owners=[team:other]", "description=other", "owners=[team:other]",
+    "trainer.log_every_steps=1", "trainer.save_every_steps=5", "trainer.keep=[{every: 3}]",
+    "trainer.data_order.max_epochs=99", "trainer.profile_steps=[2, 3]",
+)  # fmt: skip
+
+
+def test_what_changes_no_result_makes_nothing_stale_all_of_it_together(reported):
+    assert stale_after(reported) == {"STALE": {}, "UPSTREAM": {}}
+    assert stale_after(reported, *CHANGES_NOTHING) == {"STALE": {}, "UPSTREAM": {}}
+
+
+@pytest.mark.parametrize(
+    ("change", "stages", "cause"),
+    [
+        ("dataset.validation.fraction=0.5", CORPUS, "validation.fraction 0.1 -> 0.5"),
+        ("dataset.tokenizer.vocab_size=400", TOKENIZER, "tokenizer.vocab_size 320 -> 400"),
+        ("dataset.tokenization.append_bos=true", TOKENS,
+         "tokenization.append_bos False -> True"),
+        (CACHES.replace("documents}", "documents, long_documents: drop}", 1), CACHE,
+         "long_documents split -> drop"),
+        ("trainer.seed=5", CHECKPOINT, "trainer.seed 0 -> 5"),
+        ("trainer.mesh={data: 1}", CHECKPOINT, "layout.mesh.data"),
+        ("sequence_length=64", CHECKPOINT, "has a new dependency on"),
+        ("trainer.mp=params=float32,compute=bfloat16,output=float32", CHECKPOINT | REPORT, "mp "),
+        ("evaluation.sample_tokens=3", REPORT, "evaluation.sample_tokens 8 -> 3"),
+        ("export.dtype=float16", EXPORT, "export.dtype float32 -> float16"),
+    ],
+)  # fmt: skip
+def test_a_field_of_a_stage_makes_it_stale_and_what_is_below_follow(
+    reported, change, stages, cause
+):
+    found = stale_after(reported, change)
+    assert set(found["STALE"]) == {KEYS[kind] for kind in stages}
+    following = {KEYS[below] for kind in stages for below in BELOW.get(kind, NOTHING)}
+    assert set(found["UPSTREAM"]) == following - set(found["STALE"])
+    for causes in found["STALE"].values():
+        assert cause in "; ".join(causes)
+
+
+def test_the_code_versions_of_the_table_are_those_of_the_definitions():
+    catalog = load_catalog(CATALOG, {"tiny": BASE})
+    graph = definitions().resolve_asset_graph()
+    shown = {kind: graph.get(dg.AssetKey(key.split("/"))).code_version
+             for kind, key in KEYS.items()}  # fmt: skip
+    assert versions(catalog.datasets["tales"]) | versions(catalog.experiments["tiny"]) == shown
