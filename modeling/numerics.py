@@ -140,12 +140,13 @@ def environment(trainer: TrainerConfig, platform: str = "cpu") -> dict[str, str]
             | {
                 "JAX_PLATFORMS": "cpu",
                 "NPROC": str(max(trainer.cpu_threads, num_devices, elastic_shards)),
-                "XLA_FLAGS": f"{_DEVICE_COUNT}={num_devices}",
+                "XLA_FLAGS": " ".join((f"{_DEVICE_COUNT}={num_devices}", *trainer.xla_flags)),
             }
         )
     if platform not in _ACCELERATORS:
         raise ValueError(f"platform: {platform!r} is not one of {['cpu', *sorted(_ACCELERATORS)]}.")
-    flags = " ".join(GPU_FLAGS) if trainer.deterministic and platform != "tpu" else ""
+    deterministic = GPU_FLAGS if trainer.deterministic and platform != "tpu" else ()
+    flags = " ".join((*deterministic, *trainer.xla_flags))
     # Batches and checkpoints pass through the CPU backend, which is therefore loaded as well.
     return pinned | {"JAX_PLATFORMS": f"{_ACCELERATORS[platform]},cpu", "XLA_FLAGS": flags}
 

@@ -154,6 +154,8 @@ def checkpoint_code_params(experiment: ExperimentConfig) -> Any:
     if not trainer.deterministic:
         layout["deterministic"] = False
     science = checkpoint_params(experiment) | {"execution": experiment.model.execution}
+    if trainer.xla_flags:
+        science["xla_flags"] = list(trainer.xla_flags)
     return science if trainer.reproducibility == "elastic" else science | {"layout": layout}
 
 

@@ -255,6 +255,14 @@ def _until_in_order(rules: Sequence[KeepConfig]) -> Sequence[KeepConfig]:
     return rules
 
 
+def _xla_flag(flag: str) -> str:
+    if not re.fullmatch(r"--xla_[a-z0-9_]+(=[\w.,:/+-]+)?", flag):
+        raise ValueError(f"{flag!r} is no flag of XLA: write it --xla_name=value, one an entry")
+    if flag.startswith("--xla_force_host_platform_device_count"):
+        raise ValueError(f"{flag!r}: how many devices there are is said by trainer.mesh")
+    return flag
+
+
 WeightsChoice = Literal["last", "ema", "tail_average"]
 """Those after the last update, or an average that the trainer keeps."""
 
@@ -353,6 +361,11 @@ class TrainerConfig:
     deterministic: bool = dataclasses.field(default=True, metadata=NOT_IDENTITY)
     """False lets a GPU take faster kernels that sum in no fixed order, chosen by stopwatch: a class
     of its own, in which a second run may give other bits."""
+    xla_flags: tuple[Annotated[str, AfterValidator(_xla_flag)], ...] = dataclasses.field(
+        default=(), metadata=NOT_IDENTITY
+    )
+    """Added to those that every run is given, `[--xla_gpu_enable_latency_hiding_scheduler=true]`;
+    part of the numerics class. XLA ends a process that gives it a flag it does not know."""
 
     save_every_steps: Positive | None = dataclasses.field(default=100, metadata=NOT_IDENTITY)
     """Updates between two checkpoints; None to save by `save_interval` and `keep` alone."""

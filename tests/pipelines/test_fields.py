@@ -35,7 +35,7 @@ CORPUS, TOKENIZER, TOKENS, CACHE, CHECKPOINT, REPORT, EXPORT = (
         "hf_model",
     )
 )  # fmt: skip
-LAYOUT = "mesh|processes|axis_resources|parameter_axis_resources|cpu_threads"
+LAYOUT = "mesh|processes|axis_resources|parameter_axis_resources|cpu_threads|xla_flags"
 RECORD = r"dataset\.(format|sources?\.record)"
 RULES = [
     # Pins say what must be found, and compute how it is worked out: neither changes what is found.

@@ -32,6 +32,9 @@ from modeling.experiment import ExperimentConfig, validate
 
 VOCAB, LENGTH, ROWS = 61, 16, 200
 
+QUICK = ["--xla_backend_optimization_level=0"]
+"""Halves what compilation costs, most of such a run; `test_bitwise` also takes XLA's default."""
+
 TINY: dict[str, Any] = {
     "dataset": "counting",
     "sequence_length": LENGTH,
@@ -44,6 +47,7 @@ TINY: dict[str, Any] = {
         "save_every_steps": 2,
         "log_every_steps": 2,
         "data_order": {"era_rows": 64},
+        "xla_flags": QUICK,
     },
 }
 

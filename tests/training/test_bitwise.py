@@ -33,7 +33,7 @@ from catalogue import trial
 MODEL = {"resid_pdrop": 0.1, "attn_pdrop": 0.1, "embed_pdrop": 0.1}
 STEPS = 12
 LAYOUTS = {
-    "one": {"mesh": {"data": 1}},
+    "one": {"mesh": {"data": 1}, "xla_flags": []},  # compiled as for users
     "fsdp": {"mesh": {"data": 4}},
     "tensor parallel": {
         "mesh": {"data": 2, "model": 2},

@@ -47,6 +47,7 @@ print(json.dumps(found))
         {"parameter_axis_resources": {}},
         {"cpu_threads": 3},
         {"processes": 2},
+        {"xla_flags": ("--xla_backend_optimization_level=0",)},
     ],
 )
 def test_whatever_moves_bits_is_another_class(change):
