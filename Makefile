@@ -43,23 +43,24 @@ bench: $(VENV)/.dev ## Prints the benchmarks as JSON lines
 docs: $(VENV)/.dev ## Writes the API reference, from the docstrings, to docs/api
 	$(BIN)/pdoc --docformat google --output-directory docs/api haliax modeling resources assets
 
+# `--no-compile`: Python keeps the bytecode of what is imported, a tenth of what is installed.
 # The project itself is installed editable without build isolation: its builder is locked as well.
 $(VENV)/.runtime: requirements.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || \
 		{ echo "Python 3.11 to 3.13 is needed; name one, e.g. make PYTHON=/usr/bin/python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet --require-hashes --no-deps -r requirements.lock
-	$(PIP) install --quiet --no-deps --no-build-isolation -e .
+	$(PIP) install --quiet --no-compile --require-hashes --no-deps -r requirements.lock
+	$(PIP) install --quiet --no-compile --no-deps --no-build-isolation -e .
 	touch $@
 
 # PyTorch serves only the parity tests. Its CPU build is used where the package index in use offers it;
 # the general build brings gigabytes of CUDA libraries on Linux.
 $(VENV)/.dev: $(VENV)/.runtime requirements-dev.lock requirements-torch-cpu.lock requirements-torch.lock
-	$(PIP) install --quiet --require-hashes --no-deps -r requirements-dev.lock
-	{ $(PIP) install --quiet --require-hashes --no-deps -r requirements-torch-cpu.lock && \
+	$(PIP) install --quiet --no-compile --require-hashes --no-deps -r requirements-dev.lock
+	{ $(PIP) install --quiet --no-compile --require-hashes --no-deps -r requirements-torch-cpu.lock && \
 		$(BIN)/python -c 'import torch'; } || \
 		{ echo "No CPU build of PyTorch is offered here: installing the general one."; \
-		$(PIP) install --quiet --require-hashes --no-deps -r requirements-torch.lock; }
+		$(PIP) install --quiet --no-compile --require-hashes --no-deps -r requirements-torch.lock; }
 	touch $@
 
 lock: ## Resolves the locks anew from pyproject.toml (needs uv)
