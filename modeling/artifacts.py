@@ -5,7 +5,8 @@
                                                     On object stores also `at`: the directory beside
                                                     it where the files are, of one upload alone
     recipes/<recipe_id>/<numerics>/artifact.json    the record: recipe, inputs, content id, SHA-256
-                                                    of the inventory, facts, provenance
+                                                    of the inventory, facts, provenance; sealed,
+                                                    see `notes`
     aliases/<name>                                  a content id, for people
     work/<recipe_id>/<numerics>/                    progress of unfinished builds, for any retry
     leases/<recipe_id>/<numerics>.json              who builds now, see `leases`
@@ -20,7 +21,8 @@ may round differently.
 A build writes into a fresh directory, which is inventoried, synced and renamed into `objects`; the
 record follows last, so a reader never sees half an artifact. Object stores rename nothing: there
 each upload has a directory of its own, and the inventory that is first says which one counts. So
-two writers of one recipe end with one object, whatever they do meanwhile.
+two writers of one recipe end with one object, whatever they do meanwhile. What is removed loses its
+name first, and has it given back if a record names it by then: see `upkeep`.
 """
 
 import contextlib
@@ -48,9 +50,19 @@ from modeling.inventory import (
     DamagedArtifactError,
     Verified,
     inventory_of,
+    read_inventory,
     require_none,
 )
-from modeling.notes import Note, json_bytes, sync_directory, sync_tree, write_whole
+from modeling.notes import (
+    Note,
+    is_attempt,
+    json_bytes,
+    sealed_bytes,
+    sync_directory,
+    sync_tree,
+    unsealed,
+    write_whole,
+)
 from modeling.progress import Report, ignore
 
 _LOG = logging.getLogger(__name__)
@@ -59,11 +71,17 @@ UPLOAD = "upload-"
 """Begins the name of the directory of one upload to an object store."""
 PINS = "pins"
 """In a build's progress, `D/pins/X.json` keeps all `D/X.*` after the build has ended."""
+FETCHED = "fetched"
+"""Where on this machine copies of a remote store's step checkpoints are, for tools."""
 WORKER_LOCK = "worker.lock"
 """Beside a build's progress: held by the process that works there, its parent dead or not."""
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _ALIAS = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_RECORD_FIELDS = frozenset(
+    ("kind", "content_id", "recipe_id", "recipe", "numerics", "roots", "leaves", "facts",
+     "provenance", "inventory")
+)  # fmt: skip
 
 
 class ReproducibilityError(RuntimeError):
@@ -199,7 +217,7 @@ class ArtifactStore:
         path = self.record_path(recipe.id, numerics)
         if not self.filesystem.exists(path):
             return None
-        artifact = self.from_record(self._read(path))
+        artifact = self.from_record(self.read_record(path))
         return artifact if self.contains(artifact.kind, artifact.content_id) else None
 
     def contains(self, kind: str, content_id: str) -> bool:
@@ -233,7 +251,7 @@ class ArtifactStore:
         numerics_id = numerics_digest(numerics)
         if (found := self.find(recipe, numerics_id)) is not None:
             return found, False
-        with self._exclusive(recipe.id, numerics_id, report) as work:
+        with self._exclusive(recipe, numerics_id, report) as work:
             if (found := self.find(recipe, numerics_id)) is not None:
                 return found, False
             for dead in work.glob("attempt-*"):
@@ -295,18 +313,37 @@ class ArtifactStore:
         }
         note = Note(self.filesystem, record_path)
         if (on_record := note.read()) is not None:
-            _refuse_other_content(json.loads(on_record), record)
-        self._store_object(recipe.kind, built.content_id, output)
-        faults.reach("before-record", recipe.kind)
-        record["inventory"] = self.inventory_sha256(recipe.kind, built.content_id)
-        if not note.create(json_bytes(record)):
+            _refuse_other_content(parse_record(on_record, record_path), record)
+        while True:
+            self._store_object(recipe.kind, built.content_id, output)
+            faults.reach("before-record", recipe.kind)
+            # It may have been stored before, and be collected as garbage until its record is there.
+            try:
+                record["inventory"] = self._sound_inventory(recipe.kind, built.content_id)
+            except FileNotFoundError:
+                continue
+            artifact = self._put_on_record(note, record)
+            if self.contains(recipe.kind, built.content_id):
+                shutil.rmtree(output, ignore_errors=True)
+                return artifact
+
+    def _put_on_record(self, note: Note, record: Mapping[str, Any]) -> Artifact:
+        """Writes the record of an object that is stored, unless it is there."""
+        if not note.create(sealed_bytes(record)):
             # There since before, or another writer was quicker.
-            on_record = self.record(recipe.id, numerics_id)
+            on_record = self.read_record(note.path)
             _refuse_other_content(on_record, record)
             if on_record["inventory"] == record["inventory"]:
                 return self.from_record(on_record)
-            note.replace(json_bytes(record))  # its object was lost, and has been made again
+            note.replace(sealed_bytes(record))  # its object was lost, and has been made again
         return self.from_record(record)
+
+    def _sound_inventory(self, kind: str, content_id: str) -> str:
+        """Returns the digest of an object's inventory, which no record is to bless if damaged."""
+        path = self.object_path(kind, content_id)
+        raw = self.filesystem.cat_file(f"{path}/{INVENTORY}")
+        _read_inventory(path, raw)
+        return hashlib.sha256(raw).hexdigest()
 
     def local(self, kind: str, content_id: str, *, verified: bool = True) -> Path:
         """Returns a local directory with the object's files, each as it was published.
@@ -353,10 +390,11 @@ class ArtifactStore:
         """Copies and checks a remote object; who reads a damaged copy keeps reading it."""
         attempt = target.with_name(f"{target.name}.{uuid.uuid4().hex[:12]}")
         inventory = self.filesystem.cat_file(f"{source}/{INVENTORY}")
+        attempt.mkdir(parents=True)
         try:
-            attempt.mkdir(parents=True)
             (attempt / INVENTORY).write_bytes(inventory)
-            self._fetch(_files_of(source, inventory), json.loads(inventory)["files"], attempt)
+            entries = _read_inventory(source, inventory)["files"]
+            self._fetch(_files_of(source, inventory), entries, attempt)
             require_none(self._verified.faults(attempt, target.parent.name, target.name), attempt)
         except DamagedArtifactError as error:
             shutil.rmtree(attempt)
@@ -414,7 +452,7 @@ class ArtifactStore:
     def records(self) -> Iterator[dict[str, Any]]:
         """Yields every record, in the order of recipe ids."""
         for path in sorted(self.filesystem.glob(f"{self.root}/recipes/*/*/artifact.json")):
-            yield self._read(path)
+            yield self.read_record(path)
 
     def records_by_object(self) -> dict[tuple[str, str], list[dict[str, Any]]]:
         """Returns the records of each artifact, by kind and content id."""
@@ -422,17 +460,26 @@ class ArtifactStore:
 
     def record(self, recipe_id: str, numerics: str = EXACT) -> dict[str, Any]:
         """Returns the record of one recipe, provenance included."""
-        return self._read(self.record_path(recipe_id, numerics))
+        return self.read_record(self.record_path(recipe_id, numerics))
 
-    def _read(self, path: str) -> dict[str, Any]:
-        """Returns what a record or alias says."""
+    def read_record(self, path: str) -> dict[str, Any]:
+        """Returns what the record at a path within `filesystem` says.
+
+        Raises:
+            DamagedArtifactError: it is not as it was written, or not where it was written.
+        """
+        return parse_record(self.filesystem.cat_file(path), path)
+
+    def _read_alias(self, name: str) -> str:
+        path = f"{self.root}/aliases/{name}"
         try:
-            return json.loads(self.filesystem.cat_file(path))
-        except ValueError as error:
+            content_id = json.loads(self.filesystem.cat_file(path))["content_id"]
+            _require(_DIGEST, content_id, "content id")
+        except (ValueError, KeyError, TypeError) as error:
             raise DamagedArtifactError(
-                f"{path} is damaged ({error}). Restore it from a copy, or remove it: a recipe is "
-                f"then computed again, an alias set again."
+                f"{path} is damaged ({error}). Set it again with `levanter alias`, or remove it."
             ) from error
+        return content_id
 
     def set_alias(self, name: str, content_id: str) -> None:
         """Points the name `name`, for people, at a content id."""
@@ -444,13 +491,14 @@ class ArtifactStore:
     def aliases(self) -> dict[str, str]:
         """Returns the content id of each alias, by name."""
         paths = sorted(self.filesystem.glob(f"{self.root}/aliases/*"))
-        return {path.rpartition("/")[2]: self._read(path)["content_id"] for path in paths}
+        names = [path.rpartition("/")[2] for path in paths]
+        return {name: self._read_alias(name) for name in names if not is_attempt(name)}
 
     def resolve(self, reference: str) -> str:
         """Returns the content id meant by an alias, or by six or more of its first digits."""
         alias = f"{self.root}/aliases/{reference}"
         if _ALIAS.fullmatch(reference) and self.filesystem.exists(alias):
-            return self._read(alias)["content_id"]
+            return self._read_alias(reference)
         known = sorted({record["content_id"] for record in self.records()})
         matches = [
             known_id for known_id in known if len(reference) >= 6 and known_id.startswith(reference)
@@ -506,7 +554,7 @@ class ArtifactStore:
 
         What is left in its `progress` is taken up by `materialize(..., begun_as=[stand_in])`.
         """
-        with self._exclusive(stand_in.id, numerics_digest(numerics), report) as work:
+        with self._exclusive(stand_in, numerics_digest(numerics), report) as work:
             for dead in work.glob("attempt-*"):
                 shutil.rmtree(dead)
             space = Workspace(
@@ -549,13 +597,14 @@ class ArtifactStore:
                 self.filesystem.rm(source, recursive=True)
 
     @contextlib.contextmanager
-    def _exclusive(self, recipe_id: str, numerics: str, report: Report) -> Iterator[Path]:
+    def _exclusive(self, recipe: Recipe, numerics: str, report: Report) -> Iterator[Path]:
         """Yields the work directory, which is nobody else's meanwhile, under a lease."""
-        work = self._work(recipe_id, numerics)
+        work = self._work(recipe.id, numerics)
         with leases.held(
-            self._lease(recipe_id, numerics),
+            self._lease(recipe.id, numerics),
             work.with_suffix(".lock"),
             self._terms,
+            inputs=[[given.kind, given.content_id] for given in recipe.inputs.values()],
             doing=lambda: _told_progress(work / "progress"),
             report=report,
         ):
@@ -585,8 +634,13 @@ class ArtifactStore:
         )
 
     def _store_object(self, kind: str, content_id: str, output: Path) -> None:
-        """Makes `output` the object, unless another build has stored the same content before."""
+        """Makes `output` the object, or leaves it if the same content has been stored before."""
         target = self.object_path(kind, content_id)
+        if not output.is_dir():
+            raise DamagedArtifactError(
+                f"{target} was removed as soon as it was stored. Run again: it is made anew."
+            )
+        (output / INVENTORY).unlink(missing_ok=True)
         described = inventory_of(output, kind, content_id)
         if not self.is_local:
             described["at"] = f"{UPLOAD}{uuid.uuid4().hex[:12]}"
@@ -594,8 +648,8 @@ class ArtifactStore:
         write_durably(output / INVENTORY, described)
         faults.reach("before-sync", kind)
         if self.contains(kind, content_id):
-            shutil.rmtree(output)
-        elif self.is_local:
+            return
+        if self.is_local:
             sync_tree(output)
             faults.reach("before-store", kind)
             Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -611,7 +665,6 @@ class ArtifactStore:
             output.rename(target)
         except OSError:
             if (target / INVENTORY).exists():
-                shutil.rmtree(output)
                 return
             if not target.exists():
                 raise
@@ -668,6 +721,63 @@ def set_aside_path(root: str, kind: str, content_id: str) -> str:
     return f"{root}/set_aside/{kind}/{content_id}.{stamp}"
 
 
+def is_key(kind: str, content_id: str) -> bool:
+    """Whether these may be the names of an object's directories."""
+    return bool(_KIND.fullmatch(kind) and _DIGEST.fullmatch(content_id))
+
+
+def parse_record(raw: bytes, path: str) -> dict[str, Any]:
+    """Returns what the bytes of a record say.
+
+    Args:
+        raw: the bytes.
+        path: where they were read, which says what the record is of.
+
+    Raises:
+        DamagedArtifactError: it is not as it was written, or not where it was written.
+    """
+    place = path.split("/")[-3], path.split("/")[-2]
+    try:
+        record = unsealed(raw, fields=_RECORD_FIELDS)
+        found = record["recipe_id"], record["numerics"]["id"]
+        if found != place:
+            raise ValueError(f"it is the record of {found}, and lies under {place}")
+        inputs = record["recipe"]["inputs"].values()
+        keys = [(item["kind"], item["content_id"]) for item in (record, *inputs)]
+        if not all(is_key(*key) for key in keys):
+            raise ValueError(f"{keys} name no objects")
+        _require(_DIGEST, record["inventory"], "digest of an inventory")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedArtifactError(
+            f"{path} is damaged ({error}). Restore it from a copy, or remove it: its recipe is "
+            f"then computed again."
+        ) from error
+    return record
+
+
+def reference_bytes(artifact: Artifact) -> bytes:
+    """Returns an artifact as references hold it, of which Dagster instances keep one an asset."""
+    return sealed_bytes(dataclasses.asdict(artifact))
+
+
+def parse_reference(raw: bytes, path: str) -> Artifact:
+    """Returns what the reference at `path` says.
+
+    Raises:
+        DamagedArtifactError: it is not as it was written.
+    """
+    fields = [field.name for field in dataclasses.fields(Artifact)]
+    try:
+        artifact = Artifact(**unsealed(raw, fields=fields))
+        if not is_key(artifact.kind, artifact.content_id):
+            raise ValueError(f"{artifact.kind!r} {artifact.content_id!r} names no object")
+    except (ValueError, TypeError) as error:
+        raise DamagedArtifactError(
+            f"{path} is damaged ({error}). Materialize its asset again, or remove it."
+        ) from error
+    return artifact
+
+
 def by_object(records: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
     """Returns records by the kind and content id that they are about, in the order given."""
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
@@ -721,9 +831,22 @@ def write_durably(path: Path, value: Mapping[str, Any]) -> None:
     write_whole(path, json_bytes(value))
 
 
+def _read_inventory(object_path: str, raw: bytes) -> dict[str, Any]:
+    kind, content_id = object_path.split("/")[-2:]
+    try:
+        return read_inventory(raw, (kind, content_id))
+    except ValueError as error:
+        raise DamagedArtifactError(
+            f"{object_path}/{INVENTORY} is {error}. Restore it from a copy, or move the object "
+            f"away with `levanter fsck --set-aside`, and run again."
+        ) from None
+
+
 def _files_of(object_path: str, inventory: bytes) -> str:
     """Returns where the files of a remote object are."""
-    at = json.loads(inventory).get("at", ".")  # beside the inventory, before uploads had their own
+    at = _read_inventory(object_path, inventory).get(
+        "at", "."
+    )  # beside the inventory, before uploads had their own
     return object_path if at == "." else f"{object_path}/{at}"
 
 

@@ -117,7 +117,16 @@ def _stamps(directory: Path) -> dict[str, Stamp]:
 
 
 def inventory_of(directory: Path, kind: str, content_id: str) -> dict[str, Any]:
-    """Returns the inventory of the files in a directory."""
+    """Returns the inventory of the files in a directory.
+
+    Raises:
+        ValueError: there is a symbolic link, whose target no inventory can answer for.
+    """
+    if linked := list(_links(directory)):
+        raise ValueError(
+            f"{directory / linked[0]} is a symbolic link. Write a copy of what it leads to: an "
+            f"artifact is its own files alone."
+        )
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     files = [
         {
@@ -223,6 +232,9 @@ def inventory_faults(
         entries: the files of its inventory.
         trusted: those that need not be read.
     """
+    if isinstance(filesystem, LocalFileSystem):
+        for name in _links(Path(root)):
+            yield name, "is a symbolic link: what it leads to was not published"
     present = {name.removeprefix(root).lstrip("/") for name in filesystem.find(root)}
     for entry in entries:
         name = entry["path"]
@@ -235,6 +247,14 @@ def inventory_faults(
             yield name, "has other bytes than were published"
     for name in sorted(present - {entry["path"] for entry in entries} - {INVENTORY}):
         yield name, "was not published"
+
+
+def _links(directory: Path) -> Iterator[str]:
+    """Yields the names of symbolic links below a directory, to files and to directories."""
+    for parent, directories, files in os.walk(directory):
+        for name in (*directories, *files):
+            if (path := Path(parent, name)).is_symlink():
+                yield path.relative_to(directory).as_posix()
 
 
 def file_sha256(path: Path) -> str:

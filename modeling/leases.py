@@ -2,7 +2,8 @@
 
     work/<recipe_id>/<numerics>.lock      a lock of the kernel's, dropped when its holder dies;
                                           holds the id of the lease
-    leases/<recipe_id>/<numerics>.json    in the store: id, host, pid, since, beat, doing
+    leases/<recipe_id>/<numerics>.json    in the store: id, host, pid, since, beat, doing,
+                                          inputs: what no collection of garbage may take meanwhile
 
 The lock keeps two builders on one machine out of one work directory: a matter of correctness. The
 lease is one of thrift alone: it spares hosts that share a store the same work, and says who has it.
@@ -24,7 +25,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,8 @@ class Holder:
     beat: int
     doing: str
     """How far the work has come."""
+    inputs: Sequence[Sequence[str]] = ()
+    """Kind and content id of each artifact that is read."""
 
     def __str__(self) -> str:
         doing = f": {self.doing}" if self.doing else ""
@@ -76,7 +79,13 @@ def holder_of(note: Note) -> Holder | None:
 
 @contextlib.contextmanager
 def held(
-    note: Note, lock: Path, terms: Terms, *, doing: Callable[[], str], report: Report
+    note: Note,
+    lock: Path,
+    terms: Terms,
+    *,
+    inputs: Sequence[Sequence[str]] = (),
+    doing: Callable[[], str],
+    report: Report,
 ) -> Iterator[None]:
     """Holds lock and lease; waits for whoever has them, and says who.
 
@@ -84,11 +93,12 @@ def held(
         note: the lease.
         lock: the lock beside the work directory.
         terms: how long to wait.
+        inputs: kind and content id of each artifact that is read.
         doing: says how far the work has come.
         report: hears who is waited for.
     """
     with lock.open("a+") as handle:
-        mine = _acquire(note, handle, terms, report)
+        mine = _acquire(note, handle, terms, inputs, report)
         ended = threading.Event()
         arguments = (note, mine, terms.renew_s, doing, ended)
         beating = threading.Thread(target=_renew, args=arguments, daemon=True, name="lease")
@@ -101,10 +111,12 @@ def held(
             _release(note, mine)
 
 
-def _acquire(note: Note, lock: Any, terms: Terms, report: Report) -> Holder:
+def _acquire(
+    note: Note, lock: Any, terms: Terms, inputs: Sequence[Sequence[str]], report: Report
+) -> Holder:
     """Waits for lock and lease, and returns what the lease now says."""
     since = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    mine = Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid(), since, 0, "")
+    mine = Holder(uuid.uuid4().hex, socket.gethostname(), os.getpid(), since, 0, "", inputs)
     watch, has_lock, look_at, tell_at = Watch(terms.expire_s), False, 0.0, 0.0
     other: Holder | None = None
     while True:

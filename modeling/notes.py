@@ -3,17 +3,25 @@
 `create` never overwrites: of several hosts one is first. Locally that is a hard link, on object
 stores a conditional write. Where a store has none, the last of two that write in the same moment
 wins; whoever must know reads back.
+
+A note that others rely on is *sealed*: it holds the SHA-256 of all else that it says, under
+`sha256`, and there is one way to write it, so that no byte of it can change unseen.
 """
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
+
+_SEAL = "sha256"
+_ATTEMPT = re.compile(r"\..+\.[0-9a-f]{12}")
 
 
 class Note:
@@ -62,6 +70,38 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     """Returns a JSON object as files of the store hold it: one way to write it, and no other."""
     text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return f"{text}\n".encode()
+
+
+def sealed_bytes(value: Mapping[str, Any]) -> bytes:
+    """Returns a JSON object with the digest of all that it says."""
+    return json_bytes({**value, _SEAL: hashlib.sha256(json_bytes(value)).hexdigest()})
+
+
+def unsealed(raw: bytes, *, fields: Collection[str]) -> dict[str, Any]:
+    """Returns what a sealed note says, once it is as it was written.
+
+    Args:
+        raw: its bytes.
+        fields: all that notes of its kind held before they were sealed; such ones are taken as
+            they are, since no single fault makes one of a sealed one.
+
+    Raises:
+        ValueError: it is none, or has been changed.
+    """
+    value = json.loads(raw)
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    promised = value.pop(_SEAL, None)
+    if promised is None and set(value) == set(fields):
+        return value
+    if promised is None or sealed_bytes(value) != raw:
+        raise ValueError("it was changed: its own digest is another one")
+    return value
+
+
+def is_attempt(name: str) -> bool:
+    """Whether a file's name is that of a note being written, or of one whose writer was killed."""
+    return _ATTEMPT.fullmatch(name) is not None
 
 
 def write_whole(path: Path, content: bytes) -> None:

@@ -4,6 +4,7 @@ import sys
 
 from modeling import upkeep
 from modeling.artifacts import ArtifactStore
+from modeling.inventory import INVENTORY
 from modeling.progress import Progress
 
 _UNITS = ("B", "kB", "MB", "GB", "TB")
@@ -38,8 +39,11 @@ def gc(store: ArtifactStore, *, delete: bool, expire_records_after_days: float |
     if not found:
         _say(f"{store.url}: nothing to collect.")
     elif delete:
-        upkeep.delete(store, found)
-        _say(f"Deleted: {total}.")
+        gone = upkeep.delete(store, found)
+        freed = human_bytes(sum(one.num_bytes for one in gone))
+        _say(f"Deleted: {len(gone)} of it, {freed}.")
+        if len(gone) < len(found):
+            _say(f"{len(found) - len(gone)} are in use by now, and were spared.")
     else:
         _say(f"Would delete: {total}. Do it with `levanter gc --delete`.")
     return 0
@@ -48,6 +52,12 @@ def gc(store: ArtifactStore, *, delete: bool, expire_records_after_days: float |
 def alias(store: ArtifactStore, name: str, content_id: str) -> int:
     """Points a name at an artifact, which keeps it from collection."""
     store.set_alias(name, content_id)
+    # In this order: a collection looks for aliases after it has taken an object away.
+    if not store.filesystem.glob(f"{store.root}/objects/*/{content_id}/{INVENTORY}"):
+        raise ValueError(
+            f"{name} is {content_id} now, of which nothing is stored in {store.url}. Materialize "
+            f"its asset again, or point the name elsewhere."
+        )
     _say(f"{name} is {content_id}")
     return 0
 

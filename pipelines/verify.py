@@ -25,11 +25,11 @@ from modeling.artifacts import (
     ArtifactStore,
     differing_leaves,
     link_or_copy,
-    write_durably,
 )
 from modeling.difference import differences
 from modeling.experiment import Catalog
 from modeling.inventory import INVENTORY, file_sha256
+from modeling.notes import sealed_bytes, write_whole
 from pipelines.build import build_defs
 from pipelines.pools import held
 from resources import materializations
@@ -195,7 +195,7 @@ def _copy_inputs(
         shutil.copytree(store.local(*key), scratch.object_path(*key), copy_function=_linked)
         path = Path(scratch.record_path(above["recipe_id"], above["numerics"]["id"]))
         path.parent.mkdir(parents=True)
-        write_durably(path, above)
+        write_whole(path, sealed_bytes(above))
         copied[key] = scratch.from_record(above)
         waiting += above["recipe"]["inputs"].values()
     return {given["kind"]: copied[given["kind"], given["content_id"]] for given in own}

@@ -7,17 +7,14 @@ A run takes what it has made itself, so two runs at once with different override
 other's tokenizer. `scope` tells Dagster instances apart that share a store.
 """
 
-import dataclasses
 import hashlib
-import json
-from pathlib import Path
 from typing import Any
 
 import dagster as dg
 import fsspec
-from fsspec.implementations.local import LocalFileSystem
 
-from modeling.artifacts import Artifact, write_durably
+from modeling.artifacts import Artifact, parse_reference, reference_bytes
+from modeling.notes import Note
 from resources.store import store_url
 
 
@@ -64,16 +61,11 @@ class ReferenceIOManager(dg.IOManager):
         return self._read(path)
 
     def _read(self, path: str) -> Artifact:
-        return Artifact(**json.loads(self._fs.cat_file(path)))
+        return parse_reference(self._fs.cat_file(path), path)
 
     def _write(self, path: str, artifact: Artifact) -> None:
         """Replaces the reference as a whole, as object stores do anyway."""
-        content = dataclasses.asdict(artifact)
-        if isinstance(self._fs, LocalFileSystem):
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_durably(Path(path), content)
-        else:
-            self._fs.pipe_file(path, json.dumps(content, indent=2, sort_keys=True).encode())
+        Note(self._fs, path).replace(reference_bytes(artifact))
 
     def _run_path(self, run_id: str, key: dg.AssetKey) -> str:
         return f"{self._root}/runs/{run_id}/{'/'.join(key.path)}.json"

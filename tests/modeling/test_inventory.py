@@ -1,5 +1,7 @@
 """An object is verified whenever it is opened; what has not changed is not read again."""
 
+import hashlib
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +10,8 @@ from fsspec.implementations.local import LocalFileSystem
 
 from modeling.artifacts import ArtifactStore, Built, Recipe
 from modeling.inventory import INVENTORY, VERIFIED, DamagedArtifactError
-from modeling.upkeep import delete, garbage
+from modeling.notes import json_bytes
+from modeling.upkeep import check, delete, garbage
 
 KIND, CONTENT = "tokenizer", "0" * 64
 NAMES = ["a.txt", "part/b.txt"]
@@ -155,3 +158,41 @@ def test_remains_without_an_inventory_are_moved_away_when_it_is_made_again(store
     assert f"{opened} has no {INVENTORY}: moved to" in caplog.text
     (moved,) = (store.scratch / "set_aside" / KIND).iterdir()
     assert sorted(path.name for path in moved.rglob("*.txt")) == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "part"])
+def test_a_link_instead_of_what_was_published_is_refused(store, opened, tmp_path, name):
+    (tmp_path / "elsewhere").mkdir()
+    (opened / name).rename(tmp_path / "elsewhere" / name)
+    (opened / name).symlink_to(tmp_path / "elsewhere" / name)
+    with pytest.raises(DamagedArtifactError, match=f"{name} is a symbolic link"):
+        store.local(KIND, CONTENT)
+    assert any("symbolic link" in one.what for one in check(store))
+
+
+def test_a_link_is_not_published(tmp_path):
+    def build(workspace):
+        (workspace.output / "a.txt").symlink_to("/etc/hostname")
+        return Built(CONTENT)
+
+    store = ArtifactStore(str(tmp_path))
+    with pytest.raises(ValueError, match=r"a\.txt is a symbolic link\. Write a copy"):
+        store.materialize(Recipe(KIND, 1, {}), build)
+    assert not store.contains(KIND, CONTENT)
+
+
+@pytest.mark.parametrize("name", ["../x", "/etc/passwd", "part/../../x", "a\0b", "", "a//b"])
+@pytest.mark.parametrize("where", ["path", "at"])
+def test_names_that_lead_out_of_the_object_are_refused(tmp_path, name, where):
+    store = ArtifactStore(f"memory://{tmp_path.name}", scratch=tmp_path)
+    store.materialize(Recipe(KIND, 1, {}), lambda space: Built(CONTENT))
+    path = f"{store.object_path(KIND, CONTENT)}/{INVENTORY}"
+    inventory = json.loads(store.filesystem.cat_file(path))
+    if where == "at":
+        inventory["at"] = name
+    else:
+        inventory["files"] = [{"path": name, "size": 0, "sha256": hashlib.sha256(b"").hexdigest()}]
+    store.filesystem.pipe_file(path, json_bytes(inventory))
+    with pytest.raises(DamagedArtifactError, match="names no file within the directory"):
+        store.local(KIND, CONTENT)
+    assert any("names no file" in one.what for one in check(store))

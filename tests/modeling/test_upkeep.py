@@ -1,5 +1,6 @@
 """`check` misses no damage and names it; `garbage` lists nothing that anything reaches."""
 
+import contextlib
 import datetime
 import fcntl
 import json
@@ -7,9 +8,11 @@ import os
 
 import pytest
 
-from modeling.artifacts import ArtifactStore, Built, Recipe
+from modeling import upkeep
+from modeling.artifacts import ArtifactStore, Built, Recipe, reference_bytes
 from modeling.canonical import digest
-from modeling.inventory import INVENTORY
+from modeling.inventory import INVENTORY, DamagedArtifactError, verify_files
+from modeling.notes import sealed_bytes
 from modeling.upkeep import check, delete, garbage, set_aside
 
 LATER = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=10)
@@ -43,6 +46,10 @@ def chain(store):
     corpus = make(store, "raw_corpus", "tales")
     tokenizer = make(store, "tokenizer", "words", corpus=corpus)
     return corpus, tokenizer, make(store, "tokens", "ids", corpus=corpus, tokenizer=tokenizer)
+
+
+def unsealed(record):
+    return {name: value for name, value in record.items() if name != "sha256"}
 
 
 def path_of(store, artifact, file="part/a.txt"):
@@ -112,7 +119,7 @@ def test_damaged_records_aliases_and_lineage_are_named(store, chain):
     record = json.loads(fs.cat_file(store.record_path(tokenizer.recipe_id, "exact")))
     fs.pipe_file(
         store.record_path(tokenizer.recipe_id, "exact"),
-        json.dumps(record | {"recipe_id": corpus.recipe_id}).encode(),
+        sealed_bytes(unsealed(record) | {"recipe_id": corpus.recipe_id}),
     )
     told = [str(one) for one in check(store)]
     assert any("aliases/best" in line and "not stored" in line for line in told)
@@ -152,10 +159,9 @@ def test_old_records_expire_unless_a_name_or_an_instance_reaches_them(store):
     gone = make(store, "tokens", "c", days_ago=90, corpus=corpus)
     young = make(store, "tokens", "d", days_ago=5, corpus=corpus)
     store.set_alias("best", kept[0].content_id)
-    reference = {"kind": kept[1].kind, "content_id": kept[1].content_id}
     store.filesystem.makedirs(f"{store.root}/refs/scope/latest/nano", exist_ok=True)
     store.filesystem.pipe_file(
-        f"{store.root}/refs/scope/latest/nano/tokens.json", json.dumps(reference).encode()
+        f"{store.root}/refs/scope/latest/nano/tokens.json", reference_bytes(kept[1])
     )
     found = garbage(store, now=LATER, expire_records_after_days=30.0)
     assert {one.path for one in found} == {
@@ -183,3 +189,155 @@ def test_work_that_is_done_is_garbage_and_work_in_hand_is_not(store, chain):
     with dead.with_suffix(".lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert [one.path for one in garbage(store, now=LATER)] == [str(done)]
+
+
+def without_a_record(store, artifact):
+    store.filesystem.rm(store.record_path(artifact.recipe_id, "exact"))
+    return artifact
+
+
+@pytest.mark.parametrize("field", ["params", "content_id", "facts", "recipe_id", "sha256", "text"])
+def test_a_flipped_bit_anywhere_in_a_record_is_never_believed(store, chain, field):
+    path = store.record_path(chain[1].recipe_id, "exact")
+    raw = store.filesystem.cat_file(path)
+    where = raw.index(f'"{field}": '.encode()) + 1
+    for offset in (0, len(field) + 4):  # the name, and what it says
+        changed = bytearray(raw)
+        changed[where + offset] ^= 1
+        store.filesystem.pipe_file(path, bytes(changed))
+        assert path in {one.path for one in check(store)}
+        with pytest.raises(DamagedArtifactError, match="is damaged"):
+            store.find(Recipe("tokenizer", 1, {"text": "words"}, {"corpus": chain[0].as_input()}))
+    store.filesystem.pipe_file(path, raw)
+    assert check(store) == []
+
+
+def test_records_from_before_they_were_sealed_are_taken_as_they_are(store, chain):
+    path = store.record_path(chain[0].recipe_id, "exact")
+    record = unsealed(json.loads(store.filesystem.cat_file(path)))
+    store.filesystem.pipe_file(path, json.dumps(record).encode())
+    assert make(store, "raw_corpus", "tales") == chain[0]
+    assert check(store) == []
+    record["recipe"]["inputs"] = {"x": {"kind": "../..", "content_id": "x", "used": "x"}}
+    store.filesystem.pipe_file(path, json.dumps(record).encode())
+    assert "name no objects" in str(check(store)[0])
+
+
+@pytest.mark.parametrize("place", ["aliases", "refs/scope/latest/nano", "recipes/0/exact"])
+def test_what_a_killed_writer_of_a_note_left_harms_nothing_and_is_collected(store, chain, place):
+    left = f"{store.root}/{place}/.note.json.0123456789ab"
+    store.filesystem.makedirs(left.rpartition("/")[0], exist_ok=True)
+    store.filesystem.pipe_file(left, b'{"conte')
+    store.set_alias("best", chain[0].content_id)
+    assert store.aliases() == {"best": chain[0].content_id}
+    assert check(store) == garbage(store) == []
+    assert [one.path for one in garbage(store, now=LATER)] == [left]
+    delete(store, garbage(store, now=LATER))
+    assert not store.filesystem.exists(left)
+
+
+def test_a_stray_among_the_objects_is_named_and_no_obstacle(store, chain):
+    stray = f"{store.root}/objects/tokens/notes.txt"
+    store.filesystem.pipe_file(stray, b"mine")
+    assert [(one.path, one.what) for one in check(store)] == [(stray, "has no object's name")]
+    assert garbage(store, now=LATER) == []
+
+
+@pytest.mark.parametrize("by", ["record", "alias", "reference", "lease"])
+def test_what_is_named_while_it_is_collected_is_given_back(store, chain, monkeypatch, by):
+    """The worst moment: it has lost its name, the others are about to be looked at."""
+    lost = without_a_record(store, chain[2])
+    found = garbage(store, now=LATER)
+    assert [one.object for one in found] == [(lost.kind, lost.content_id)]
+    take_away = upkeep._take_away
+
+    def taken_and_named(*args):
+        taken = take_away(*args)
+        assert not store.contains(lost.kind, lost.content_id)
+        match by:
+            case "record":
+                assert make(store, "tokens", "ids", corpus=chain[0], tokenizer=chain[1]) == lost
+            case "alias":
+                store.set_alias("best", lost.content_id)
+            case "reference":
+                path = f"{store.root}/refs/scope/latest/nano/tokens.json"
+                store.filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+                store.filesystem.pipe_file(path, reference_bytes(lost))
+            case "lease":
+                stack.enter_context(store.begin(Recipe("x", 1, {}, {"tokens": lost.as_input()})))
+        return taken
+
+    monkeypatch.setattr(upkeep, "_take_away", taken_and_named)
+    with contextlib.ExitStack() as stack:
+        gone = delete(store, found)
+        assert gone == []
+        assert store.contains(lost.kind, lost.content_id)
+    verify_files(store.local(lost.kind, lost.content_id))
+    assert not store.filesystem.glob(f"{store.root}/trash/*/*")
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_writer_whose_object_is_collected_before_its_record_stores_it_again(
+    store, chain, monkeypatch, when
+):
+    lost = without_a_record(store, chain[2])
+    found = garbage(store, now=LATER)
+    sound_inventory = ArtifactStore._sound_inventory
+
+    def collected(self, *key):
+        monkeypatch.undo()
+        digest = sound_inventory(self, *key) if when == "after" else None
+        assert delete(store, found) == found
+        return digest or sound_inventory(self, *key)
+
+    monkeypatch.setattr(ArtifactStore, "_sound_inventory", collected)
+    assert make(store, "tokens", "ids", corpus=chain[0], tokenizer=chain[1]) == lost
+    assert store.contains(lost.kind, lost.content_id)
+    assert check(store) == []
+
+
+def test_a_collection_that_is_cut_off_leaves_no_half_object_and_is_gone_on_with(
+    store, chain, monkeypatch
+):
+    lost = without_a_record(store, chain[2])
+    found = garbage(store, now=LATER)
+    rm = type(store.filesystem).rm
+
+    def cut_off(self, path, recursive=False, maxdepth=None):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(store.filesystem), "rm", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        delete(store, found)
+    monkeypatch.setattr(type(store.filesystem), "rm", rm)
+    assert not store.contains(lost.kind, lost.content_id)
+    assert [one.object for one in garbage(store, now=LATER)] == [(lost.kind, lost.content_id)]
+    delete(store, garbage(store, now=LATER))
+    assert not store.filesystem.find(store.object_path(lost.kind, lost.content_id))
+    assert check(store) == garbage(store, now=LATER) == []
+
+
+def test_what_a_build_under_way_reads_is_kept_though_its_record_expires(store):
+    corpus = make(store, "raw_corpus", "old", days_ago=90)
+    with store.begin(Recipe("tokens", 1, {}, {"corpus": corpus.as_input()})):
+        assert garbage(store, expire_records_after_days=30.0) == []
+    (record,) = [one for one in garbage(store, expire_records_after_days=30.0) if one.is_record]
+    with store.begin(Recipe("tokens", 1, {}, {"corpus": corpus.as_input()})):
+        assert delete(store, [record]) == [], "it began after that was found"
+    assert delete(store, [record]) == [record]
+
+
+def test_work_is_spared_that_begins_again_or_whose_object_is_lost(store, chain):
+    work = store.scratch / "work" / chain[0].recipe_id / "exact"
+    (work / "progress").mkdir(parents=True)
+    (work / "progress" / "x").write_text("four")
+    found = garbage(store)
+    assert [one.path for one in found] == [str(work)]
+    with work.with_suffix(".lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert delete(store, found) == []
+    set_aside(store, (chain[0].kind, chain[0].content_id))
+    assert garbage(store) == [], "whoever builds it again goes on from there"
+    (work / "progress" / "y").write_text("more")
+    assert delete(store, found) == [], "it has changed"
+    assert (work / "progress" / "x").exists()
