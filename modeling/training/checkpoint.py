@@ -22,6 +22,7 @@ each holds one at a time. The first process writes manifest and `COMMIT` when al
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import re
@@ -34,8 +35,8 @@ from typing import Any
 import tensorstore
 
 from modeling import faults
-from modeling.artifacts import write_durably
 from modeling.inventory import file_sha256
+from modeling.notes import json_bytes, write_whole
 from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import (
     ARRAYS,
@@ -94,18 +95,16 @@ def write(
     if writers.index:
         writers.wait_for(directory / COMMIT)
         return read_manifest(directory)
-    for name, content in files.items():
-        write_durably(directory / name, content)
     manifest = Manifest(
         step, dict(cursor), dict(config), tuple(records),
-        tuple(_file_record(directory, name) for name in sorted(files)),
+        tuple(_written(directory, name, json_bytes(files[name])) for name in sorted(files)),
     )  # fmt: skip
-    write_durably(directory / MANIFEST, to_json(manifest))
+    promised = _written(directory, MANIFEST, json_bytes(to_json(manifest))).sha256
     if writers.count > 1:
         shutil.rmtree(directory / PARTS)
     _sync_directories(directory)
     faults.reach("before-commit", step)
-    _commit(directory)
+    _commit(directory, promised)
     faults.reach("after-commit", step)
     return manifest
 
@@ -161,10 +160,16 @@ class Writers:
             time.sleep(0.01)
 
 
-def _commit(directory: Path) -> None:
+def _written(directory: Path, name: str, content: bytes) -> FileRecord:
+    """Writes a file; returns the record of what was meant, whatever the disk makes of it."""
+    write_whole(directory / name, content)
+    return FileRecord(name, len(content), hashlib.sha256(content).hexdigest())
+
+
+def _commit(directory: Path, promised: str) -> None:
     attempt = directory / f".{COMMIT}"
     with attempt.open("w") as handle:
-        handle.write(file_sha256(directory / MANIFEST) + "\n")
+        handle.write(f"{promised}\n")
         handle.flush()
         os.fsync(handle.fileno())
     attempt.replace(directory / COMMIT)

@@ -269,6 +269,23 @@ def test_the_commit_of_another_checkpoint_commits_nothing(tmp_path):
         verify(tmp_path / "new")
 
 
+@pytest.mark.parametrize("name", ["losses.json", "manifest.json"])
+def test_what_a_disk_makes_of_a_file_while_it_is_written_is_found(tmp_path, monkeypatch, name):
+    write_whole = checkpoint.write_whole
+
+    def spoiled(path, content):
+        write_whole(path, content.replace(b"2.5", b"2.0").replace(b"1", b"3"))
+
+    monkeypatch.setattr(
+        checkpoint,
+        "write_whole",
+        lambda path, content: (spoiled if path.name == name else write_whole)(path, content),
+    )
+    save(tmp_path / "c", make_state())
+    with pytest.raises(CheckpointError, match=rf"{name} has the digest"):
+        verify(tmp_path / "c")
+
+
 def test_a_manifest_that_forgets_a_chunk_is_refused(tmp_path):
     """Even a consistent manifest cannot make half an array whole."""
     save(tmp_path / "c", placed(make_state(), mesh_of(data=2), FSDP))
