@@ -259,7 +259,7 @@ def require_on_demand(experiment: ExperimentConfig) -> None:
         ConfigError: it cannot; says why.
     """
     wanted = experiment.trainer.initialize_from
-    if wanted is not None and not wanted.weights_only and "data" not in wanted.allow_changed:
+    if wanted is not None and wanted.goes_on and "data" not in wanted.allow_changed:
         raise ConfigError(
             "on demand: trainer.initialize_from: whether its checkpoint has seen the same rows is "
             "known when the whole corpus is tokenized. Run without --on-demand, take its weights "

@@ -267,6 +267,8 @@ WeightsChoice = Literal["last", "ema", "tail_average"]
 """Those after the last update, or an average that the trainer keeps."""
 
 
+STEP = "step"
+"""The array of a state that counts its updates."""
 TOKENIZER = "tokenizer"
 """What `allow_changed` calls the tokenizer, which is looked for in lineages."""
 
@@ -282,6 +284,12 @@ class InitializeFromConfig:
     """Its content id, which `levanter status` and the asset's metadata show."""
     weights_only: bool = False
     """Takes the weights alone and begins at step 0; all but the tokenizer is free to differ."""
+    only: Annotated[tuple[str, ...], Field(min_length=1)] | None = dataclasses.field(
+        default=None, metadata=added_later(None)
+    )
+    """Takes these arrays alone, `model.embeddings`, or all within, `model`; the others begin as in
+    a new run. It goes on with the checkpoint's step and data if `step` is among them; otherwise it
+    begins at step 0, and all but the tokenizer is free to differ."""
     allow_changed: tuple[str, ...] = dataclasses.field(default=(), metadata=NOT_IDENTITY)
     """Fields, or sections of them, such as `optimizer`; `data` for the rows, and `tokenizer` where
     ids may stand for other text. A guard."""
@@ -291,11 +299,22 @@ class InitializeFromConfig:
 
     def __post_init__(self) -> None:
         needless = [field for field in self.allow_changed if field != TOKENIZER]
-        if self.weights_only and needless:
+        if self.weights_only and self.only is not None:
             raise ValueError(
-                f"weights_only: true leaves all but the tokenizer free to differ, but "
-                f"allow_changed names {needless}; leave one of them out."
+                f"weights_only: true takes what `only: [model]` does, but only names "
+                f"{list(self.only)}; leave one of them out."
             )
+        if not self.goes_on and needless:
+            what = "weights_only: true" if self.weights_only else "`only` without `step`"
+            raise ValueError(
+                f"{what} leaves all but the tokenizer free to differ, but allow_changed names "
+                f"{needless}; leave one of them out."
+            )
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the run begins at the checkpoint's step; else it begins at step 0."""
+        return not self.weights_only and (self.only is None or STEP in self.only)
 
     @property
     def allows_other_tokenizer(self) -> bool:

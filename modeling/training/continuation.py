@@ -75,7 +75,7 @@ def verified_beginning(
             f"{directory} is the checkpoint {manifest.content_id}, but trainer.initialize_from "
             f"names {wanted.checkpoint}."
         )
-    if not wanted.weights_only:
+    if wanted.goes_on:
         _require_allowed(directory, manifest, wanted, science_of(experiment))
         _require_same_rows(directory, manifest, wanted, cache)
         num_steps = experiment.trainer.num_train_steps
@@ -102,8 +102,8 @@ def _require_allowed(
     if refused:
         raise CheckpointError(
             f"{directory} is of another experiment: {_listed(refused)}. Set them back, name them "
-            f"in trainer.initialize_from.allow_changed, or take its weights alone with "
-            f"weights_only: true."
+            f"in trainer.initialize_from.allow_changed, take its weights alone with "
+            f"weights_only: true, or some arrays with `only`."
         )
     unused = [
         field

@@ -19,6 +19,8 @@ from modeling.training.manifest import COMMIT, CheckpointError
 REFUSED = ".refused"
 """Ends the name of a directory beside a run's checkpoints, for those that are of no use to it but
 were pinned by hand."""
+COPIED = "0" * 12
+"""The attempt of a checkpoint that was put here on purpose, from whatever numerics class."""
 _PIN = re.compile(r"step-(\d{6,})\.json")
 _ATTEMPT = re.compile(r"step-(\d{6,})\.[0-9a-f]{12}")
 

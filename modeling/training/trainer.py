@@ -74,6 +74,7 @@ from modeling.training.mesh import (
 )
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
 from modeling.training.peak import Peak
+from modeling.training.pins import COPIED, attempt_name
 from modeling.training.preemption import Preempted, PreemptionNotice
 from modeling.training.processes import Crew, placed_rows
 from modeling.training.profiling import Profiler, profiled_steps
@@ -355,22 +356,19 @@ class _Run:
         return self._plan.layout.mesh.local_devices
 
     def _begin_with(self, directory: Path) -> None:
-        """Goes on from another run's checkpoint, or from its weights alone."""
+        """Goes on from another run's checkpoint, or begins with some of its arrays."""
         experiment = self._plan.experiment
         manifest = verified_beginning(directory, experiment, self._cache, class_here(experiment))
-        if not self._takes_weights_alone:
+        wanted = experiment.trainer.initialize_from
+        if wanted is not None and wanted.goes_on:
             self._take_over(directory, manifest)
-
-    @property
-    def _takes_weights_alone(self) -> bool:
-        wanted = self._plan.experiment.trainer.initialize_from
-        return wanted is not None and wanted.weights_only
 
     def _recalled(self, directory: Path) -> list[Any] | None:
         """Reads a checkpoint of this run's own, whole; None if it is of rows that are no more."""
         manifest = self._checkpoints.manifest(directory)
         require_same_science(directory, manifest, self._plan.science)
-        require_same_class(directory, manifest, class_here(self._plan.experiment))
+        if directory.name != attempt_name(manifest.step, COPIED):
+            require_same_class(directory, manifest, class_here(self._plan.experiment))
         seen = manifest.config["data"]
         if (why := self._cache.refusal(seen)) is not None:
             if "token_cache" in seen:
@@ -405,16 +403,21 @@ class _Run:
     def _initial_arrays(self) -> list[Any]:
         """Returns the arrays of a run that has no checkpoint of its own."""
         blueprint, initial = self._plan.blueprint, self._means.initial
-        if initial is not None and not self._takes_weights_alone:
-            return self._restored(initial)
         trainer = self._plan.experiment.trainer
+        wanted = trainer.initialize_from
+        is_partial = wanted is not None and (wanted.weights_only or wanted.only is not None)
+        if initial is not None and not is_partial:
+            return self._restored(initial)
         arrays = blueprint.initialize(
             self._plan.make,
             jax.random.PRNGKey(trainer.seed),
             elastic=trainer.reproducibility == "elastic",
         )
-        if initial is None:
+        if initial is None or wanted is None:
             return arrays
+        if wanted.only is not None:
+            state = blueprint.unflatten(arrays)
+            return blueprint.flatten(restore(initial, state, only=wanted.only, **self._place))
         model = restore_parameters(initial, blueprint.template.model, **self._place)
         return blueprint.flatten(dataclasses.replace(blueprint.unflatten(arrays), model=model))
 

@@ -225,7 +225,7 @@ def test_a_finished_run_trains_no_more(finished):
 
 
 @pytest.mark.parametrize("ended", [True, False], ids=["to be published", "to be gone on with"])
-def test_a_damaged_array_is_told_and_the_run_goes_on_from_the_one_before(
+def test_a_damaged_array_is_told_and_the_run_goes_on_from_the_one_before_or_not_at_all(
     finished, compile_cache, tmp_path, caplog, ended
 ):
     """The sizes of all files are right: nothing is known before the array is read."""
@@ -238,9 +238,15 @@ def test_a_damaged_array_is_told_and_the_run_goes_on_from_the_one_before(
     damaged = max((last if ended else before).rglob("c*"), key=lambda path: path.stat().st_size)
     raw = damaged.read_bytes()
     damaged.write_bytes(bytes([raw[0] ^ 1]) + raw[1:])
-    observer = Recorder()
+    observer, told = Recorder(), {}
+    if not ended:
+        with pytest.raises(
+            CheckpointError, match=r"None of the 1 checkpoints .* does not begin an"
+        ):
+            train(driver.experiment(), driver.counting_cache(), own, compile_cache=compile_cache)
+        told = {"trainer": {"begin_anew_if_damaged": True}}
     built = train(
-        driver.experiment(), driver.counting_cache(), own,
+        driver.experiment(**told), driver.counting_cache(), own,
         observer=observer, compile_cache=compile_cache,
     )  # fmt: skip
     assert observer.named("resumed") == ([4] if ended else [])
@@ -362,6 +368,35 @@ def test_another_type_of_optimizer_is_refused_by_name_and_by_its_state(finished,
         continued(finished, tmp_path / "a", None, **other)
     with pytest.raises(CheckpointError, match=r"holds another state .*`opt_state\.adam\.count` is"):
         continued(finished, tmp_path / "b", None, how={"allow_changed": ["optimizer"]}, **other)
+
+
+def test_some_arrays_are_taken_and_the_others_begin_anew(finished, tmp_path, compile_cache):
+    """Under another optimizer, whose state the checkpoint cannot have."""
+    lion = {"optimizer": {"type": "lion", "learning_rate": 1e-3}}
+    how = {"only": ["model", "key", "step"], "allow_changed": ["optimizer"]}
+    built = continued(finished, tmp_path / "a", compile_cache, how=how, **lion)
+    assert (built.facts["resumed_from"], built.facts["steps"]) == (6, 8)
+    assert built.facts["loss_curve"][:6] == finished[1].facts["loss_curve"]
+    how = {"only": ["model"]}
+    begun = continued(finished, tmp_path / "b", compile_cache, how=how)
+    weights = continued(finished, tmp_path / "c", compile_cache, how={"weights_only": True})
+    assert begun.facts["resumed_from"] == 0
+    assert begun.leaves == weights.leaves, "which says the same in other words"
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "says"),
+    [
+        ({"only": ["modle"]}, CheckpointError, r"only: `modle` is no array of"),
+        ({"only": ["step", "model"]}, CheckpointError, r"optimizer\.learning_rate 0\.01 -> 0\.002"),
+        ({"only": ["model"], "weights_only": True}, ConfigError, r"leave one of them out"),
+        ({"only": ["model"], "allow_changed": ["data"]}, ConfigError, r"`only` without `step`"),
+        ({"only": []}, ConfigError, "only"),
+    ],
+)
+def test_a_list_of_arrays_that_makes_no_sense_is_refused(finished, tmp_path, how, error, says):
+    with pytest.raises(error, match=says):
+        continued(finished, tmp_path, None, how=how, optimizer={"learning_rate": 2e-3})
 
 
 def test_a_run_that_goes_on_unchanged_is_the_run_it_goes_on_from(finished, tmp_path, compile_cache):
