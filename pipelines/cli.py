@@ -89,14 +89,16 @@ changed, exchanged or not published, with what making it again would take. Chang
 told to set damaged artifacts aside: the next run makes them anew. Exits 1 if anything is wrong.
 """
 _GC = """\
-Lists what no record, alias or Dagster instance reaches: objects without a record, progress of
-builds that are done, attempts of processes that are gone. Deletes it only with --delete. Records,
+Lists what no record, alias, lease or Dagster instance reaches: objects without a record, progress
+of builds that are done, attempts of processes that are gone. Deletes it only with --delete, while
+others build and publish: what is named by then is given back. Records,
 and so the artifacts on record, last for ever unless --expire-records gives them an age.
 """
 _CHECKPOINT = """\
 Looks after what training has saved. CHECKPOINT is an experiment (what it has published, or the last
 step that it has saved), one of its steps (nano@1200), an artifact's content id or alias, or a
-directory. Needs no accelerator, and no model: every checkpoint tells what it is made of.
+directory or URL. Steps are looked for on this machine and in a remote store. Needs no accelerator,
+and no model: every checkpoint tells what it is made of.
 
   levanter checkpoint ls nano                   steps in progress and published, size, age, state
   levanter checkpoint show nano@1200            every array, and what they add up to

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,7 @@ from modeling.artifacts import (
 from modeling.difference import differences
 from modeling.experiment import Catalog, ExperimentConfig
 from pipelines.build import build_defs
+from pipelines.copies import complete
 from pipelines.verify import UnverifiableError, pools_held, unchanged
 from resources.launcher import LauncherResource
 from resources.materializations import Materialization
@@ -148,7 +149,7 @@ def replay(
         )
     record = store.record(made.recipe_id, made.numerics)
     first, last = steps
-    kept = kept_steps(store, made)
+    kept = kept_steps(store, made, wanted=steps)
     for step in {first, last} - {0}:
         if step not in kept:
             raise UnverifiableError(
@@ -175,22 +176,27 @@ def replay(
 
 def kept_name(step: int) -> str:
     """Returns the name under which a copy of a checkpoint is found again."""
-    from modeling.training.pins import attempt_name
+    from modeling.training.pins import COPIED, attempt_name
 
-    return attempt_name(step, "0" * 12)
+    return attempt_name(step, COPIED)
 
 
-def kept_steps(store: ArtifactStore, made: Materialization) -> dict[int, Path]:
-    """Returns the checkpoints of a run that are there, by step: its result, and those pinned."""
-    from modeling.training.pins import step_of
-    from modeling.training.reading import COMMIT, read_manifest
+def kept_steps(
+    store: ArtifactStore, made: Materialization, *, wanted: Collection[int]
+) -> dict[int, Path]:
+    """Returns the checkpoints of a run that are there, by step: its result, and those pinned.
 
-    work = store.scratch / "work" / made.recipe_id / made.numerics / "progress" / "checkpoints"
-    found = {
-        step: path
-        for path in sorted(work.glob("*/*"))
-        if (step := step_of(path.name)) is not None and (path / COMMIT).exists()
-    }
+    Args:
+        store: where to look.
+        made: the result.
+        wanted: steps that are copied here if they are in a remote store alone.
+    """
+    from modeling.training.reading import read_manifest
+
+    found = {}
+    for copy in complete(store, made.recipe_id, made.numerics):
+        if copy.step not in found and (copy.path or copy.step in wanted):
+            found[copy.step] = copy.local(store)
     result = store.local(made.kind, made.content_id)
     return found | {read_manifest(result).step: result}
 

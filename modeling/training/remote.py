@@ -12,11 +12,12 @@ listing only says where to look, and what is there is read.
 """
 
 import contextlib
+import datetime
 import hashlib
 import logging
 import shutil
 import uuid
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from modeling.training.manifest import (
     FileRecord,
     Manifest,
 )
-from modeling.training.pins import REFUSED, mark, step_of
+from modeling.training.pins import REFUSED, mark, pinned, step_of
 from modeling.training.reading import parse_manifest, verify
 
 _log = logging.getLogger(__name__)
@@ -58,7 +59,7 @@ class RemoteCheckpoints:
 
     def names(self) -> list[str]:
         """Returns the attempts that are complete, highest step first."""
-        return [name for name, _ in self._attempts() if self._is_committed(name)]
+        return [name for name, _ in self.attempts() if self._is_committed(name)]
 
     def _is_committed(self, name: str) -> bool:
         return self._filesystem.exists(f"{self._root}/{name}/{COMMIT}")
@@ -113,7 +114,7 @@ class RemoteCheckpoints:
         """
         attempt, source = directory / f"{FETCHING}{uuid.uuid4().hex[:12]}", f"{self._root}/{name}"
         try:
-            manifest = self._read_manifest(name)
+            manifest = self.manifest(name)
             records = (*manifest.whole_files, *(chunk.file for chunk in manifest.chunks))
             for path in (COMMIT, MANIFEST, *(record.path for record in records)):
                 (attempt / path).parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +139,7 @@ class RemoteCheckpoints:
         self._verified.add(name)
         return manifest
 
-    def _read_manifest(self, name: str) -> Manifest:
+    def manifest(self, name: str) -> Manifest:
         """Returns the manifest of a checkpoint, read from the store.
 
         Raises:
@@ -162,7 +163,7 @@ class RemoteCheckpoints:
         Raises:
             CheckpointError: naming the file that is missing or damaged.
         """
-        manifest = self._read_manifest(name)
+        manifest = self.manifest(name)
         for record in manifest.whole_files:
             self._require_as_written(name, record, "")
         for chunk in manifest.chunks:
@@ -199,7 +200,7 @@ class RemoteCheckpoints:
             step: the newest that was sent; what is beyond it may still be coming from elsewhere.
             is_pinned: whether a step is to stay.
         """
-        attempts, kept = self._attempts(), 0
+        attempts, kept = self.attempts(), 0
         # Nothing is read back if nothing would be removed.
         needs_room = len(attempts) > keep
         for name, files in attempts:
@@ -217,10 +218,10 @@ class RemoteCheckpoints:
         Args:
             kept: the steps.
         """
-        for name, files in self._attempts():
+        for name, files in self.attempts():
             if _step(name) in kept and self._is_committed(name):
                 mark(f"{self.url}{REFUSED}", _step(name), "of a run that began anew")
-                for file in (*sorted(files - {COMMIT}), COMMIT):
+                for file in (*sorted(set(files) - {COMMIT}), COMMIT):
                     target = f"{self._root}{REFUSED}/{name}/{file}"
                     self._filesystem.makedirs(target.rpartition("/")[0], exist_ok=True)
                     content = self._filesystem.cat_file(f"{self._root}/{name}/{file}")
@@ -229,7 +230,11 @@ class RemoteCheckpoints:
         self._verified.clear()
 
     def _remove(
-        self, name: str, files: set[str], *, is_pinned: Callable[[int], bool] = lambda step: False
+        self,
+        name: str,
+        files: Iterable[str],
+        *,
+        is_pinned: Callable[[int], bool] = lambda step: False,
     ) -> None:
         commit = f"{self._root}/{name}/{COMMIT}"
         # Without its commit a half-removed checkpoint does not count.
@@ -240,18 +245,35 @@ class RemoteCheckpoints:
                 self._filesystem.pipe_file(commit, content)  # pinned in this very moment
                 return
         self._verified.discard(name)
-        for file in sorted(files - {COMMIT}):
+        for file in sorted(set(files) - {COMMIT}):
             with contextlib.suppress(FileNotFoundError):  # listed still, but gone
                 self._filesystem.rm_file(f"{self._root}/{name}/{file}")
 
-    def _attempts(self) -> list[tuple[str, set[str]]]:
-        """Returns all attempts, complete or not, with their files, highest step first."""
+    def pinned(self) -> dict[int, str]:
+        """Returns why each pinned step is."""
+        return pinned(self.url)
+
+    def changed(self, name: str, file: str) -> datetime.datetime:
+        """Returns when a file of an attempt was written."""
+        return self._filesystem.modified(f"{self._root}/{name}/{file}")
+
+    def is_whole(self, name: str, sizes: Mapping[str, int]) -> bool:
+        """Whether a committed attempt has all of its files, by their sizes."""
+        try:
+            manifest = self.manifest(name)
+        except CheckpointError:
+            return False
+        records = (*manifest.whole_files, *(chunk.file for chunk in manifest.chunks))
+        return all(sizes.get(record.path) == record.size for record in records)
+
+    def attempts(self) -> list[tuple[str, dict[str, int]]]:
+        """Returns all attempts, complete or not, with sizes of files, highest step first."""
         self._filesystem.invalidate_cache()  # others write, too
-        found: dict[str, set[str]] = {}
-        for path in map(str, self._filesystem.find(self._root)):
-            name, _, file = path.removeprefix(self._root).lstrip("/").partition("/")
+        found: dict[str, dict[str, int]] = {}
+        for path, told in self._filesystem.find(self._root, detail=True).items():
+            name, _, file = str(path).removeprefix(self._root).lstrip("/").partition("/")
             if file and step_of(name) is not None:
-                found.setdefault(name, set()).add(file)
+                found.setdefault(name, {})[file] = int(told["size"])
         return sorted(found.items(), key=lambda item: (_step(item[0]), item[0]), reverse=True)
 
 

@@ -7,11 +7,13 @@ import os
 import shutil
 import time
 
+import fsspec
 import pytest
 from safetensors import safe_open
 
 from modeling.leases import Holder
 from modeling.training import reading
+from modeling.training.remote import RemoteCheckpoints
 from pipelines.cli import main
 
 STEP = 16
@@ -38,9 +40,13 @@ def in_progress(copy, published):
     work = store.scratch / "work" / published["recipe_id"] / numerics
     directory = work / "progress" / "checkpoints" / numerics[:16]
     files = store.local("checkpoint", published["content_id"])
-    for number in (8, STEP):
-        shutil.copytree(files, directory / f"step-{number:06d}.{'a' * 12}")
-    shutil.copytree(files, directory / f"step-000024.{'b' * 12}")
+    for number, attempt in ((8, "a"), (STEP, "a"), (24, "b")):
+        saved = directory / f"step-{number:06d}.{attempt * 12}"
+        shutil.copytree(files, saved)
+        manifest = json.loads((saved / "manifest.json").read_text()) | {"step": number}
+        (saved / "manifest.json").write_text(json.dumps(manifest))
+        digest = hashlib.sha256((saved / "manifest.json").read_bytes()).hexdigest()
+        (saved / "COMMIT").write_text(f"{digest}\n")
     (directory / f"step-000024.{'b' * 12}" / "COMMIT").unlink()
     return directory
 
@@ -274,3 +280,58 @@ def age(directory):
     long_ago = time.time() - 2 * 86400
     for path in directory.rglob("*"):
         os.utime(path, (long_ago, long_ago))
+
+
+# Checkpoints in a remote store.
+
+
+@pytest.fixture
+def remote(copy, in_progress, published, monkeypatch, tmp_path):
+    """A store that is remote to this machine, with the steps in it and none here."""
+    url = f"memory://{tmp_path.name}-{os.getpid()}"
+    filesystem, root = fsspec.url_to_fs(url)
+    for path in copy.store_directory.rglob("*"):
+        if path.is_file() and path.name != "COMMIT" and not path.name.endswith(".lock"):
+            filesystem.pipe_file(
+                f"{root}/{path.relative_to(copy.store_directory)}", path.read_bytes()
+            )
+    place = in_progress.relative_to(copy.store_directory)
+    there = RemoteCheckpoints(f"{url}/{place}")
+    for step in (8, STEP):
+        there.send(in_progress / f"step-{step:06d}.{'a' * 12}")
+    monkeypatch.setenv("LEVANTER_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setattr("resources.store.store_url", lambda configured=None: url)
+    return there
+
+
+class TestRemote:
+    def test_steps_in_a_remote_store_are_listed_read_verified_and_pinned(self, run, remote):
+        code, printed = run("checkpoint", "ls", "tiny", "--json", "--verify")
+        assert code == 0
+        rows = {row["name"]: row for row in json.loads(printed) if "@" in row["name"]}
+        assert {name: row["state"] for name, row in rows.items()} == {
+            "tiny@8": "verified", "tiny@16": "verified", "tiny@24": "incomplete",
+        }  # fmt: skip
+        assert rows["tiny@8"]["directory"] == f"{remote.url}/step-000008.{'a' * 12}"
+        code, printed = run("checkpoint", "show", "tiny@8")
+        assert (code, "step: 8" in printed) == (0, True)
+        assert run("checkpoint", "diff", "tiny@8", "tiny@16")[0] == 0
+        code, printed = run("checkpoint", "verify", "tiny@8")
+        assert (code, f"{remote.url}/step-000008" in printed) == (0, True)
+        assert run("checkpoint", "pin", "tiny@8", "--why", "kept")[0] == 0
+        assert remote.pinned() == {8: "kept"}
+        assert run("checkpoint", "unpin", "tiny@8")[0] == 0
+        assert remote.pinned() == {}
+
+    def test_what_is_damaged_in_a_remote_store_is_named_and_not_handed_out(self, run, remote):
+        fs, root = fsspec.url_to_fs(remote.url)
+        path = next(path for path in fs.find(root) if "step-000008" in path and "/c." in path)
+        fs.pipe_file(path, bytes(len(fs.cat_file(path))))
+        for reference in ("tiny@8", f"{remote.url}/step-000008.{'a' * 12}"):
+            code, printed = run("checkpoint", "verify", reference)
+            assert code == 1
+            assert f"{path.rpartition('/')[2]} holds other bytes than were written" in printed
+        code, printed = run("checkpoint", "show", "tiny@8")
+        assert code == 2
+        assert "holds other values than were written" in printed
+        assert run("checkpoint", "verify", remote.url)[0] == 0, "the newest complete one"
