@@ -22,7 +22,7 @@ A build writes into a fresh directory, which is inventoried, synced and renamed 
 record follows last, so a reader never sees half an artifact. Object stores rename nothing: there
 each upload has a directory of its own, and the inventory that is first says which one counts. So
 two writers of one recipe end with one object, whatever they do meanwhile. What is removed loses its
-name first, and has it given back if a record names it by then: see `upkeep`.
+name first, and has it given back if a record names it by then: see `collection`.
 """
 
 import contextlib

@@ -2,7 +2,7 @@
 
 import sys
 
-from modeling import upkeep
+from modeling import collection, upkeep
 from modeling.artifacts import ArtifactStore
 from modeling.inventory import INVENTORY
 from modeling.progress import Progress
@@ -32,14 +32,14 @@ def fsck(store: ArtifactStore, *, set_aside: bool) -> int:
 
 def gc(store: ArtifactStore, *, delete: bool, expire_records_after_days: float | None) -> int:
     """Lists what nothing reaches, and deletes it if asked to."""
-    found = upkeep.garbage(store, expire_records_after_days=expire_records_after_days)
+    found = collection.garbage(store, expire_records_after_days=expire_records_after_days)
     for one in found:
         _say(f"{human_bytes(one.num_bytes):>9}  {one.path}  ({one.why})")
     total = f"{len(found)} of it, {human_bytes(sum(one.num_bytes for one in found))}"
     if not found:
         _say(f"{store.url}: nothing to collect.")
     elif delete:
-        gone = upkeep.delete(store, found)
+        gone = collection.delete(store, found)
         freed = human_bytes(sum(one.num_bytes for one in gone))
         _say(f"Deleted: {len(gone)} of it, {freed}.")
         if len(gone) < len(found):

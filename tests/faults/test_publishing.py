@@ -20,8 +20,9 @@ import pytest
 
 from modeling import faults
 from modeling.artifacts import ArtifactStore
+from modeling.collection import garbage
 from modeling.inventory import INVENTORY, DamagedArtifactError, verify_files
-from modeling.upkeep import check, garbage
+from modeling.upkeep import check
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bucket

@@ -9,9 +9,10 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from modeling.artifacts import ArtifactStore, Built, Recipe
+from modeling.collection import delete, garbage
 from modeling.inventory import INVENTORY, VERIFIED, DamagedArtifactError
 from modeling.notes import json_bytes
-from modeling.upkeep import check, delete, garbage
+from modeling.upkeep import check
 
 KIND, CONTENT = "tokenizer", "0" * 64
 NAMES = ["a.txt", "part/b.txt"]

@@ -8,12 +8,13 @@ import os
 
 import pytest
 
-from modeling import upkeep
+from modeling import collection
 from modeling.artifacts import ArtifactStore, Built, Recipe, reference_bytes
 from modeling.canonical import digest
+from modeling.collection import delete, garbage
 from modeling.inventory import INVENTORY, DamagedArtifactError, verify_files
 from modeling.notes import sealed_bytes
-from modeling.upkeep import check, delete, garbage, set_aside
+from modeling.upkeep import check, set_aside
 
 LATER = datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=10)
 
@@ -249,7 +250,7 @@ def test_what_is_named_while_it_is_collected_is_given_back(store, chain, monkeyp
     lost = without_a_record(store, chain[2])
     found = garbage(store, now=LATER)
     assert [one.object for one in found] == [(lost.kind, lost.content_id)]
-    take_away = upkeep._take_away
+    take_away = collection._take_away
 
     def taken_and_named(*args):
         taken = take_away(*args)
@@ -267,7 +268,7 @@ def test_what_is_named_while_it_is_collected_is_given_back(store, chain, monkeyp
                 stack.enter_context(store.begin(Recipe("x", 1, {}, {"tokens": lost.as_input()})))
         return taken
 
-    monkeypatch.setattr(upkeep, "_take_away", taken_and_named)
+    monkeypatch.setattr(collection, "_take_away", taken_and_named)
     with contextlib.ExitStack() as stack:
         gone = delete(store, found)
         assert gone == []

@@ -42,7 +42,7 @@ def in_progress(copy, published):
     files = store.local("checkpoint", published["content_id"])
     for number, attempt in ((8, "a"), (STEP, "a"), (24, "b")):
         saved = directory / f"step-{number:06d}.{attempt * 12}"
-        shutil.copytree(files, saved)
+        shutil.copytree(files, saved, ignore=shutil.ignore_patterns("INVENTORY.json"))
         manifest = json.loads((saved / "manifest.json").read_text()) | {"step": number}
         (saved / "manifest.json").write_text(json.dumps(manifest))
         digest = hashlib.sha256((saved / "manifest.json").read_bytes()).hexdigest()
@@ -291,14 +291,14 @@ def remote(copy, in_progress, published, monkeypatch, tmp_path):
     url = f"memory://{tmp_path.name}-{os.getpid()}"
     filesystem, root = fsspec.url_to_fs(url)
     for path in copy.store_directory.rglob("*"):
-        if path.is_file() and path.name != "COMMIT" and not path.name.endswith(".lock"):
-            filesystem.pipe_file(
-                f"{root}/{path.relative_to(copy.store_directory)}", path.read_bytes()
-            )
+        name = path.relative_to(copy.store_directory)
+        if path.is_file() and name.parts[0] != "work":
+            filesystem.pipe_file(f"{root}/{name}", path.read_bytes())
     place = in_progress.relative_to(copy.store_directory)
     there = RemoteCheckpoints(f"{url}/{place}")
     for step in (8, STEP):
         there.send(in_progress / f"step-{step:06d}.{'a' * 12}")
+    filesystem.pipe_file(f"{root}/{place}/step-000024.{'b' * 12}/losses.json", b"{")
     monkeypatch.setenv("LEVANTER_SCRATCH", str(tmp_path / "scratch"))
     monkeypatch.setattr("resources.store.store_url", lambda configured=None: url)
     return there
@@ -310,8 +310,10 @@ class TestRemote:
         assert code == 0
         rows = {row["name"]: row for row in json.loads(printed) if "@" in row["name"]}
         assert {name: row["state"] for name, row in rows.items()} == {
-            "tiny@8": "verified", "tiny@16": "verified", "tiny@24": "incomplete",
-        }  # fmt: skip
+            "tiny@8": "verified",
+            "tiny@16": "verified",
+            "tiny@24": "incomplete",
+        }
         assert rows["tiny@8"]["directory"] == f"{remote.url}/step-000008.{'a' * 12}"
         code, printed = run("checkpoint", "show", "tiny@8")
         assert (code, "step: 8" in printed) == (0, True)

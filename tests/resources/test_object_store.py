@@ -9,8 +9,9 @@ import fsspec
 import pytest
 
 from modeling.artifacts import ArtifactStore, Built, Recipe, ReproducibilityError, Workspace
+from modeling.collection import delete, garbage
 from modeling.inventory import INVENTORY, DamagedArtifactError
-from modeling.upkeep import check, delete, garbage
+from modeling.upkeep import check
 
 RECIPE = Recipe("raw_corpus", 1, {"n": 1})
 CONTENT = "0" * 64
