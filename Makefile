@@ -19,7 +19,7 @@ ui: $(VENV)/.runtime ## Opens the Dagster UI on 127.0.0.1:3000 over the same ins
 	$(BIN)/levanter ui
 
 test: $(VENV)/.dev ## Runs every test but the soak, two files at a time
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev ## Format, lint, types, import contracts
 	$(BIN)/ruff format --check .
