@@ -25,7 +25,7 @@ from modeling.data.config import DatasetConfig, Owner, Packing, TokenCacheConfig
 from modeling.evaluation.config import EvaluationConfig
 from modeling.fields import STRICT
 from modeling.hf.config import ExportConfig
-from modeling.models.config import MODEL_PRESETS, ModelConfig
+from modeling.models.config import MODEL_PRESETS, Gpt2Config, ModelConfig
 from modeling.optim.config import AdamWConfig, OptimizerConfig
 from modeling.training.config import TrainerConfig
 
@@ -45,7 +45,7 @@ class ExperimentConfig:
     packing: Packing = dataclasses.field(default="concat", metadata=NOT_IDENTITY)
     """Which of the dataset's token caches of this length; its content id tells rows apart."""
     trainer: TrainerConfig
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: ModelConfig = dataclasses.field(default_factory=Gpt2Config)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=AdamWConfig)
     evaluation: EvaluationConfig = dataclasses.field(default_factory=EvaluationConfig)
     export: ExportConfig = dataclasses.field(default_factory=ExportConfig)

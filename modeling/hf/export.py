@@ -1,8 +1,8 @@
 """A checkpoint as a Hugging Face model directory that says where it comes from.
 
-    config.json              GPT2Config; generation_config.json beside it
-    model.safetensors        weights in Conv1D layout, one metadata key (`format`): several would be
-                             written in an order that changes from process to process
+    config.json              what the model is; generation_config.json beside it
+    model.safetensors        weights in `transformers`' layout, one metadata key (`format`): several
+                             would be written in an order that changes from process to process
     tokenizer.json           byte for byte the tokenizer artifact's; tokenizer_config.json and
                              special_tokens_map.json tell `AutoTokenizer` how to use it, and
                              chat_template.jinja is beside them if the tokenizer came with one;
@@ -38,10 +38,10 @@ from modeling.data.tokenizer import (
 )
 from modeling.experiment import ExperimentConfig
 from modeling.hf import reference
-from modeling.hf.gpt2 import to_hf_config, to_tensors
+from modeling.hf.architectures import to_hf_config, to_tensors
 from modeling.hf.model_card import model_card
 from modeling.inventory import file_sha256
-from modeling.models.gpt2 import Gpt2LmHeadModel
+from modeling.models.lm import Model
 from modeling.models.trained import load_model
 from modeling.progress import Meter, Report, ignore
 
@@ -77,7 +77,7 @@ def build(
 
 
 def write(
-    model: Gpt2LmHeadModel,
+    model: Model,
     tokenizer_dir: Path,
     lineage: Mapping[str, str],
     output: Path,
@@ -152,7 +152,7 @@ def logit_difference(
     return LogitDifference(max_abs, float(np.max(np.abs(ours))))
 
 
-def float32_logits(model: Gpt2LmHeadModel, token_rows: np.ndarray) -> np.ndarray:
+def float32_logits(model: Model, token_rows: np.ndarray) -> np.ndarray:
     """Returns logits `[rows, positions, vocab]`, with products in full float32 on every device."""
     Row, Position = Axis("row", len(token_rows)), model.Pos.resize(token_rows.shape[1])
     tokens = hax.named(jnp.asarray(token_rows, jnp.int32), (Row, Position))
@@ -162,7 +162,7 @@ def float32_logits(model: Gpt2LmHeadModel, token_rows: np.ndarray) -> np.ndarray
 
 
 def _require_same_vocabulary(
-    model: Gpt2LmHeadModel, tokenizer: Tokenizer | PassthroughTokenizer, tokenizer_dir: Path
+    model: Model, tokenizer: Tokenizer | PassthroughTokenizer, tokenizer_dir: Path
 ) -> None:
     if tokenizer.vocab_size != model.Vocab.size:
         raise ValueError(

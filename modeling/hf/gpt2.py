@@ -6,34 +6,24 @@ and stacks the layers, theirs is a matrix a layer in Conv1D layout, `[in, out]`,
 
     transformer.blocks.stacked.attn.c_attn.weight [layers, embed, qkv, heads, head_size]
     transformer.h.7.attn.c_attn.weight            [embed, 3 * embed]
-
-The table below says which axes make up which dimension. It is read in both directions, so export
-and import cannot disagree.
 """
 
-import functools
-import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from haliax import Axis, NamedArray
+from haliax import Axis
+from modeling.hf import tables
+from modeling.hf.tables import Groups, Row, Table, require_assumed
 from modeling.models.config import Gpt2Config
 from modeling.models.gpt2 import Gpt2LmHeadModel, with_vocab_rows
 
 _MASK = re.compile(r"(.*\.)?attn\.(bias|masked_bias)")
 """Buffers that `transformers` before 4.30 saved among the weights."""
-
-Groups = tuple[tuple[str, ...], ...]
-"""The dimensions of one of their tensors, each as the axes of ours that make it up, row-major."""
-
-BLOCKS = "transformer.blocks.stacked"
-LAYERS = "layers"
 
 _NORM: Groups = (("embed",),)
 _QKV, _HEADS = ("qkv", "heads", "head_size"), ("heads", "head_size")
@@ -53,13 +43,21 @@ _BLOCK: Mapping[str, Groups] = {
 }
 
 
-def _outer(model: Gpt2LmHeadModel) -> Iterator[tuple[str, str, Groups]]:
-    """Yields their name, our path and the dimensions of what stands outside the blocks."""
-    embeddings = "embeddings.token_embeddings.weight", "embeddings.position_embeddings.weight"
-    yield "transformer.wte.weight", embeddings[0], ((model.Vocab.name,), ("embed",))
-    yield "transformer.wpe.weight", embeddings[1], ((model.Pos.name,), ("embed",))
-    yield "transformer.ln_f.weight", "transformer.ln_f.weight", _NORM
-    yield "transformer.ln_f.bias", "transformer.ln_f.bias", _NORM
+def table_of(model: Gpt2LmHeadModel) -> Table:
+    """Returns how the arrays of a GPT-2 correspond; `model` may be abstract."""
+    tokens, at = ((model.Vocab.name,), ("embed",)), ((model.Pos.name,), ("embed",))
+    return Table(
+        title="GPT-2",
+        outside=(
+            Row("transformer.wte.weight", "embeddings.token_embeddings.weight", tokens),
+            Row("transformer.wpe.weight", "embeddings.position_embeddings.weight", at),
+            Row("transformer.ln_f.weight", "transformer.ln_f.weight", _NORM),
+            Row("transformer.ln_f.bias", "transformer.ln_f.bias", _NORM),
+        ),
+        layer_prefix="transformer.h.{}.",
+        blocks="transformer.blocks.stacked",
+        inside=tuple(Row(name, name, groups) for name, groups in _BLOCK.items()),
+    )
 
 
 def to_tensors(model: Gpt2LmHeadModel) -> dict[str, np.ndarray]:
@@ -69,21 +67,7 @@ def to_tensors(model: Gpt2LmHeadModel) -> dict[str, np.ndarray]:
     (`vocab_pad_multiple`) are left out.
     """
     model = with_vocab_rows(model, model.Vocab.size)
-    tensors = {name: _flat(_at(model, path), groups) for name, path, groups in _outer(model)}
-    for name, groups in _BLOCK.items():
-        stacked = _flat(_at(model, f"{BLOCKS}.{name}"), ((LAYERS,), *groups))
-        tensors |= {f"transformer.h.{i}.{name}": layer for i, layer in enumerate(stacked)}
-    return tensors
-
-
-def _at(model: Gpt2LmHeadModel, path: str) -> NamedArray:
-    return functools.reduce(getattr, path.split("."), model)  # pyright: ignore[reportReturnType]
-
-
-def _flat(array: NamedArray, groups: Groups) -> np.ndarray:
-    """Returns the raw array with one dimension a group; a view where the axes stand in order."""
-    ordered = array.rearrange(tuple(axis for group in groups for axis in group))
-    return np.asarray(ordered.array).reshape(_shape(array, groups))
+    return tables.to_tensors(model, table_of(model))
 
 
 def from_tensors(
@@ -106,17 +90,7 @@ def from_tensors(
     template: Gpt2LmHeadModel = eqx.filter_eval_shape(unpadded)
     given = {_full_name(name): t for name, t in tensors.items() if not _MASK.fullmatch(name)}
     _drop_tied_head(given)
-    _check_tensors(given, template)
-    paths, arrays = [], []
-    for name, path, groups in _outer(template):
-        paths.append(path)
-        arrays.append(_unflat(given[name], _at(template, path), groups))
-    for name, groups in _BLOCK.items():
-        path = f"{BLOCKS}.{name}"
-        stacked = np.stack([given[f"transformer.h.{i}.{name}"] for i in range(config.num_layers)])
-        paths.append(path)
-        arrays.append(_unflat(stacked, _at(template, path), ((LAYERS,), *groups)))
-    model = eqx.tree_at(lambda model: [_at(model, path) for path in paths], template, arrays)
+    model = tables.from_tensors(given, template, table_of(template))
     return with_vocab_rows(model, config.vocab_rows(Vocab.size))
 
 
@@ -131,42 +105,6 @@ def _drop_tied_head(given: dict[str, np.ndarray]) -> None:
             "`lm_head.weight` differs from `transformer.wte.weight`, but the head of this GPT-2 is "
             "tied to its embedding. Import a model with tied weights."
         )
-
-
-def _unflat(tensor: np.ndarray, like: NamedArray, groups: Groups) -> NamedArray:
-    axes = [like.resolve_axis(axis) for group in groups for axis in group]
-    named = NamedArray(jnp.asarray(tensor.reshape([axis.size for axis in axes])), tuple(axes))
-    return named.rearrange(like.axes)
-
-
-def _check_tensors(given: Mapping[str, np.ndarray], template: Gpt2LmHeadModel) -> None:
-    expected = tensor_shapes(template)
-    faults = [f"`{name}` is missing" for name in expected if name not in given]
-    faults += [f"`{name}` is not part of a GPT-2" for name in given if name not in expected]
-    faults += [
-        f"`{name}` has shape {given[name].shape}, expected {shape}"
-        for name, shape in expected.items()
-        if name in given and given[name].shape != shape
-    ]
-    if faults:
-        raise ValueError(
-            f"{len(faults)} tensors do not fit: {'; '.join(faults[:8])}"
-            f"{'; ...' if len(faults) > 8 else ''}. Check the sizes in `config.json`."
-        )
-
-
-def tensor_shapes(model: Gpt2LmHeadModel) -> dict[str, tuple[int, ...]]:
-    """Returns the shape of every tensor by Hugging Face name; `model` may be abstract."""
-    shapes = {name: _shape(_at(model, path), groups) for name, path, groups in _outer(model)}
-    for i in range(model.config.num_layers):
-        for name, groups in _BLOCK.items():
-            block = _at(model, f"{BLOCKS}.{name}")
-            shapes[f"transformer.h.{i}.{name}"] = _shape(block, groups)
-    return shapes
-
-
-def _shape(array: NamedArray, groups: Groups) -> tuple[int, ...]:
-    return tuple(math.prod(array.axis_size(axis) for axis in group) for group in groups)
 
 
 def to_hf_config(
@@ -233,12 +171,7 @@ def from_hf_config(hf_config: Mapping[str, Any]) -> tuple[Gpt2Config, Axis, Axis
         ValueError: it describes something that our GPT-2 is not.
     """
     fields = {**_DEFAULTS, **hf_config}
-    for name, accepted in _ASSUMED.items():
-        if fields.get(name) not in accepted:
-            raise ValueError(
-                f"config.json: {name}: {fields.get(name)!r} is not supported, only "
-                f"{' or '.join(map(repr, accepted))}. Convert the model, or choose another."
-            )
+    require_assumed(fields, _ASSUMED)
     width, inner = fields["n_embd"], fields["n_inner"] or 4 * fields["n_embd"]
     if inner % width:
         raise ValueError(

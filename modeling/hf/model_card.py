@@ -47,18 +47,19 @@ def model_card(
     kinds = [*titles, *sorted(set(lineage) - set(titles))]
     ids = [(titles.get(kind, kind), f"`{lineage[kind]}`") for kind in kinds]
     files = [(f"`{name}`", f"`{digests[name]}`") for name in sorted(digests)]
+    sizes = {name: config[field] for name, field in _FIELDS[config["model_type"]].items()}
     shape = [
         ("Parameters", f"{num_parameters:,}"),
-        ("Layers", f"{config['n_layer']}"),
-        ("Width", f"{config['n_embd']:,}"),
-        ("Heads", f"{config['n_head']}"),
-        ("Context", f"{config['n_positions']:,} tokens"),
+        ("Layers", f"{sizes['layers']}"),
+        ("Width", f"{sizes['width']:,}"),
+        ("Heads", f"{sizes['heads']}"),
+        ("Context", f"{sizes['context']:,} tokens"),
         ("Vocabulary", f"{config['vocab_size']:,} ids"),
         ("Weights", config["dtype"]),
     ]
     sections = [
-        _FRONT_MATTER,
-        "# GPT-2 language model",
+        _FRONT_MATTER.format(config["model_type"]),
+        f"# {_TITLES[config['model_type']]} language model",
         "A decoder-only transformer trained from scratch on the corpus named below.",
         _table(("", ""), shape),
         "## Use",
@@ -81,9 +82,21 @@ _FRONT_MATTER = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags:
-- gpt2
+- {}
 - jax
 ---"""
+
+_TITLES = {"gpt2": "GPT-2", "llama": "Llama"}
+_FIELDS: Mapping[str, Mapping[str, str]] = {
+    "gpt2": {
+        "layers": "n_layer", "width": "n_embd", "heads": "n_head", "context": "n_positions",
+    },
+    "llama": {
+        "layers": "num_hidden_layers", "width": "hidden_size", "heads": "num_attention_heads",
+        "context": "max_position_embeddings",
+    },
+}  # fmt: skip
+"""What `config.json` of each architecture calls its sizes."""
 
 _USE = """```python
 from transformers import AutoModelForCausalLM, AutoTokenizer

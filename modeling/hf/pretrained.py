@@ -1,6 +1,6 @@
-"""A GPT-2 from a local Hugging Face directory, to go on training or to evaluate.
+"""A model from a local Hugging Face directory, to go on training or to evaluate.
 
-    config.json                      what the model is; see `gpt2.from_hf_config`
+    config.json                      what the model is; see `from_hf_config` of its architecture
     model.safetensors                its weights, or, for a large model in several files,
     model.safetensors.index.json     {"weight_map": {tensor name: file name}}
 
@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 from safetensors import safe_open
 
-from modeling.hf.gpt2 import from_hf_config, from_tensors
-from modeling.models.gpt2 import Gpt2LmHeadModel
+from modeling.hf import architectures
+from modeling.models.lm import Model
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 
 
-def load_pretrained(directory: Path, *, vocab_pad_multiple: int = 1) -> Gpt2LmHeadModel:
+def load_pretrained(directory: Path, *, vocab_pad_multiple: int = 1) -> Model:
     """Returns the model in `directory`, in the dtype that its weights have.
 
     Args:
@@ -31,15 +31,17 @@ def load_pretrained(directory: Path, *, vocab_pad_multiple: int = 1) -> Gpt2LmHe
 
     Raises:
         FileNotFoundError: a file is missing; the message says which, and what to do.
-        ValueError: the model is not a GPT-2, or its weights do not fit its configuration.
+        ValueError: no architecture here is that model's, or its weights do not fit its
+            configuration.
     """
     if not (directory / CONFIG).is_file():
         raise FileNotFoundError(f"{directory / CONFIG}: no such file. Give a model's directory.")
     hf_config = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
     try:
-        config, Vocab, Pos = from_hf_config(hf_config)
+        architecture = architectures.of_hf_config(hf_config)
+        config, Vocab, Pos = architecture.from_hf_config(hf_config)
         config = dataclasses.replace(config, vocab_pad_multiple=vocab_pad_multiple)
-        return from_tensors(_tensors(directory), config, Vocab, Pos)
+        return architecture.from_tensors(_tensors(directory), config, Vocab, Pos)
     except ValueError as error:
         raise ValueError(f"{directory}: {error}") from error
 

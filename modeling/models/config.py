@@ -1,12 +1,12 @@
-"""Hyperparameters of the model architectures. Imports no JAX: `gpt2.py` builds from these."""
+"""Hyperparameters of the model architectures, each built by the file of its name. No JAX here."""
 
 import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, Tag
 
 from modeling.canonical import NOT_IDENTITY, added_later
-from modeling.fields import STRICT, Positive
+from modeling.fields import STRICT, Positive, type_or
 
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -59,24 +59,100 @@ class Gpt2Config:
                 f"each head takes hidden_dim / num_heads features."
             )
 
+    @property
+    def head_size(self) -> int:
+        """Features of a head."""
+        return self.hidden_dim // self.num_heads
+
     def vocab_rows(self, vocab_size: int) -> int:
         """Returns how many rows the embedding of so many ids has."""
-        return -(-vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
+        return _padded(vocab_size, self.vocab_pad_multiple)
 
     @property
     def execution(self) -> dict[str, Any]:
         """How the same sums are computed: what may change bits, and no science."""
-        names = ("gradient_checkpointing", "unroll_layers", "attention")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in _EXECUTION}
 
 
-ModelConfig = Gpt2Config
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """Llama (Touvron et al. 2023): RMS norms, rotary positions, gated MLP, shared key heads."""
 
-MODEL_PRESETS: dict[str, Gpt2Config] = {
+    type: Literal["llama"]
+    hidden_dim: Positive = 1024
+    num_layers: Positive = 24
+    num_heads: Positive = 16
+    num_kv_heads: Positive = 8
+    """Heads of keys and values, each shared by num_heads / num_kv_heads heads of queries."""
+    mlp_dim: Positive = 2816
+    rms_norm_epsilon: Annotated[float, Field(gt=0.0)] = 1e-5
+    rope_theta: Annotated[float, Field(gt=0.0)] = 10000.0
+    """The slowest pair of features turns by a radian in almost so many positions."""
+    initializer_range: Annotated[float, Field(gt=0.0)] = 0.02
+    """Standard deviation of initial weights; residual projections get it over sqrt(2 layers)."""
+    tie_word_embeddings: bool = False
+    """Whether the embedding is the head as well."""
+    gradient_checkpointing: bool | Literal["products", "nested", "offload"] = dataclasses.field(
+        default=True, metadata=NOT_IDENTITY
+    )
+    """As in `Gpt2Config`, like the next three."""
+    unroll_layers: Positive = dataclasses.field(default=1, metadata=NOT_IDENTITY)
+    attention: Literal["auto", "xla", "cudnn"] = dataclasses.field(
+        default="auto", metadata=NOT_IDENTITY
+    )
+    vocab_pad_multiple: Positive = 1
+
+    identity_tag: ClassVar[str] = "model.llama/1"
+    __pydantic_config__ = STRICT
+
+    def __post_init__(self) -> None:
+        if self.hidden_dim % (2 * self.num_heads):
+            raise ValueError(
+                f"hidden_dim {self.hidden_dim} is not a multiple of twice num_heads "
+                f"{self.num_heads}; each head takes hidden_dim / num_heads features, in pairs."
+            )
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads "
+                f"{self.num_kv_heads}; each of these is shared by equally many of the former."
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Features of a head."""
+        return self.hidden_dim // self.num_heads
+
+    def vocab_rows(self, vocab_size: int) -> int:
+        """Returns how many rows the embedding, and the head, of so many ids has."""
+        return _padded(vocab_size, self.vocab_pad_multiple)
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        """How the same sums are computed: what may change bits, and no science."""
+        return {name: getattr(self, name) for name in _EXECUTION}
+
+
+_EXECUTION = ("gradient_checkpointing", "unroll_layers", "attention")
+
+
+def _padded(vocab_size: int, multiple: int) -> int:
+    return -(-vocab_size // multiple) * multiple
+
+
+ModelConfig = Annotated[
+    Annotated[Gpt2Config, Tag("gpt2")] | Annotated[LlamaConfig, Tag("llama")], type_or("gpt2")
+]
+"""Of which architecture a model is, by `type`; GPT-2 where none is written."""
+
+MODEL_PRESETS: dict[str, Gpt2Config | LlamaConfig] = {
     "gpt2-nano": Gpt2Config(hidden_dim=128, num_layers=4, num_heads=4),
     "gpt2-small": Gpt2Config(hidden_dim=768, num_layers=12, num_heads=12),
     "gpt2-medium": Gpt2Config(hidden_dim=1024, num_layers=24, num_heads=16),
     "gpt2-large": Gpt2Config(hidden_dim=1280, num_layers=36, num_heads=20),
     "gpt2-xl": Gpt2Config(hidden_dim=1600, num_layers=48, num_heads=25),
+    "llama-nano": LlamaConfig(
+        type="llama", hidden_dim=128, num_layers=4, num_heads=4, num_kv_heads=2, mlp_dim=352
+    ),
+    "llama-350m": LlamaConfig(type="llama"),
 }
 """Named sizes, for `levanter train --model NAME` and `model: NAME` in an experiment file."""

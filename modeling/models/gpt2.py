@@ -17,20 +17,21 @@ of axes.
 """
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, PRNGKeyArray
+from jaxtyping import PRNGKeyArray
 
 import haliax as hax
 from haliax import Axis, AxisSpec, NamedArray
 from haliax.jax_utils import maybe_rng_split, named_call
 from haliax.nn import Embedding, LayerNorm, Linear, Stacked
+from modeling.models.attention import attend
 from modeling.models.config import Gpt2Config
-from modeling.models.loss import logits
-from modeling.models.segments import attendable, positions
+from modeling.models.segments import positions
+from modeling.models.vocabulary import logits_of_ids, row_axis, with_rows
 
 
 class Gpt2Axes(NamedTuple):
@@ -95,20 +96,11 @@ class Gpt2Attention(eqx.Module):
         if self.config.upcast_attn:
             q, k = q.astype(jnp.float32), k.astype(jnp.float32)
 
-        dropout = 0.0 if key is None else self.config.attn_pdrop
-        if uses_cudnn(self.config, jax.default_backend(), q.dtype, dropout=dropout):
-            mixed = library_attention(
-                q, k, v, Pos, Heads, HeadSize, segment_ids, implementation="cudnn"
-            )
-            return self.c_proj(mixed)
-
-        KPos = Pos.alias("key_position")
-        k, v = k.rename({Pos: KPos}), v.rename({Pos: KPos})
-        mask = attendable(Pos, KPos, segment_ids)
-        scores = hax.where(mask, hax.dot(q, k, axis=HeadSize), -jnp.inf)
-        weights = hax.nn.softmax(scores, axis=KPos).astype(v.dtype)
-        weights = _dropout(weights, self.config.attn_pdrop, key=key)
-        return self.c_proj(hax.dot(weights, v, axis=KPos))
+        mixed = attend(
+            q, k, v, Pos, Heads, HeadSize, segment_ids,
+            by=self.config.attention, dropout=self.config.attn_pdrop, key=key,
+        )  # fmt: skip
+        return self.c_proj(mixed)
 
 
 class Gpt2Mlp(eqx.Module):
@@ -283,7 +275,7 @@ class Gpt2LmHeadModel(eqx.Module):
         key: PRNGKeyArray | None = None,
     ) -> NamedArray:
         """Returns what the head is applied to, for rows of at most `Pos.size` ids."""
-        Pos = self._row_axis(input_ids)
+        Pos = row_axis(input_ids, self.Pos)
         embeddings_key, transformer_key = maybe_rng_split(key)
         x = self.embeddings(input_ids, Pos, segment_ids, key=embeddings_key)
         return self.transformer(x, Pos, segment_ids, key=transformer_key)
@@ -297,17 +289,7 @@ class Gpt2LmHeadModel(eqx.Module):
     ) -> NamedArray:
         """Returns float32 logits over `Vocab` for the id after each position."""
         activations = self.activations(input_ids, segment_ids=segment_ids, key=key)
-        of_all_rows = logits(activations, self.head, self.Vocab)
-        return _resized(of_all_rows, self.Vocab)
-
-    def _row_axis(self, input_ids: NamedArray) -> Axis:
-        Pos = input_ids.resolve_axis(self.Pos.name)
-        if Pos.size > self.Pos.size:
-            raise ValueError(
-                f"input_ids: axis '{Pos.name}' has size {Pos.size}, but the model knows "
-                f"{self.Pos.size} positions; cut the rows, or train with a longer sequence_length."
-            )
-        return Pos
+        return logits_of_ids(activations, self.head, self.Vocab)
 
 
 def with_vocab_rows(model: Gpt2LmHeadModel, num_rows: int) -> Gpt2LmHeadModel:
@@ -315,74 +297,8 @@ def with_vocab_rows(model: Gpt2LmHeadModel, num_rows: int) -> Gpt2LmHeadModel:
 
     Zeros appended to what was drawn for the ids alone: no id's vector hangs on the padding.
     """
-    old, Rows = model.embeddings.token_embeddings, model.Vocab.resize(num_rows)
-    new = Embedding(_resized(old.weight, Rows), Rows, old.Embed)
+    new = with_rows(model.embeddings.token_embeddings, num_rows)
     return eqx.tree_at(lambda model: model.embeddings.token_embeddings, model, new)
-
-
-def _resized(x: NamedArray, NewAxis: Axis) -> NamedArray:
-    """Returns `x` with the axis of this name cut, or grown by zeros, at its end."""
-    missing = NewAxis.size - x.axis_size(NewAxis.name)
-    if missing > 0:
-        return hax.pad(x, {NewAxis.name: (0, missing)})
-    return x if missing == 0 else hax.slice(x, NewAxis.name, NewAxis)
-
-
-def uses_cudnn(config: Gpt2Config, platform: str, dtype: Any, *, dropout: float) -> bool:
-    """Returns whether attention is computed by cuDNN.
-
-    Raises:
-        ValueError: it is asked for by name where it cannot do what is asked.
-    """
-    head_size = config.hidden_dim // config.num_heads
-    lacking = {
-        f"platform {platform}, not gpu": platform == "gpu",
-        f"{jnp.dtype(dtype).name} scores, not 16-bit": jnp.dtype(dtype).itemsize == 2,
-        f"dropout of weights (model.attn_pdrop {dropout})": dropout == 0.0,
-        f"a head size of {head_size}, not a multiple of 8 up to 128": (
-            head_size % 8 == 0 and head_size <= 128
-        ),
-    }
-    reasons = [reason for reason, holds in lacking.items() if not holds]
-    if config.attention == "cudnn" and reasons:
-        raise ValueError(
-            f"model.attention: cudnn cannot do with {'; '.join(reasons)}. Take `auto`, which "
-            f"chooses by what is possible, or `xla`."
-        )
-    return config.attention != "xla" and not reasons
-
-
-def library_attention(
-    q: NamedArray,
-    k: NamedArray,
-    v: NamedArray,
-    Pos: Axis,
-    Heads: Axis,
-    HeadSize: Axis,
-    segment_ids: NamedArray | None,
-    *,
-    implementation: Literal["cudnn", "xla"],
-) -> NamedArray:
-    """Returns the values mixed by causal attention of scaled queries, in one call of the library.
-
-    The library takes arrays `[batch, position, head, feature]`: other axes become one batch.
-    """
-    others = tuple(axis for axis in q.axes if axis not in (Pos, Heads, HeadSize))
-    order = (*others, Pos, Heads, HeadSize)
-
-    def raw(x: NamedArray) -> Array:
-        return x.rearrange(order).array.reshape(-1, Pos.size, Heads.size, HeadSize.size)
-
-    mask = None
-    if segment_ids is not None:
-        rows = segment_ids.broadcast_to((*others, Pos)).rearrange((*others, Pos))
-        ids = rows.array.reshape(-1, Pos.size)
-        mask = (ids[:, :, None] == ids[:, None, :])[:, None]
-    mixed = jax.nn.dot_product_attention(
-        raw(q), raw(k), raw(v),
-        mask=mask, scale=1.0, is_causal=True, implementation=implementation,
-    )  # fmt: skip
-    return hax.named(mixed.reshape([axis.size for axis in order]), order)
 
 
 def _linear(In: AxisSpec, Out: AxisSpec, std: float, *, key: PRNGKeyArray) -> Linear:

@@ -15,8 +15,9 @@ from jaxtyping import Array, PRNGKeyArray
 
 import haliax as hax
 from haliax import Axis, AxisSelector, NamedArray
-from modeling.models.config import ModelConfig
+from modeling.models.config import Gpt2Config, LlamaConfig
 from modeling.models.gpt2 import Gpt2LmHeadModel
+from modeling.models.llama import LlamaLmHeadModel
 from modeling.models.loss import sampled_targets, summed_cross_entropy, token_cross_entropy
 
 
@@ -90,10 +91,16 @@ class LmExample(eqx.Module):
         return cls(tokens, weights.broadcast_to(tokens.axes).rearrange(tokens.axes), segment_ids)
 
 
+Model = Gpt2LmHeadModel | LlamaLmHeadModel
+"""Of any architecture that there is."""
+
+
 def build_model(
-    config: ModelConfig, Vocab: Axis, Pos: Axis, *, key: PRNGKeyArray
-) -> Gpt2LmHeadModel:
+    config: Gpt2Config | LlamaConfig, Vocab: Axis, Pos: Axis, *, key: PRNGKeyArray
+) -> Model:
     """Returns a model with random weights for rows of at most `Pos.size` ids of `Vocab`."""
+    if isinstance(config, LlamaConfig):
+        return LlamaLmHeadModel.init(Vocab, Pos, config, key=key)
     return Gpt2LmHeadModel.init(Vocab, Pos, config, key=key)
 
 

@@ -8,8 +8,7 @@ import jax
 
 from haliax import Axis
 from modeling.experiment import ExperimentConfig
-from modeling.models.gpt2 import Gpt2LmHeadModel
-from modeling.models.lm import build_model
+from modeling.models.lm import Model, build_model
 from modeling.training.config import WeightsChoice
 from modeling.training.precision import Policy
 from modeling.training.restoring import restore_parameters
@@ -20,13 +19,13 @@ DESCRIPTION = "model.json"
 
 def load_model(
     checkpoint_dir: Path, experiment: ExperimentConfig, weights: WeightsChoice = "last"
-) -> Gpt2LmHeadModel:
+) -> Model:
     """Returns the model of a checkpoint of `experiment`, verified, in the trainer's dtype."""
     sizes = json.loads((checkpoint_dir / DESCRIPTION).read_text(encoding="utf-8"))
     Vocab = Axis("vocab", sizes["vocab_size"])
     Pos = Axis("position", sizes["sequence_length"])
 
-    def build() -> Gpt2LmHeadModel:
+    def build() -> Model:
         model = build_model(experiment.model, Vocab, Pos, key=jax.random.key(0))
         # Averages are kept in float32, whatever the weights are.
         return policy.cast_to_param(model) if weights == "last" else model

@@ -33,7 +33,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from modeling.models.config import Gpt2Config
+from modeling.models.config import Gpt2Config, LlamaConfig
 
 _log = logging.getLogger(__name__)
 
@@ -58,21 +58,30 @@ class ModelShape:
     """What the FLOPs of a decoder-only transformer depend on."""
 
     num_parameters: int
-    """Weights that take part in products: no table of positions, a tied head once."""
+    """Weights that take part in products: no table that is only looked up, a tied head once."""
     num_layers: int
     num_heads: int
     head_size: int
     sequence_length: int
 
     @staticmethod
-    def of(config: Gpt2Config, *, num_parameters: int, sequence_length: int) -> "ModelShape":
+    def of(
+        config: Gpt2Config | LlamaConfig,
+        *,
+        num_parameters: int,
+        sequence_length: int,
+        vocab_size: int,
+    ) -> "ModelShape":
         """Returns the shape of a model of which all `num_parameters` are trained."""
-        positions = sequence_length * config.hidden_dim
+        if isinstance(config, Gpt2Config):
+            looked_up = sequence_length
+        else:
+            looked_up = 0 if config.tie_word_embeddings else vocab_size
         return ModelShape(
-            num_parameters - positions,
+            num_parameters - looked_up * config.hidden_dim,
             config.num_layers,
             config.num_heads,
-            config.hidden_dim // config.num_heads,
+            config.head_size,
             sequence_length,
         )
 

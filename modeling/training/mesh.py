@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from haliax.sharding import ResourceMapping
-from modeling.models.config import ModelConfig
+from modeling.models.config import Gpt2Config, LlamaConfig
 from modeling.training.config import TrainerConfig
 
 MAPPINGS = ("axis_resources", "parameter_axis_resources")
@@ -94,7 +94,9 @@ def require_known_axes(trainer: TrainerConfig, known: Collection[str]) -> None:
             )
 
 
-def require_divisible_vocabulary(layout: Layout, model: ModelConfig, vocab_size: int) -> None:
+def require_divisible_vocabulary(
+    layout: Layout, model: Gpt2Config | LlamaConfig, vocab_size: int
+) -> None:
     """Raises `ValueError` if the vocabulary is split over devices that cannot share its rows."""
     rows = model.vocab_rows(vocab_size)
     for field, mapping in zip(MAPPINGS, (layout.compute, layout.parameters), strict=True):

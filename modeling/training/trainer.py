@@ -665,6 +665,7 @@ def model_shape(plan: Plan) -> ModelShape:
         plan.experiment.model,
         num_parameters=num_parameters(plan.blueprint),
         sequence_length=plan.Pos.size,
+        vocab_size=plan.vocab_size,
     )
 
 

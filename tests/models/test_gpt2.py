@@ -14,8 +14,9 @@ from jax.sharding import AxisType
 import haliax as hax
 from haliax import Axis
 from modeling import canonical
+from modeling.models.attention import library_attention, uses_cudnn
 from modeling.models.config import MODEL_PRESETS, Gpt2Config
-from modeling.models.gpt2 import Gpt2LmHeadModel, library_attention, uses_cudnn
+from modeling.models.gpt2 import Gpt2LmHeadModel
 from modeling.models.lm import LmExample, next_token_loss
 from modeling.models.segments import attendable
 from modeling.numerics import numerics_class
@@ -420,8 +421,7 @@ def test_the_librarys_attention_is_ours(batch_axes, segmented):
 
 def test_cudnn_attends_where_it_can_and_is_refused_where_not():
     def chosen(attention, platform="gpu", dtype=jnp.bfloat16, dropout=0.0, heads=12):
-        config = Gpt2Config(attention=attention, num_heads=heads)
-        return uses_cudnn(config, platform, dtype, dropout=dropout)
+        return uses_cudnn(attention, 768 // heads, platform, dtype, dropout=dropout)
 
     assert chosen("auto")
     assert chosen("cudnn", dtype=jnp.float16)

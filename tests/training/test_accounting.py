@@ -48,7 +48,10 @@ def test_flops_per_token_follow_the_papers_formula():
 def test_gpt2_small_needs_the_flops_that_are_published_for_it():
     """124.4 million weights, 0.79 million of which are a table of 1,024 positions."""
     shape = ModelShape.of(
-        MODEL_PRESETS["gpt2-small"], num_parameters=124_439_808, sequence_length=1024
+        MODEL_PRESETS["gpt2-small"],
+        num_parameters=124_439_808,
+        sequence_length=1024,
+        vocab_size=50_257,
     )
     assert shape.num_parameters == 123_653_376
     assert shape.flops_per_token() == 6 * 123_653_376 + 12 * 12 * 768 * 1024
