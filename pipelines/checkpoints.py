@@ -90,15 +90,15 @@ def ls(store: ArtifactStore, experiment: str | None, *, verify: bool, as_json: b
 
 def show(store: ArtifactStore, reference: str, *, as_json: bool) -> int:
     """Prints every array of a checkpoint, and what they add up to."""
-    directory = copies.find(store, reference)
-    manifest = reading.read_manifest(directory)
+    copy = copies.copies(store, reference)[0]
+    manifest = copy.manifest()  # of one in a remote store, no array is copied
     leaves = sorted(manifest.leaves, key=lambda leaf: leaf.path)
     if as_json:
         shown = [
             {"path": x.path, "dtype": x.dtype, "shape": x.shape, "axes": x.axes, "sha256": x.sha256}
             for x in leaves
         ]
-        _say(json.dumps(_summary(directory, manifest) | {"leaves": shown}, indent=2))
+        _say(json.dumps(_summary(copy.place, manifest) | {"leaves": shown}, indent=2))
         return 0
     lines = [
         (x.path, inspecting.described(x), human_bytes(inspecting.num_bytes(x)), x.sha256[:12])
@@ -106,7 +106,7 @@ def show(store: ArtifactStore, reference: str, *, as_json: bool) -> int:
     ]
     for line in _table([("array", "dtype[named shape]", "size", "sha-256"), *lines]):
         _say(line)
-    for name, value in _summary(directory, manifest).items():
+    for name, value in _summary(copy.place, manifest).items():
         _say(f"{name}: {json.dumps(value)}" if isinstance(value, dict) else f"{name}: {value}")
     return 0
 
@@ -284,7 +284,7 @@ def _published(
         )
 
 
-def _summary(directory: Path, manifest: Manifest) -> dict[str, Any]:
+def _summary(place: str, manifest: Manifest) -> dict[str, Any]:
     """Returns what a checkpoint's arrays add up to, and where its run stands."""
     parts: dict[str, list[int]] = {}
     for leaf in manifest.leaves:
@@ -297,7 +297,7 @@ def _summary(directory: Path, manifest: Manifest) -> dict[str, Any]:
         for name, sizes in sorted(parts.items())
     }
     return {
-        "directory": str(directory),
+        "directory": place,
         "step": manifest.step,
         "cursor": dict(manifest.cursor),
         "numerics": manifest.config.get("numerics", "not on record"),

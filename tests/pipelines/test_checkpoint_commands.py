@@ -325,7 +325,9 @@ class TestRemote:
         assert run("checkpoint", "unpin", "tiny@8")[0] == 0
         assert remote.pinned() == {}
 
-    def test_what_is_damaged_in_a_remote_store_is_named_and_not_handed_out(self, run, remote):
+    def test_what_is_damaged_in_a_remote_store_is_named_and_not_handed_out(
+        self, run, remote, tmp_path
+    ):
         fs, root = fsspec.url_to_fs(remote.url)
         path = next(path for path in fs.find(root) if "step-000008" in path and "/c." in path)
         fs.pipe_file(path, bytes(len(fs.cat_file(path))))
@@ -333,7 +335,8 @@ class TestRemote:
             code, printed = run("checkpoint", "verify", reference)
             assert code == 1
             assert f"{path.rpartition('/')[2]} holds other bytes than were written" in printed
-        code, printed = run("checkpoint", "show", "tiny@8")
+        code, printed = run("checkpoint", "export", "tiny@8", tmp_path / "weights.safetensors")
         assert code == 2
         assert "holds other values than were written" in printed
+        assert not (tmp_path / "weights.safetensors").exists()
         assert run("checkpoint", "verify", remote.url)[0] == 0, "the newest complete one"
