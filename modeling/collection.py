@@ -44,7 +44,7 @@ _GRACE_S = _DAY_S
 """What is younger may belong to a build that has not put it on record yet."""
 _TRASH = "trash"
 """Where in a local store, or on this machine, is what has lost its name and is being deleted."""
-_NEVER = datetime.datetime.min.replace(tzinfo=datetime.UTC)
+_NEVER = datetime.datetime.fromtimestamp(0, datetime.UTC)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -390,11 +390,24 @@ def _leftover_remote_work(
 def _leftover_copies(
     store: ArtifactStore, now: datetime.datetime, grace_s: float
 ) -> Iterator[Garbage]:
-    """Yields copies of remote step checkpoints that tools have looked into."""
-    for path in sorted((store.scratch / FETCHED).glob("*/*")):
-        one = _seen(LocalFileSystem(), str(path), "a copy, which has been looked into")
-        if (now - one.changed).total_seconds() > grace_s:
+    """Yields what this machine has copied from a remote store, and needs no more."""
+    looked_into = sorted((store.scratch / FETCHED).glob("*/*"))
+    objects = [] if store.is_local else sorted((store.scratch / "objects").glob("*/*"))
+    gone = [path for path in objects if not _is_copy(store, path)]
+    for path in (*looked_into, *gone):
+        why = (
+            "a copy of what is gone, or was never whole" if path in gone else "a copy to look into"
+        )
+        one = _seen(LocalFileSystem(), str(path), why)
+        # One that is still coming may have no file yet.
+        if now.timestamp() - max(one.changed.timestamp(), path.stat().st_mtime) > grace_s:
             yield one
+
+
+def _is_copy(store: ArtifactStore, path: Path) -> bool:
+    """Whether a local directory has the name of an object that is in the store."""
+    key = path.parent.name, path.name
+    return is_key(*key) and store.contains(*key)
 
 
 def _leftover_notes(store: ArtifactStore) -> Iterator[Garbage]:

@@ -342,3 +342,17 @@ def test_work_is_spared_that_begins_again_or_whose_object_is_lost(store, chain):
     (work / "progress" / "y").write_text("more")
     assert delete(store, found) == [], "it has changed"
     assert (work / "progress" / "x").exists()
+
+
+def test_copies_of_what_is_gone_from_a_remote_store_are_collected(tmp_path):
+    store = ArtifactStore(f"memory://{tmp_path.name}", scratch=tmp_path)
+    kept, gone = make(store, "tokens", "kept"), make(store, "tokens", "gone")
+    copies = [store.local(one.kind, one.content_id) for one in (kept, gone)]
+    cut_off = copies[0].with_name(f"{kept.content_id}.0123456789ab")
+    cut_off.mkdir()
+    without_a_record(store, gone)
+    delete(store, garbage(store, now=LATER))
+    assert {one.path for one in garbage(store, now=LATER)} == {str(copies[1])}
+    assert garbage(store) == [], "it may be being read"
+    delete(store, garbage(store, now=LATER))
+    assert [path.exists() for path in (*copies, cut_off)] == [True, False, False]
