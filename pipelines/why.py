@@ -87,7 +87,9 @@ def _surroundings(store: ArtifactStore, made: Materialization) -> Iterator[str]:
         *differences(
             *({"commit": str(side["git"]["commit"])[:12]} for side in (then, now)),
         ),
-        *differences(then["packages"], now["packages"]),
+        *differences(
+            then["packages"], {name: now["packages"].get(name) for name in then["packages"]}
+        ),
     ]
     if changes:
         yield "Other than when it was computed, but no cause by itself:"

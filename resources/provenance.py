@@ -1,7 +1,8 @@
 """Where and how an artifact was made, for its record; outside every identity, and free of secrets.
 
-    git       commit, branch, remote without credentials, SHA-256 of the uncommitted difference
-    packages  versions of everything installed that can touch a result
+    git       commit, branch, remote without credentials; the uncommitted difference, without
+              secrets and at most 64 KiB of it, and the SHA-256 of all of it
+    packages  versions of everything installed
     host      machine, processor count, Python
     process   argv with secrets removed
     times     when the build started and ended (UTC), seconds
@@ -34,20 +35,9 @@ from resources.secrets import scrub, without_secrets
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 
-_PACKAGES = (
-    "jax",
-    "jaxlib",
-    "equinox",
-    "optax",
-    "numpy",
-    "dagster",
-    "pyarrow",
-    "datasets",
-    "tokenizers",
-    "tensorstore",
-    "safetensors",
-    "levanter-pipeline",
-)
+_MOST_DIFF = 1 << 16
+"""Characters of an uncommitted difference that are kept; its digest is of all of it."""
+_MOST_UNTRACKED = 200
 
 
 def materialize(
@@ -124,14 +114,24 @@ def git_state(directory: Path) -> dict[str, Any]:
         "branch": _git(directory, "rev-parse", "--abbrev-ref", "HEAD"),
         "remote": _public_remote(remote) if remote else None,
         "dirty": bool(status),
-        "diff_sha256": _diff_digest(directory, status) if status else None,
+        "diff_sha256": None,
+    } | (_difference(directory, status) if status else {})
+
+
+def _difference(directory: Path, status: str) -> dict[str, Any]:
+    """Returns the difference to HEAD, and the names of untracked files, whose bytes may be many."""
+    whole = _git(directory, "diff", "HEAD", "--binary", "--no-ext-diff") or ""
+    shown = _git(directory, "diff", "HEAD", "--no-ext-diff", "--no-color") or ""
+    untracked = (_git(directory, "ls-files", "--others", "--exclude-standard") or "").splitlines()
+    clean = scrub(shown)
+    left_out = max(len(clean) - _MOST_DIFF, 0)
+    return {
+        "diff_sha256": hashlib.sha256(f"{status}\0{whole}".encode()).hexdigest(),
+        "diff": clean[:_MOST_DIFF],
+        "diff_characters_left_out": left_out,
+        "untracked": [scrub(name) for name in untracked[:_MOST_UNTRACKED]],
+        "num_untracked": len(untracked),
     }
-
-
-def _diff_digest(directory: Path, status: str) -> str:
-    """Digests the difference to HEAD and the names of untracked files, whose bytes may be many."""
-    difference = _git(directory, "diff", "HEAD", "--binary", "--no-ext-diff") or ""
-    return hashlib.sha256(f"{status}\0{difference}".encode()).hexdigest()
 
 
 @functools.cache
@@ -179,12 +179,10 @@ def _git(directory: Path, *arguments: str) -> str | None:
 
 
 @functools.cache
-def package_versions() -> dict[str, str]:
-    """Returns the versions of what can touch a result, by name."""
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+def package_versions() -> Mapping[str, str]:
+    """Returns the version of every installed package, by its name as PyPI writes it."""
+    found = {
+        re.sub(r"[-_.]+", "-", one.metadata["Name"]).lower(): one.version
+        for one in importlib.metadata.distributions()
+    }
+    return dict(sorted(found.items()))

@@ -52,6 +52,26 @@ def test_the_digest_of_the_difference_follows_the_edits(checkout):
     assert git_state(checkout)["dirty"] is True
 
 
+def test_the_difference_itself_is_kept_without_secrets_and_in_bounds(checkout):
+    (checkout / "a.txt").write_text(f"two\npassword: {CANARY}\n")
+    (checkout / "new.txt").touch()
+    state = git_state(checkout)
+    assert "-one\n+two\n" in state["diff"]
+    assert CANARY not in json.dumps(state)
+    assert (state["untracked"], state["num_untracked"]) == (["new.txt"], 1)
+    assert state["diff_characters_left_out"] == 0
+    (checkout / "a.txt").write_text("long\n" * 30_000)
+    state = git_state(checkout)
+    assert len(state["diff"]) == 1 << 16
+    assert state["diff_characters_left_out"] > 80_000
+
+
+def test_every_installed_package_is_listed():
+    versions = provenance.package_versions()
+    assert {"jax", "jaxlib", "ml-dtypes", "levanter-pipeline", "dagster-pipes"} <= set(versions)
+    assert list(versions) == sorted(versions)
+
+
 @pytest.mark.parametrize(
     ("remote", "page"),
     [
