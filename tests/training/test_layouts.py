@@ -1,5 +1,6 @@
 """What each layout on eight devices promises: the losses of one device, less state, its traffic."""
 
+import collections
 import re
 import sys
 from pathlib import Path
@@ -46,6 +47,20 @@ BYTES = {
     "slices": 477_136,
     "sequence": 933_520,
 }
+COLLECTIVES = {
+    "one device": {},
+    # The loss with the gradient of the head, then those of a layer, and those of the embeddings.
+    "data parallel": {"all-reduce": 3},
+    # Each weight of a layer forwards, and again backwards.
+    "fsdp": {"all-gather": 27, "all-reduce": 6, "all-to-all": 2},
+    "tensor parallel": {"all-reduce": 6},
+    "fsdp and tensor parallel": {
+        "all-gather": 30, "all-reduce": 12, "all-to-all": 2, "collective-permute": 1,
+    },
+    "slices": {"all-gather": 28, "all-reduce": 6, "all-to-all": 1},
+    "sequence": {"all-gather": 31, "all-reduce": 12, "collective-permute": 1},
+}  # fmt: skip
+"""As this version of XLA compiles them: another one may need other numbers, but not by the way."""
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +95,9 @@ def runs(initial):
 
 
 def collectives(hlo):
+    """How often each kind stands in the program; what a scan over layers does stands there once."""
     kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
-    return set(re.findall(rf" ({kinds})(?:-start)?\(", hlo))
+    return dict(collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", hlo)))
 
 
 def stacked_sizes(hlo):
@@ -104,11 +120,7 @@ def test_every_device_holds_its_share_of_the_state(runs, layout):
 
 def test_each_layout_communicates_as_it_should(runs):
     kinds = {layout: collectives(hlo) for layout, (_, _, hlo) in runs.items()}
-    assert kinds["one device"] == set()
-    assert kinds["data parallel"] == {"all-reduce"}
-    assert kinds["tensor parallel"] == {"all-reduce"}
-    for layout in ("fsdp", "fsdp and tensor parallel", "slices", "sequence"):
-        assert {"all-gather", "all-reduce"} <= kinds[layout]
+    assert kinds == COLLECTIVES
 
 
 def test_no_split_weight_of_all_layers_is_whole_anywhere(runs):
