@@ -8,7 +8,7 @@ is 2 GB. Each turn is a process of its own that makes the state, copies it in me
 and restores it; the second save counts, since a run saves many times. All sync what they write, and
 what is restored must be the same bits. `--peers` names an interpreter that has `orbax-checkpoint`.
 
-    ours          snapshot, then digests, arrays, manifest, commit and reading back in another
+    ours          a device copy, then digests, arrays, manifest, commit and reading back in another
                   thread, as the trainer saves; `ours-resume` looks for the newest that is whole
                   and falls back if need be, as a run does that goes on
     raw           one file by `pwrite`; `raw-digest` with a SHA-256 of each array: the limit
@@ -162,19 +162,19 @@ def ours(state: Arrays, directory: Path, *, resumes: bool = False) -> Contender:
     import jax
     import jax.numpy as jnp
 
-    from modeling.training.leaves import HostMemory, snapshot
+    from modeling.training.leaves import fetched
     from modeling.training.restoring import restore as restored
     from modeling.training.retention import open_checkpoints
 
     tree = {path: jnp.asarray(array) for path, array in state.items()}
     template = {path: jax.ShapeDtypeStruct(x.shape, x.dtype) for path, x in tree.items()}
-    mesh, memory = jax.make_mesh((1,), ("data",)), HostMemory()
+    mesh, copy = jax.make_mesh((1,), ("data",)), jax.jit(functools.partial(jax.tree.map, jnp.copy))
     stack = contextlib.ExitStack()
     held = stack.enter_context(open_checkpoints(directory, keep=2))
 
     def save(number: int) -> Callable[[], object]:
         held.save(
-            snapshot(tree, memory), step=number, cursor={}, config={}, files={},
+            functools.partial(fetched, copy(tree)), step=number, cursor={}, config={}, files={},
             done=lambda path: None,
         )  # fmt: skip
         return held.wait

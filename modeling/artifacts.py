@@ -16,7 +16,8 @@ A *recipe id* is known before anything runs: it digests kind, transform version,
 content ids of the inputs. A *content id* is the root of what came out. Equal recipe found = nothing
 is computed; equal content from another recipe = nothing downstream changes. `numerics` is `exact`,
 or, for products of floating-point training, the digest of the numerics class, since another device
-may round differently.
+may round differently. What was begun in one class and ended in another has a class of its own that
+tells both, and is found by the latter where nothing was made in it alone.
 
 A build writes into a fresh directory, which is inventoried, synced and renamed into `objects`; the
 record follows last, so a reader never sees half an artifact. Object stores rename nothing: there
@@ -139,6 +140,8 @@ class Built:
     """Plain JSON for people: counts, losses, sizes. Outside every identity."""
     leaves: Mapping[str, str] = dataclasses.field(default_factory=dict)
     """Digest of each named part of the content, to say which one differs."""
+    numerics_before: Sequence[Mapping[str, Any]] = ()
+    """What was done in other numerics classes, in order, before this one went on with it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,6 +169,16 @@ class Artifact:
 
 
 @dataclasses.dataclass(frozen=True)
+class Progress:
+    """What an unfinished build has left."""
+
+    local: Path
+    """A directory, which need not exist."""
+    remote: str | None = None
+    """Where the store is remote, the URL of what was sent there."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Workspace:
     """The directories of one build."""
 
@@ -175,6 +188,8 @@ class Workspace:
     """Empty and fresh: its files become the artifact."""
     remote: str | None = None
     """Where the store is remote, the URL of a progress that other machines see, too."""
+    elsewhere: tuple[Progress, ...] = ()
+    """The progress of the same recipe in other numerics classes, where nobody is at work."""
 
     def remote_path(self, path: Path) -> str | None:
         """Returns the URL, if any, that stands for a path within `progress`."""
@@ -213,12 +228,23 @@ class ArtifactStore:
         self._verified = Verified(self.scratch)
 
     def find(self, recipe: Recipe, numerics: str = EXACT) -> Artifact | None:
-        """Returns the artifact on record for `recipe` in this class, if its bytes are there."""
+        """Returns the artifact on record for `recipe` in this class, if its bytes are there.
+
+        If there is none that was made in this class alone: one that was begun in another.
+        """
         path = self.record_path(recipe.id, numerics)
-        if not self.filesystem.exists(path):
-            return None
-        artifact = self.from_record(self.read_record(path))
-        return artifact if self.contains(artifact.kind, artifact.content_id) else None
+        paths = [path] if self.filesystem.exists(path) else []
+        if numerics != EXACT:
+            found = self.filesystem.glob(f"{self.root}/recipes/{recipe.id}/*/artifact.json")
+            paths += sorted(set(map(str, found)) - {path})
+        for place in paths:
+            record = self.read_record(place)
+            if place != path and record["numerics"].get("ended_in") != numerics:
+                continue
+            artifact = self.from_record(record)
+            if self.contains(artifact.kind, artifact.content_id):
+                return artifact
+        return None
 
     def contains(self, kind: str, content_id: str) -> bool:
         """Whether the whole object is stored."""
@@ -261,7 +287,9 @@ class ArtifactStore:
             self._adopt_remote(begun_as, numerics_id, recipe.id)
             progress.mkdir(parents=True, exist_ok=True)
             output.mkdir()
-            built = build(Workspace(progress, output, self._remote_progress(work)))
+            elsewhere = self._elsewhere(recipe.id, numerics_id, report)
+            space = Workspace(progress, output, self._remote_progress(work), elsewhere)
+            built = build(space)
             artifact = self.publish(recipe, output, built, numerics=numerics, provenance=provenance)
             faults.reach("after-record", recipe.kind)
             self.clear_work(recipe.id, numerics_id)
@@ -284,6 +312,30 @@ class ArtifactStore:
             return None
         return f"{self.url.rstrip('/')}/{work.relative_to(self.scratch).as_posix()}/progress"
 
+    def _elsewhere(self, recipe_id: str, numerics: str, report: Report) -> tuple[Progress, ...]:
+        """Returns the progress of other numerics classes that nobody goes on with now."""
+        if numerics == EXACT:
+            return ()
+        here = self.scratch / "work" / recipe_id
+        names = {path.parent.name for path in here.glob("*/progress")}
+        if not self.is_local:
+            there = f"{self.root}/work/{recipe_id}"
+            names |= {str(p).split("/")[-2] for p in self.filesystem.glob(f"{there}/*/progress")}
+        found = []
+        for name in sorted(names - {numerics}):
+            if self.filesystem.exists(self.record_path(recipe_id, name)):
+                continue  # done; what is left of it was pinned
+            work = self._work(recipe_id, name)
+            lease = self._lease(recipe_id, name)
+            if leases.has_ended(lease, work.with_suffix(".lock"), self._terms):
+                found.append(Progress(work / "progress", self._remote_progress(work)))
+            else:
+                report(
+                    f"The same is being made in another numerics class, {name[:12]}, by "
+                    f"{leases.holder_of(lease) or 'another process'}; it is left alone."
+                )
+        return tuple(found)
+
     def publish(
         self,
         recipe: Recipe,
@@ -298,14 +350,19 @@ class ArtifactStore:
         Raises:
             ReproducibilityError: this recipe and numerics class are on record with other content.
         """
-        numerics_id = numerics_digest(numerics)
+        ended_in, numerics_id = {}, numerics_digest(numerics)
+        if built.numerics_before:
+            # Bits of two roundings are those of neither class, so they make one of their own.
+            ended_in = {"ended_in": numerics_id}
+            numerics = {**(numerics or {}), "before": list(map(dict, built.numerics_before))}
+            numerics_id = numerics_digest(numerics)
         record_path = self.record_path(recipe.id, numerics_id)
         record = {
             "kind": recipe.kind,
             "content_id": built.content_id,
             "recipe_id": recipe.id,
             "recipe": recipe.plain(),
-            "numerics": {"id": numerics_id, "class": dict(numerics or {})},
+            "numerics": {"id": numerics_id, "class": dict(numerics or {})} | ended_in,
             "roots": dict(built.roots),
             "leaves": dict(built.leaves),
             "facts": dict(built.facts),
@@ -613,7 +670,8 @@ class ArtifactStore:
     def _work(self, recipe_id: str, numerics: str) -> Path:
         """Returns the work directory of a recipe.
 
-        Each numerics class has its own: a run resumed on another class would belong to neither.
+        Each numerics class has its own, so that a run that is killed and resumed keeps to one; a
+        build that has none may go on with another's, and says so: see `Workspace.elsewhere`.
         """
         work = self.scratch / "work" / recipe_id / numerics
         work.parent.mkdir(parents=True, exist_ok=True)

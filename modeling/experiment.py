@@ -28,6 +28,7 @@ from modeling.hf.config import ExportConfig
 from modeling.models.config import MODEL_PRESETS, Gpt2Config, ModelConfig
 from modeling.optim.config import AdamWConfig, OptimizerConfig
 from modeling.training.config import TrainerConfig
+from modeling.training.feasibility import mistakes
 
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 
@@ -64,6 +65,8 @@ class ExperimentConfig:
                     f"{section}.weights: {weights} needs trainer.{weights}, which keeps that "
                     f"average; set it, or take the weights `last`."
                 )
+        if found := mistakes(self.trainer, self.optimizer, self.sequence_length):
+            raise ValueError("\n".join(found))
 
     @property
     def cache_name(self) -> str:
@@ -187,7 +190,11 @@ def validate(config_type: type[Any], raw: Mapping[str, Any], source: str) -> Any
         # Through JSON, where strictness about numbers and texts still takes objects and arrays.
         return TypeAdapter(config_type).validate_json(json.dumps(dict(raw)))
     except ValidationError as error:
-        lines = [_explain(problem, config_type) for problem in error.errors()]
+        lines = [
+            line
+            for problem in error.errors()
+            for line in _explain(problem, config_type).split("\n")
+        ]
         raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 

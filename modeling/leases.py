@@ -77,6 +77,26 @@ def holder_of(note: Note) -> Holder | None:
         return Holder("", "a host that cannot be read", 0, "?", hash(content), "")
 
 
+def has_ended(note: Note, lock: Path, terms: Terms) -> bool:
+    """Whether nobody is at work under a lease; takes nothing from anybody.
+
+    Waits for a sign of life where the holder was on another host.
+    """
+    with lock.open("a+") as handle:
+        if not _try_lock(handle):
+            return False
+    watch, seen = Watch(terms.expire_s), holder_of(note)
+    found = seen
+    while found is not None and found.host != socket.gethostname():
+        if watch.has_expired(found):
+            return True
+        if seen is not None and (found.id, found.beat) != (seen.id, seen.beat):
+            return False
+        time.sleep(10 * terms.poll_s)
+        found = holder_of(note)
+    return True
+
+
 @contextlib.contextmanager
 def held(
     note: Note,

@@ -41,7 +41,7 @@ _QUEUED = {dg.DagsterRunStatus.QUEUED, dg.DagsterRunStatus.NOT_STARTED}
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command and returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m pipelines.wait", description="Waits for a run."
+        prog="python -m pipelines.wait", description="Waits for a run.", allow_abbrev=False
     )
     parser.add_argument("run_id")
     parser.add_argument("--timeout", type=float, default=86400, help="seconds in all")

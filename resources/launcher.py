@@ -222,6 +222,7 @@ class LauncherResource(dg.ConfigurableResource):
             "progress": str(job.workspace.progress),
             "output": str(job.workspace.output),
             "remote": job.workspace.remote,
+            "elsewhere": [[str(one.local), one.remote] for one in job.workspace.elsewhere],
         }
         seat = {
             "index": index,

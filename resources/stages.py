@@ -156,6 +156,10 @@ class TrainingObserver:
         """Says, loudly, that earlier work was of no use."""
         self._channel.say(reason)
 
+    def warned(self, text: str) -> None:
+        """Shows it."""
+        self._channel.say(f"WARNING: {text}")
+
     def started(self, start: "RunStart") -> None:
         """Says what begins."""
         self._channel.say(
@@ -203,9 +207,9 @@ class TrainingObserver:
 
     def finished(self, facts: Mapping[str, Any]) -> None:
         """Keeps the plain facts as the run's summary."""
-        self._tracker.summarize(
-            {name: value for name, value in facts.items() if isinstance(value, int | float | str)}
-        )
+        spent = {f"seconds/{cause}": s for cause, s in facts.get("seconds", {}).items()}
+        plain = {name: x for name, x in facts.items() if isinstance(x, int | float | str)}
+        self._tracker.summarize(plain | spent)
 
 
 def _memory(memory: "Memory | None") -> str:
@@ -216,6 +220,7 @@ def throughput(report: "StepReport") -> dict[str, float]:
     """Returns a report's figures of speed that are known, as the tracker names them."""
     figures = {
         "tokens_per_second": report.tokens_per_second,
+        "seconds_per_step": report.seconds_per_step,
         "mfu": report.mfu,
         "goodput": report.goodput,
         "loader_share": report.loader_share,

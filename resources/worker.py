@@ -17,13 +17,13 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster_pipes
 
-from modeling.artifacts import WORKER_LOCK, Workspace, write_durably
+from modeling.artifacts import WORKER_LOCK, Progress, Workspace, write_durably
 from resources.secrets import scrub
 
 _PR_SET_PDEATHSIG = 1
@@ -106,8 +106,14 @@ def _watch(parent: int, grace_s: float) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _workspace(progress: str, output: str, remote: str | None = None) -> Workspace:
-    return Workspace(Path(progress), Path(output), remote)
+def _workspace(
+    progress: str,
+    output: str,
+    remote: str | None = None,
+    elsewhere: Sequence[tuple[str, str | None]] = (),
+) -> Workspace:
+    others = tuple(Progress(Path(local), url) for local, url in elsewhere)
+    return Workspace(Path(progress), Path(output), remote, others)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ Everything is computed in float32 from the number of the update, which is exact 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,11 +26,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
+from modeling.optim import phases
 from modeling.optim.config import (
     ConstantScheduleConfig,
     CosineScheduleConfig,
     CyclesScheduleConfig,
-    Duration,
     InverseSqrtScheduleConfig,
     LinearScheduleConfig,
     ScheduleConfig,
@@ -62,22 +62,10 @@ def learning_rate(peak: float, schedule: ScheduleConfig, num_train_steps: int) -
     return at
 
 
-def duration_steps(duration: Duration, num_train_steps: int, field: str) -> int:
-    """Returns how many updates `duration` is, refusing more than there are."""
-    is_steps = isinstance(duration, int)
-    steps = duration if is_steps else round(duration * num_train_steps)
-    if steps > num_train_steps:
-        raise ValueError(
-            f"{field}: {steps} steps, but trainer.num_train_steps is {num_train_steps}; write "
-            f"fewer, or a share of the run with a decimal point, e.g. 0.01."
-        )
-    return steps
-
-
 def _relative(schedule: ScheduleConfig, num_steps: int) -> Callable[[Array], Array]:
     if isinstance(schedule, CyclesScheduleConfig):
         return _cycles(schedule, num_steps)
-    warmup = duration_steps(schedule.warmup, num_steps, "optimizer.schedule.warmup")
+    warmup = phases.warmup(schedule, num_steps)
     after = _after_warmup(schedule, warmup, num_steps)
 
     def at(update: Array) -> Array:
@@ -99,7 +87,7 @@ def _after_warmup(
         case InverseSqrtScheduleConfig():
             return _inverse_sqrt(schedule, warmup, num_steps)
         case WsdScheduleConfig():
-            return _wsd(schedule, warmup, num_steps)
+            return _wsd(schedule, num_steps)
         case _:
             raise TypeError(f"optimizer.schedule: {type(schedule).__name__} is not a schedule.")
 
@@ -120,15 +108,7 @@ def _exponential(floor: float, progress: Array) -> Array:
 def _inverse_sqrt(
     schedule: InverseSqrtScheduleConfig, warmup: int, num_steps: int
 ) -> Callable[[Array], Array]:
-    timescale = warmup
-    if schedule.timescale is not None:
-        field = "optimizer.schedule.timescale"
-        timescale = duration_steps(schedule.timescale, num_steps, field)
-    if timescale == 0:
-        raise ValueError(
-            "optimizer.schedule.timescale: the rate falls with the square root of the updates over "
-            "a timescale, which is the warmup when absent; both are 0 steps here. Give either."
-        )
+    timescale = phases.timescale(schedule, num_steps)
 
     def at(update: Array) -> Array:
         past = jnp.maximum(update - warmup, 0.0)
@@ -137,43 +117,18 @@ def _inverse_sqrt(
     return at
 
 
-def _wsd(schedule: WsdScheduleConfig, warmup: int, num_steps: int) -> Callable[[Array], Array]:
-    decay = duration_steps(schedule.decay, num_steps, "optimizer.schedule.decay")
-    if warmup + decay > num_steps:
-        raise ValueError(
-            f"optimizer.schedule: {warmup} steps of warmup and {decay} of decay are more than "
-            f"trainer.num_train_steps, {num_steps}; shorten one."
-        )
-    floor = schedule.min_lr_ratio
-    if schedule.shape != "exponential":
-        fall = _fall(schedule.shape, floor)
-    elif floor > 0.0:
+def _wsd(schedule: WsdScheduleConfig, num_steps: int) -> Callable[[Array], Array]:
+    begin, floor = num_steps - phases.decay(schedule, num_steps), schedule.min_lr_ratio
+    if schedule.shape == "exponential":
         fall = partial(_exponential, floor)
     else:
-        raise ValueError(
-            "optimizer.schedule.min_lr_ratio: an exponential decay never gets to 0.0; give a "
-            "number above it, such as 0.01."
-        )
-    begin = num_steps - decay
+        fall = _fall(schedule.shape, floor)
     return lambda update: jnp.where(update <= begin, 1.0, fall(_progress(update, begin, num_steps)))
 
 
 def _cycles(schedule: CyclesScheduleConfig, num_steps: int) -> Callable[[Array], Array]:
-    ends = _cycle_ends(schedule.cycles, num_steps)
+    ends, warmups = phases.cycles(schedule, num_steps)
     begins = [0, *ends[:-1]]
-    warmups = [
-        duration_steps(duration, num_steps, f"optimizer.schedule.{field}")
-        for duration, field in [
-            (schedule.warmup, "warmup"),
-            *[(schedule.rewarmup, "rewarmup")] * (len(ends) - 1),
-        ]
-    ]
-    for number, (begin, end, warmup) in enumerate(zip(begins, ends, warmups, strict=True), 1):
-        if end - begin < max(warmup, 1):
-            raise ValueError(
-                f"optimizer.schedule.cycles: cycle {number} has {end - begin} steps, of which "
-                f"{warmup} are warmup; make it longer or its warmup shorter."
-            )
     floor, falling = schedule.min_lr_ratio, _SHAPES[schedule.shape]
     # Of each cycle: its first update less one, its length, its warmup, where it rises from and to.
     table = [
@@ -197,19 +152,3 @@ def _cycles(schedule: CyclesScheduleConfig, num_steps: int) -> Callable[[Array],
         return jnp.where(within <= warmup, rising, fallen)
 
     return at
-
-
-def _cycle_ends(cycles: int | Sequence[Duration], num_steps: int) -> list[int]:
-    """Returns the last update of each cycle; shares are rounded where cycles end."""
-    if isinstance(cycles, int):
-        return [round(num_steps * number / cycles) for number in range(1, cycles + 1)]
-    total, ends = 0.0, []
-    for length in cycles:
-        total += length if isinstance(length, int) else length * num_steps
-        ends.append(round(total))
-    if ends[-1] != num_steps:
-        raise ValueError(
-            f"optimizer.schedule.cycles: {list(cycles)} are {ends[-1]} steps, but "
-            f"trainer.num_train_steps is {num_steps}; together they must be the whole run."
-        )
-    return ends

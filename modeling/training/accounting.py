@@ -226,6 +226,8 @@ class Lap:
 
     tokens_per_second: float
     """Over the time of steps and of waiting for batches."""
+    seconds_per_step: float
+    """Of that time."""
     mfu: float | None
     """Model FLOPs utilization, if the devices' peak is known."""
     loader_share: float
@@ -240,34 +242,35 @@ class Meter:
         self._ledger = ledger
         self._flops_per_token = flops_per_token
         self._peak_flops = peak_flops
-        self._lap_tokens, self._lap_s, self._lap_loader_s = 0, 0.0, 0.0
+        self._lap_s, self._lap_loader_s = 0.0, 0.0
         self.tokens = 0
         """Trained on by this process."""
+        self._updates = 0
 
-    def lap(self, tokens: int) -> Lap:
-        """Returns the speed of `tokens` more tokens, of which the ledger has written the time."""
+    def lap(self, tokens: int, updates: int) -> Lap:
+        """Returns the speed of so many more tokens and updates, whose time the ledger has."""
         self.tokens += tokens
+        self._updates += updates
         seconds, loader_s = self._seconds()
-        lap = self._speed(
-            self.tokens - self._lap_tokens, seconds - self._lap_s, loader_s - self._lap_loader_s
-        )
-        self._lap_tokens, self._lap_s, self._lap_loader_s = self.tokens, seconds, loader_s
+        lap = self._speed(tokens, updates, seconds - self._lap_s, loader_s - self._lap_loader_s)
+        self._lap_s, self._lap_loader_s = seconds, loader_s
         return lap
 
     @property
     def overall(self) -> Lap:
         """The speed of all steps of this process."""
-        return self._speed(self.tokens, *self._seconds())
+        return self._speed(self.tokens, self._updates, *self._seconds())
 
     def _seconds(self) -> tuple[float, float]:
         spent = self._ledger.spent_here
         return spent["steps"] + spent["loader"], spent["loader"]
 
-    def _speed(self, tokens: int, seconds: float, loader_s: float) -> Lap:
+    def _speed(self, tokens: int, updates: int, seconds: float, loader_s: float) -> Lap:
         rate = tokens / seconds if seconds > 0 else 0.0
         peak = self._peak_flops
         return Lap(
             tokens_per_second=rate,
+            seconds_per_step=seconds / updates if updates else 0.0,
             mfu=None if peak is None else rate * self._flops_per_token / peak,
             loader_share=loader_s / seconds if seconds > 0 else 0.0,
         )

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from modeling.optim.schedules import duration_steps
+from modeling.optim.phases import duration_steps
 from modeling.training.config import TrainerConfig
 
 Averages = dict[str, Any]

@@ -219,6 +219,44 @@ class LengthSchedule:
         )
 
 
+_DTYPES = {
+    "f32": "float32",
+    "float32": "float32",
+    "bf16": "bfloat16",
+    "bfloat16": "bfloat16",
+    "f16": "float16",
+    "float16": "float16",
+}
+
+
+def precision(text: str) -> Mapping[str, str]:
+    """Returns the names of the dtypes of `p=<dtype>,c=<dtype>`, parameters and compute, by letter.
+
+    Raises:
+        ValueError: naming the part that cannot be read, or lacks.
+    """
+    given: dict[str, str] = {}
+    for part in text.split(","):
+        letter, _, dtype = (piece.strip() for piece in part.partition("="))
+        if letter == "o":
+            raise ValueError(
+                f"trainer.mp: {text!r}: {part.strip()!r} would change nothing, since training "
+                f"hands out losses alone, which are in float32 whatever the policy; leave it out."
+            )
+        if letter not in ("p", "c") or dtype not in _DTYPES or letter in given:
+            raise ValueError(
+                f"trainer.mp: {text!r}: cannot read {part!r}; write p= and c= once each, with one "
+                f"of {sorted(_DTYPES)}, e.g. `p=f32,c=bfloat16`."
+            )
+        given[letter] = _DTYPES[dtype]
+    missing = [letter for letter in "pc" if letter not in given]
+    if missing:
+        raise ValueError(
+            f"trainer.mp: {text!r} lacks `{missing[0]}=`; write e.g. `p=f32,c=bfloat16`."
+        )
+    return given
+
+
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -332,7 +370,7 @@ class TrainerConfig:
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the initial weights and of dropout; the data order has its own."""
     mp: str = "p=f32,c=bfloat16"
-    """Precision: `p` of parameters, `c` of compute, optionally `o` of outputs (f32, bf16, f16)."""
+    """Precision: `p` of parameters, `c` of compute (f32, bf16, f16)."""
     num_microbatches: Positive = 1
     """Cuts each batch and sums the gradients, to fit memory."""
     data_order: DataOrderConfig = DataOrderConfig()
@@ -385,6 +423,12 @@ class TrainerConfig:
     )
     """Added to those that every run is given, `[--xla_gpu_enable_latency_hiding_scheduler=true]`;
     part of the numerics class. XLA ends a process that gives it a flag it does not know."""
+
+    other_numerics: Literal["continue", "begin_anew"] = dataclasses.field(
+        default="continue", metadata=NOT_IDENTITY
+    )
+    """What to do where the newest work is of another numerics class, and none of this one: go on
+    with it, which the record then tells, or leave it and keep to one class."""
 
     save_every_steps: Positive | None = dataclasses.field(default=100, metadata=NOT_IDENTITY)
     """Updates between two checkpoints; None to save by `save_interval` and `keep` alone."""

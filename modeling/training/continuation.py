@@ -17,6 +17,7 @@ from modeling.difference import Difference, differences
 from modeling.experiment import ExperimentConfig
 from modeling.training.config import TOKENIZER, InitializeFromConfig
 from modeling.training.manifest import CheckpointError, Manifest
+from modeling.training.other_classes import classes_before
 from modeling.training.reading import inspect
 
 _log = logging.getLogger(__name__)
@@ -41,13 +42,12 @@ def require_same_science(directory: Path, manifest: Manifest, science: Mapping[s
 
 
 def require_same_class(directory: Path, manifest: Manifest, numerics: str) -> None:
-    """Raises `CheckpointError` if a run's own checkpoint was made in another numerics class."""
-    found = manifest.config.get("numerics")
-    if found != numerics:
+    """Raises `CheckpointError` if another numerics class has a part in a run's own checkpoint."""
+    if found := classes_before(manifest, numerics):
         raise CheckpointError(
-            f"{directory} was made in the numerics class {found}, and this is {numerics}, which "
-            f"rounds otherwise: it was copied here. Remove it; or go on from it on purpose with "
-            f"trainer.initialize_from."
+            f"{directory} was made in the numerics class {found[-1]['class']} until step "
+            f"{found[-1]['until']}, and this is {numerics}, which rounds otherwise. To keep to one "
+            f"class, remove it; to go on with both, set trainer.other_numerics: continue."
         )
 
 

@@ -92,27 +92,3 @@ def estimate_of(config: SophiaConfig, sums: Any, weight: Array) -> Any:
         return (wide if isinstance(config, SophiaHConfig) else wide * wide) / weight
 
     return jax.tree.map(finished, sums)
-
-
-def estimate_rows(config: SophiaConfig, batch_size: int) -> int:
-    """Returns how many rows of a batch an estimate takes: every so many-th."""
-    rows = config.estimate_rows
-    wanted = rows if isinstance(rows, int) else max(round(rows * batch_size), 1)
-    if wanted > batch_size or batch_size % wanted:
-        raise ValueError(
-            f"optimizer.estimate_rows: {rows} makes {wanted} rows, which do not divide the "
-            f"{batch_size} of trainer.train_batch_size; take a divisor of it, or a share such as "
-            f"0.5."
-        )
-    return wanted
-
-
-def estimate_microbatches(rows: int, largest: int, ways: int) -> int:
-    """Returns into how few pieces of at most `largest` rows, shared by `ways` devices, rows go."""
-    for number in range(1, rows + 1):
-        if rows % number == 0 and rows // number <= largest and rows // number % ways == 0:
-            return number
-    raise ValueError(
-        f"optimizer.estimate_rows: {rows} rows cannot be cut into pieces of at most {largest} rows "
-        f"(trainer.num_microbatches) that {ways} devices share evenly; take a multiple of {ways}."
-    )

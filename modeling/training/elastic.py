@@ -38,8 +38,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from jaxtyping import Array
 
-from modeling.training.config import TrainerConfig
-from modeling.training.mesh import Layout, mesh_axes
+from modeling.training.feasibility import mesh_axes
+from modeling.training.mesh import Layout
 
 Sums = tuple[Array, Array, list[Array]]
 """Of losses, of weights, and the gradient of the former by parameter."""
@@ -64,6 +64,11 @@ class Alone:
             if device.process_index == mine
         ]
 
+    @property
+    def compiled(self) -> jax.stages.Compiled:
+        """The program of one of the devices; those of all are alike."""
+        return self._programs[0][2]
+
     def __call__(self, *operands: Any) -> Any:
         """Returns what every device makes of replicated operands: the same, so replicated too."""
         results = [program(*_copies_on(device, operands)) for _, device, program in self._programs]
@@ -87,31 +92,6 @@ class Alone:
             _count(counter, _joined(sums, split), index)
         (total,) = counter
         return total
-
-
-def check(layout: Layout, trainer: TrainerConfig, batch_size: int) -> None:
-    """Raises `ValueError` unless the layout can be one of those that give the same bits."""
-    axis, num_shards = _data_axis(layout), trainer.elastic_shards
-    ways = layout.mesh.shape[axis]
-    others = {name: n for name, n in layout.mesh.shape.items() if name != axis and n > 1}
-    if others:
-        raise ValueError(
-            f"trainer.reproducibility: the mesh has {others} besides `{axis}`; elastic bits hold "
-            f"for data parallelism alone. Take a mesh like {{{axis}: {ways}}}."
-        )
-    if num_shards & (num_shards - 1) or num_shards % ways:
-        raise ValueError(
-            f"trainer.elastic_shards: {num_shards} must be a power of two and a multiple of the "
-            f"{ways} devices along `{axis}`."
-        )
-    uneven = [size for size in trainer.batches.sizes if size % num_shards]
-    if uneven or trainer.num_microbatches != 1:
-        raise ValueError(
-            f"trainer.elastic_shards: {num_shards} logical shards must divide "
-            f"trainer.train_batch_size {', '.join(map(str, trainer.batches.sizes))}, and take the "
-            f"place of trainer.num_microbatches, which is {trainer.num_microbatches} and must be "
-            f"1: a device accumulates over its shards, so take more of them to save memory."
-        )
 
 
 def rows_of_shard(batch: Any, shard: Array, num_shards: int) -> Any:
@@ -155,13 +135,8 @@ def exchanged(
 
 
 def _data_axis(layout: Layout) -> str:
-    axes = mesh_axes(layout.compute.get("batch"))
-    if len(axes) != 1:
-        raise ValueError(
-            f"trainer.reproducibility: elastic needs trainer.axis_resources to map `batch` to one "
-            f"mesh axis, found {list(axes)}."
-        )
-    return axes[0]
+    (axis,) = mesh_axes(layout.compute.get("batch"))
+    return axis
 
 
 def _shapes_on(device: Any, operands: Any) -> Any:

@@ -5,7 +5,7 @@ A leaf's name is its path in the tree, `model.blocks.attn.q.weight`; that of a f
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import equinox as eqx
@@ -75,15 +75,27 @@ def snapshot(tree: Any, memory: HostMemory | None = None) -> list[HostLeaf]:
         tree: of arrays.
         memory: of an earlier snapshot that is of no use any more; new if left out.
     """
-    memory = memory or HostMemory()
+    return _host_leaves(tree, (memory or HostMemory()).copy)
+
+
+def fetched(tree: Any) -> list[HostLeaf]:
+    """Returns what this process holds of every array of a tree that nobody will ever donate.
+
+    Waits until they are computed; where host memory is the device's, nothing is copied.
+    """
+    return _host_leaves(tree, lambda path, start, chunk: np.asarray(chunk, order="C"))
+
+
+_Keep = Callable[[str, tuple[int, ...], np.ndarray], np.ndarray]
+
+
+def _host_leaves(tree: Any, keep: _Keep) -> list[HostLeaf]:
     for _, array, _ in named_leaves(tree):
         array.copy_to_host_async()
-    return [_host_leaf(*leaf, memory) for leaf in named_leaves(tree)]
+    return [_host_leaf(*leaf, keep) for leaf in named_leaves(tree)]
 
 
-def _host_leaf(
-    path: str, array: jax.Array, axes: tuple[str, ...] | None, memory: HostMemory
-) -> HostLeaf:
+def _host_leaf(path: str, array: jax.Array, axes: tuple[str, ...] | None, keep: _Keep) -> HostLeaf:
     if not _LEAF_NAME.fullmatch(path):
         raise CheckpointError(
             f"leaf {path!r} cannot be a file name; it must match {_LEAF_NAME.pattern}."
@@ -93,7 +105,7 @@ def _host_leaf(
     for shard in array.addressable_shards:
         if shard.replica_id == 0:
             start = tuple(index.start or 0 for index in shard.index)
-            chunks[start] = memory.copy(path, start, np.asarray(shard.data))
+            chunks[start] = keep(path, start, np.asarray(shard.data))
     return HostLeaf(path, np.dtype(array.dtype), array.shape, axes, chunk_shape, chunks)
 
 

@@ -43,6 +43,11 @@ class StateMemory:
         return StateMemory(tuple(sorted(sizes, key=lambda item: -item[1])))
 
     @property
+    def total(self) -> int:
+        """Of all arrays."""
+        return sum(size for _, size in self.arrays)
+
+    @property
     def parameters(self) -> int:
         """Of the model."""
         return sum(size for path, size in self.arrays if path.startswith(MODEL_PREFIX))
@@ -50,7 +55,7 @@ class StateMemory:
     @property
     def optimizer(self) -> int:
         """Of everything else."""
-        return sum(size for _, size in self.arrays) - self.parameters
+        return self.total - self.parameters
 
 
 def bytes_limit(devices: Sequence[Any]) -> int | None:

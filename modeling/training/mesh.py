@@ -8,9 +8,8 @@ slices that hold the same weights.
 """
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
@@ -20,8 +19,7 @@ from jax.sharding import Mesh
 from haliax.sharding import ResourceMapping
 from modeling.models.config import Gpt2Config, LlamaConfig
 from modeling.training.config import TrainerConfig
-
-MAPPINGS = ("axis_resources", "parameter_axis_resources")
+from modeling.training.feasibility import MAPPINGS, entries, hint, mesh_axes, require_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,42 +41,36 @@ def build_layout(trainer: TrainerConfig, devices: Sequence[Any] | None = None) -
     found = list(jax.devices() if devices is None else devices)
     sizes = dict(trainer.mesh)
     needed = math.prod(sizes.values())
-    devices_per_process(trainer)
     if needed > len(found):
         raise ValueError(
             f"trainer.mesh: {sizes} needs {needed} devices, but there are {len(found)} "
             f"({found[0].platform}). Make the mesh smaller, or on CPU start with "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}."
         )
-    for field, logical, physical in _entries(trainer):
-        for name in physical:
-            if name not in sizes:
-                raise ValueError(
-                    f"trainer.{field}: `{logical}: {name}` names a mesh axis that is not in "
-                    f"trainer.mesh, which has {sorted(sizes)}{_hint(name, sizes)}; map to one of "
-                    f"those or add `{name}` to the mesh."
-                )
-        if not physical or len(set(physical)) < len(physical):
-            raise ValueError(
-                f"trainer.{field}: `{logical}: {list(physical)}` must name one or more mesh axes, "
-                f"each once."
-            )
-    for batch in trainer.batches.sizes:
-        _check_batch(batch, trainer, sizes)
+    require_layout(trainer)
     mesh = Mesh(np.asarray(found[:needed]).reshape(tuple(sizes.values())), tuple(sizes))
     compute = dict(trainer.axis_resources)
     return Layout(mesh, compute, compute | dict(trainer.parameter_axis_resources))
 
 
-def devices_per_process(trainer: TrainerConfig) -> int:
-    """Returns how many of the mesh's devices each process has."""
-    needed = math.prod(trainer.mesh.values())
-    if needed % trainer.processes:
-        raise ValueError(
-            f"trainer.processes: {trainer.processes} processes cannot share the {needed} devices "
-            f"of trainer.mesh {dict(trainer.mesh)} evenly; take a divisor of {needed}."
-        )
-    return needed // trainer.processes
+def idle_devices(layout: Layout, devices: Sequence[Any] | None = None) -> str | None:
+    """Returns what to tell of accelerators that the mesh leaves out; None if it takes all.
+
+    Devices of a CPU are virtual: no work is lost with one that is not used.
+    """
+    found = list(jax.devices() if devices is None else devices)
+    size = layout.mesh.size
+    if found[0].platform == "cpu" or len(found) <= size:
+        return None
+    shape, remedy = dict(layout.mesh.shape), ""
+    axes = mesh_axes(layout.compute.get("batch"))
+    if axes and len(found) % size == 0:
+        more = shape | {axes[-1]: shape[axes[-1]] * (len(found) // size)}
+        remedy = f" Take them in with trainer.mesh {more}."
+    return (
+        f"{len(found) - size} of {len(found)} {found[0].device_kind} devices are idle: "
+        f"trainer.mesh {shape} takes {size}.{remedy}"
+    )
 
 
 def require_known_axes(trainer: TrainerConfig, known: Collection[str]) -> None:
@@ -86,11 +78,11 @@ def require_known_axes(trainer: TrainerConfig, known: Collection[str]) -> None:
 
     Such a line does nothing, and would leave whole what was meant to be split.
     """
-    for field, logical, _ in _entries(trainer):
+    for field, logical, _ in entries(trainer):
         if logical not in known:
             raise ValueError(
                 f"trainer.{field}: no array of this model has an axis `{logical}`"
-                f"{_hint(logical, known)}; there are {sorted(known)}."
+                f"{hint(logical, known)}; there are {sorted(known)}."
             )
 
 
@@ -109,37 +101,3 @@ def require_divisible_vocabulary(
                 f"embedding ({vocab_size} ids) over {ways} devices, which cannot share them "
                 f"evenly. Pad them with model.vocab_pad_multiple: {multiple}, which changes no id."
             )
-
-
-def mesh_axes(physical: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Returns the mesh axes of one entry of a mapping."""
-    if physical is None:
-        return ()
-    return (physical,) if isinstance(physical, str) else tuple(physical)
-
-
-def _entries(trainer: TrainerConfig) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    for field in MAPPINGS:
-        for logical, physical in getattr(trainer, field).items():
-            yield field, logical, mesh_axes(physical)
-
-
-def _hint(name: str, known: Collection[str]) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    return f" (did you mean `{close[0]}`?)" if close else ""
-
-
-def _check_batch(batch: int, trainer: TrainerConfig, sizes: Mapping[str, int]) -> None:
-    pieces = trainer.num_microbatches
-    if batch % pieces:
-        raise ValueError(
-            f"trainer.num_microbatches: {pieces} does not divide trainer.train_batch_size {batch}."
-        )
-    axes = mesh_axes(trainer.axis_resources.get("batch"))
-    ways = math.prod(sizes[axis] for axis in axes)
-    if (batch // pieces) % ways:
-        raise ValueError(
-            f"trainer.train_batch_size: {batch} rows in {pieces} microbatches are "
-            f"{batch // pieces} rows at a time, which {ways} devices along mesh axis "
-            f"`{' x '.join(axes)}` cannot share evenly; take a multiple of {pieces * ways}."
-        )

@@ -41,6 +41,8 @@ class StepReport:
     """Consumed since the run's first step."""
     tokens_per_second: float
     """Since the last report, over the time of steps and of waiting for batches."""
+    seconds_per_step: float
+    """Of the same time."""
     mfu: float | None
     """Model FLOPs utilization since then, if the devices' peak is known."""
     loader_share: float
@@ -55,7 +57,8 @@ class StepReport:
         mfu = "" if self.mfu is None else f", MFU {self.mfu:.1%}"
         return (
             f"step {self.step:,} of {self.num_steps:,}: loss {self.loss:.4f}, "
-            f"{self.tokens_per_second:,.0f} tokens/s{mfu}, goodput {self.goodput:.0%}, "
+            f"{self.tokens_per_second:,.0f} tokens/s, {self.seconds_per_step:.3g} s a step{mfu}, "
+            f"goodput {self.goodput:.0%}, "
             f"{self.eta_s:.0f} s left"
             + "".join(f", {name} {value:g}" for name, value in self.figures.items())
         )
@@ -71,6 +74,10 @@ class Observer(Protocol):
 
     def refused(self, reason: str) -> None:
         """Earlier work is not gone on with, and is removed."""
+        ...
+
+    def warned(self, text: str) -> None:
+        """Something that a person should know of."""
         ...
 
     def started(self, start: RunStart) -> None:
@@ -105,6 +112,9 @@ class Silent:
         """Does nothing."""
 
     def refused(self, reason: str) -> None:
+        """Does nothing."""
+
+    def warned(self, text: str) -> None:
         """Does nothing."""
 
     def started(self, start: RunStart) -> None:

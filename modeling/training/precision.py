@@ -1,8 +1,8 @@
-"""Which dtype parameters, computation and outputs have: `p=f32,c=bfloat16,o=f32`.
+"""Which dtype parameters and computation have: `p=f32,c=bfloat16`, see `config.precision`.
 
 Parameters and optimizer state are kept in `p`; each step casts a copy to `c` for the forward and
-backward pass, so gradients return in `p` through the cast. `o` is the dtype of what a model hands
-out (logits), `p` if not given. Losses and weights are summed in float32 whatever the policy.
+backward pass, so gradients return in `p` through the cast. Losses and weights are summed in float32
+whatever the policy.
 """
 
 import dataclasses
@@ -12,17 +12,9 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 
-Tree = TypeVar("Tree")
+from modeling.training.config import precision
 
-_DTYPES = {
-    "f32": jnp.float32,
-    "float32": jnp.float32,
-    "bf16": jnp.bfloat16,
-    "bfloat16": jnp.bfloat16,
-    "f16": jnp.float16,
-    "float16": jnp.float16,
-}
-_ROLES = {"p": "param", "c": "compute", "o": "output"}
+Tree = TypeVar("Tree")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,26 +23,12 @@ class Policy:
 
     param: Any
     compute: Any
-    output: Any
 
     @staticmethod
     def parse(text: str) -> "Policy":
-        """Reads `p=<dtype>,c=<dtype>` with an optional `,o=<dtype>`."""
-        given: dict[str, Any] = {}
-        for part in text.split(","):
-            letter, _, dtype = (piece.strip() for piece in part.partition("="))
-            if letter not in _ROLES or dtype not in _DTYPES or letter in given:
-                raise ValueError(
-                    f"trainer.mp: {text!r}: cannot read {part!r}; write p=, c= and at most o= once "
-                    f"each, with one of {sorted(_DTYPES)}, e.g. `p=f32,c=bfloat16`."
-                )
-            given[letter] = _DTYPES[dtype]
-        missing = [letter for letter in "pc" if letter not in given]
-        if missing:
-            raise ValueError(
-                f"trainer.mp: {text!r} lacks `{missing[0]}=`; write e.g. `p=f32,c=bfloat16`."
-            )
-        return Policy(given["p"], given["c"], given.get("o", given["p"]))
+        """Reads `p=<dtype>,c=<dtype>`."""
+        named = precision(text)
+        return Policy(getattr(jnp, named["p"]), getattr(jnp, named["c"]))
 
     def cast_to_param(self, tree: Tree) -> Tree:
         """Returns the tree as it is stored."""
@@ -59,10 +37,6 @@ class Policy:
     def cast_to_compute(self, tree: Tree) -> Tree:
         """Returns the tree as the forward pass takes it."""
         return _cast(tree, self.compute)
-
-    def cast_to_output(self, tree: Tree) -> Tree:
-        """Returns the tree as it is handed out."""
-        return _cast(tree, self.output)
 
 
 def _cast(tree: Tree, dtype: Any) -> Tree:

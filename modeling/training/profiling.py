@@ -21,23 +21,6 @@ TRACE = "trace.json.gz"
 _log = logging.getLogger(__name__)
 
 
-def profiled_steps(text: str | None, num_steps: int) -> range:
-    """Returns the updates that `5..10` names, both ends included; none for None.
-
-    Raises:
-        ValueError: the run of `num_steps` updates has none of these.
-    """
-    if text is None:
-        return range(0)
-    first, last = map(int, text.split(".."))
-    if not 1 <= first <= last <= num_steps:
-        raise ValueError(
-            f"trainer.profile_steps: {text} is no part of the updates 1..{num_steps} of this run; "
-            f"name the first and the last one to profile, e.g. 5..10."
-        )
-    return range(first, last + 1)
-
-
 class Profiler:
     """Traces the updates of `steps`; others run as if it were not there."""
 

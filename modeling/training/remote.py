@@ -57,6 +57,11 @@ class RemoteCheckpoints:
         self._verified: set[str] = set()
         self._damaged: set[str] = set()
 
+    @property
+    def place(self) -> tuple[Any, str]:
+        """File system of fsspec's, and path."""
+        return self._filesystem, self._root
+
     def names(self) -> list[str]:
         """Returns the attempts that are complete, highest step first."""
         return [name for name, _ in self.attempts() if self._is_committed(name)]

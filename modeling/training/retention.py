@@ -26,10 +26,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from modeling import faults
-from modeling.artifacts import needing_space
+from modeling.artifacts import Progress, needing_space
 from modeling.training import checkpoint
 from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import COMMIT, CheckpointError, DamagedCheckpointError, Manifest
+from modeling.training.other_classes import Refusal, adopted
 from modeling.training.pins import (
     REFUSED,
     attempt_name,
@@ -182,6 +183,11 @@ class Checkpoints:
         _log.warning("%s was copied from %s.", name, self._remote.url)
         return True
 
+    def adopt(self, others: Sequence[Progress], refusal: Refusal) -> bool:
+        """Takes in the newest checkpoint that others have; says whether there was one."""
+        found = self._is_first and adopted(self._directory, others, refusal) is not None
+        return bool(_shared(self._crew, "yes" if found else ""))
+
     def manifest(self, path: Path) -> Manifest:
         """Returns the manifest of a checkpoint that was found, or saved."""
         return self._manifests[path]
@@ -213,7 +219,7 @@ class Checkpoints:
 
     def save(
         self,
-        leaves: Sequence[HostLeaf],
+        leaves: Sequence[HostLeaf] | Callable[[], Sequence[HostLeaf]],
         *,
         step: int,
         cursor: Mapping[str, int],
@@ -228,7 +234,7 @@ class Checkpoints:
         Waits for the previous save first, and raises what it raised.
 
         Args:
-            leaves: a snapshot of the state.
+            leaves: a snapshot of the state, or what takes it, called in the writing thread.
             step: the number of updates made.
             cursor: where the data stream stands.
             config: the resolved experiment.
@@ -244,16 +250,17 @@ class Checkpoints:
         writers = self._crew and checkpoint.Writers(self._crew.index, self._crew.count)
 
         def write() -> None:
-            check(leaves)
+            state = leaves() if callable(leaves) else leaves
+            check(state)
             if is_permanent and self._is_first:
                 for place in self._places:
                     mark(place, step, PINNED_BY)
             with needing_space(f"the checkpoint of step {step}", path), _removed_on_failure(path):
                 written = checkpoint.write(
-                    path, leaves, step=step, cursor=cursor, config=config, files=files,
+                    path, state, step=step, cursor=cursor, config=config, files=files,
                     writers=writers,
                 )  # fmt: skip
-            self._manifests[path] = verify(path, _held(leaves)) if self._is_first else written
+            self._manifests[path] = verify(path, _held(state)) if self._is_first else written
             self._verified.add(path)
             if self._is_first:
                 if self._remote is not None:

@@ -32,8 +32,10 @@ from modeling.training import curvature
 from modeling.training.config import TrainerConfig
 from modeling.training.elastic_update import ElasticUpdate
 from modeling.training.examples import example_of, row_shapes
-from modeling.training.mesh import Layout, mesh_axes
+from modeling.training.feasibility import estimate_microbatches, estimate_rows, mesh_axes
+from modeling.training.mesh import Layout
 from modeling.training.precision import Policy
+from modeling.training.program import Memory, memory_of, product_flops
 from modeling.training.rule import Metrics, Rule, norms_of
 from modeling.training.state import Blueprint, TrainState, trainable
 
@@ -45,6 +47,10 @@ class Step:
     run: Callable[[list[Any], Any], tuple[list[Any], Metrics]]
     compiled: jax.stages.Compiled | None
     """The program, if it is one."""
+    memory: Memory | None
+    """Of one device, if XLA tells."""
+    product_flops: int | None
+    """Of the matrix products of one update on all devices together, if XLA tells."""
     batch_sharding: NamedSharding
     parameter_names: tuple[str, ...]
     """Of the items of `gradient_squares`."""
@@ -76,7 +82,10 @@ def compile_step(
         update = ElasticUpdate(
             blueprint, rule, trainer, layout, Batch=Batch, Pos=Pos, columns=columns
         )
-        return Step(update, None, update.batch_sharding, blueprint.parameter_names)
+        return Step(
+            update, None, update.memory, update.product_flops,
+            update.batch_sharding, blueprint.parameter_names,
+        )  # fmt: skip
     with jax.set_mesh(layout.mesh):
         return _compile(blueprint, rule, trainer, layout, Batch, Pos, columns)
 
@@ -125,7 +134,12 @@ def _compile(
         .lower(blueprint.arrays, row_shapes(Batch, Pos, columns))
         .compile()
     )
-    return Step(compiled, compiled, batch_sharding, blueprint.parameter_names)
+    text = compiled.as_text()
+    return Step(
+        compiled, compiled, memory_of(compiled),
+        product_flops(text) * layout.mesh.size if text else None,
+        batch_sharding, blueprint.parameter_names,
+    )  # fmt: skip
 
 
 def summed(
@@ -190,9 +204,9 @@ def _curvature(
     num_microbatches: int,
 ) -> Any:
     """Returns an estimate from part of the rows, spread evenly over the devices that have them."""
-    num_rows = curvature.estimate_rows(config, Batch.size)
+    num_rows = estimate_rows(config, Batch.size)
     ways = math.prod(layout.mesh.shape[axis] for axis in mesh_axes(layout.compute.get("batch")))
-    pieces = curvature.estimate_microbatches(num_rows, Batch.size // num_microbatches, ways)
+    pieces = estimate_microbatches(num_rows, Batch.size // num_microbatches, ways)
     part = _Pieces.cut(example, Batch, Batch.size // num_rows)
     first = dataclasses.replace(part, arrays=[array[0] for array in part.arrays]).named()
     key = curvature.estimate_key(state.key, state.step)

@@ -2,7 +2,8 @@
 
 Work in progress is in `workspace.progress/checkpoints/<numerics class>`, so that calling `train`
 again with the same workspace, after whatever kind of death, goes on from the newest checkpoint that
-verifies and ends with the same bits. Another numerics class would round otherwise and begins anew.
+verifies and ends with the same bits. Where there is none, one of another numerics class is gone on
+with, which is told: see `other_classes`.
 The result in `workspace.output` is that last checkpoint (`checkpoint` tells its files, `history`
 its `losses.json`) and
 
@@ -12,12 +13,12 @@ its `losses.json`) and
     profiles/          traces of single updates, see `profiling`, if any were asked for
 
 The loop never waits for the device within a step: losses are read one step late, while the next
-step computes, and checkpoints are written by another thread from a copy.
+step computes. Checkpoints are written by another thread, from a copy that the device makes behind
+the update, so that the next update follows at once.
 """
 
 import contextlib
 import dataclasses
-import logging
 import math
 import shutil
 import time
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from haliax import Axis
@@ -44,7 +46,7 @@ from modeling.data.loader import (
 from modeling.experiment import ExperimentConfig
 from modeling.models.lm import build_model
 from modeling.numerics import numerics_class
-from modeling.optim.build import build_optimizer, parameter_groups
+from modeling.optim.build import Groups, build_optimizer, parameter_groups
 from modeling.training import history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
@@ -55,8 +57,9 @@ from modeling.training.continuation import (
     science_of,
     verified_beginning,
 )
+from modeling.training.feasibility import profiled_steps
 from modeling.training.hooks import Decode, Hooks, Setting
-from modeling.training.leaves import HostLeaf, HostMemory, named_leaves, snapshot
+from modeling.training.leaves import HostLeaf, HostMemory, fetched, named_leaves, snapshot
 from modeling.training.manifest import CheckpointError, Manifest
 from modeling.training.memory import (
     DeviceMemoryError,
@@ -69,16 +72,18 @@ from modeling.training.memory import (
 from modeling.training.mesh import (
     Layout,
     build_layout,
+    idle_devices,
     require_divisible_vocabulary,
     require_known_axes,
 )
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
+from modeling.training.other_classes import classes_before
 from modeling.training.peak import Peak
 from modeling.training.pins import COPIED, attempt_name
 from modeling.training.preemption import Preempted, PreemptionNotice
 from modeling.training.processes import Crew, placed_rows
-from modeling.training.profiling import Profiler, profiled_steps
-from modeling.training.program import Memory, memory_of, peak_bytes_in_use, product_flops
+from modeling.training.profiling import Profiler
+from modeling.training.program import Memory, peak_bytes_in_use
 from modeling.training.reading import read_manifest, verify
 from modeling.training.restoring import restore, restore_parameters
 from modeling.training.retention import Checkpoints, open_checkpoints
@@ -87,7 +92,6 @@ from modeling.training.saving import SaveSchedule
 from modeling.training.state import Blueprint, initial_state, trainable
 from modeling.training.step import Step, compile_step
 
-_log = logging.getLogger(__name__)
 PICTURES, PROFILES = "pictures", "profiles"
 """Directories of the progress, and of the result, for people to look into."""
 
@@ -150,7 +154,7 @@ def train(
         Ledger(directory / "time.jsonl" if crew.is_first else None) as ledger,
     ):
         told = observer or Silent()
-        means = _Means(workspace.progress, cache, told, peak, compile_cache, decode, initial)
+        means = _Means(workspace, cache, told, peak, compile_cache, decode, initial)
         run = _Run(plan, loader, checkpoints, notice, crew, ledger, means)
         last = run.to_the_end()
         if crew.is_first:
@@ -173,6 +177,8 @@ class Plan:
     layout: Layout
     make: Callable[[Any], Any]
     blueprint: Blueprint
+    groups: Groups
+    """What weight decay and multipliers act on."""
     batches: BatchSchedule
     lengths: LengthSchedule
     Pos: Axis
@@ -215,6 +221,7 @@ def make_plan(experiment: ExperimentConfig, cache: TrainingData) -> Plan:
     make = partial(initial_state, make_model, optimizer, trainer)
     blueprint = Blueprint.of(make, layout)
     require_known_axes(trainer, {*blueprint.axis_names, "batch", Pos.name})
+    params = trainable(blueprint.template.model)[0]
     return Plan(
         experiment=experiment,
         vocab_size=cache.vocab_size,
@@ -222,6 +229,7 @@ def make_plan(experiment: ExperimentConfig, cache: TrainingData) -> Plan:
         layout=layout,
         make=make,
         blueprint=blueprint,
+        groups=parameter_groups(experiment.optimizer, params),
         batches=trainer.batches,
         lengths=trainer.lengths(Pos.size),
         Pos=Pos,
@@ -232,7 +240,7 @@ def make_plan(experiment: ExperimentConfig, cache: TrainingData) -> Plan:
 class _Means:
     """What a caller gives besides the experiment."""
 
-    progress: Path
+    workspace: Workspace
     cache: TrainingData
     observer: Observer
     peak: Peak | None
@@ -274,11 +282,18 @@ class _Run:
         self._looping_since = 0.0
         self._steps: dict[tuple[Axis, Axis], Step] = {}
         self._saved = 0
+        self._held: tuple[int, Callable[[], Sequence[HostLeaf]]] | None = None
+        self._copies = jax.jit(
+            lambda arrays: [jnp.copy(array) for array in arrays],
+            out_shardings=list(plan.blueprint.shardings.values()),
+        )
         self._host_memory = HostMemory()
         self._schedule = SaveSchedule(plan.experiment.trainer)
         self.losses: list[float] = []
         self.evaluations: list[dict[str, Any]] = []
         self.resumed_from = 0
+        self._numerics = class_here(plan.experiment)
+        self.numerics_before: list[dict[str, Any]] = []
         self.host_s = 0.0
         """CPU seconds of the loop's own thread: what a step costs besides the device's work."""
         self.program_flops: int | None = None
@@ -305,16 +320,50 @@ class _Run:
     def _resumed(self) -> list[Any] | None:
         """Returns the arrays of this run's own newest checkpoint; None if there are none yet."""
         found = self._checkpoints.resume(self._recalled)
+        if found is None and self._may_adopt():
+            found = self._checkpoints.resume(self._recalled)
         if found is not None and found[1] is None:
             self._checkpoints.clear()
             found = None
         if found is not None:
             self._newest, arrays = found
-            self._take_over(self._newest, self._checkpoints.manifest(self._newest))
+            manifest = self._checkpoints.manifest(self._newest)
+            self.numerics_before = classes_before(manifest, self._numerics)
+            self._tell_other_classes(self._newest)
+            self._take_over(self._newest, manifest)
             return arrays
         if self._means.initial is not None:
             self._begin_with(self._means.initial)
         return None
+
+    def _may_adopt(self) -> bool:
+        """Takes in what was done in another numerics class, if there is any and if it may be."""
+        others = self._means.workspace.elsewhere
+        if self._plan.experiment.trainer.other_numerics == "continue":
+            return self._checkpoints.adopt(others, self._refusal)
+        if others:
+            self._observer.warned(
+                f"There is work of {len(others)} other numerics classes on this experiment, which "
+                f"trainer.other_numerics: begin_anew leaves alone; training begins at step 0."
+            )
+        return False
+
+    def _refusal(self, directory: Path, manifest: Manifest) -> str | None:
+        try:
+            require_same_science(directory, manifest, self._plan.science)
+        except CheckpointError as error:
+            return str(error)
+        return self._cache.refusal(manifest.config["data"])
+
+    def _tell_other_classes(self, directory: Path) -> None:
+        if self.numerics_before:
+            told = ", ".join(f"{x['class']} until step {x['until']}" for x in self.numerics_before)
+            self._observer.warned(
+                f"ANOTHER NUMERICS CLASS: this run goes on with work that was done in {told}, and "
+                f"this is {self._numerics}. The experiment is the same, but its bits are those of "
+                f"neither class alone, and the result is on record as of both. To keep to one, "
+                f"set trainer.other_numerics: begin_anew and remove {directory.parent}."
+            )
 
     def _train(self, arrays: list[Any] | None) -> None:
         if arrays is None:
@@ -333,6 +382,7 @@ class _Run:
         spent, speed = self._ledger.time, self._meter.overall
         figures = {
             "tokens_per_second": speed.tokens_per_second,
+            "seconds_per_step": speed.seconds_per_step,
             "goodput": spent.goodput,
             "launches": spent.launches,
             "seconds": {cause: round(s, 3) for cause, s in spent.by_cause.items() if s},
@@ -367,8 +417,9 @@ class _Run:
         """Reads a checkpoint of this run's own, whole; None if it is of rows that are no more."""
         manifest = self._checkpoints.manifest(directory)
         require_same_science(directory, manifest, self._plan.science)
-        if directory.name != attempt_name(manifest.step, COPIED):
-            require_same_class(directory, manifest, class_here(self._plan.experiment))
+        is_told_to = directory.name == attempt_name(manifest.step, COPIED)
+        if self._plan.experiment.trainer.other_numerics == "begin_anew" and not is_told_to:
+            require_same_class(directory, manifest, self._numerics)
         seen = manifest.config["data"]
         if (why := self._cache.refusal(seen)) is not None:
             if "token_cache" in seen:
@@ -441,10 +492,7 @@ class _Run:
                 columns=self._loader.columns,
             )
             self._keep_programs()
-            if step.compiled is not None:
-                self._memory = memory_of(step.compiled)
-                text = step.compiled.as_text()
-                self.program_flops = product_flops(text) * plan.layout.mesh.size if text else None
+            self._memory, self.program_flops = step.memory, step.product_flops
         return step
 
     def _start(self) -> Hooks:
@@ -456,7 +504,8 @@ class _Run:
             hooks = self._hooks()
             self._keep_programs()
         devices = plan.layout.mesh.devices
-        params = trainable(plan.blueprint.template.model)[0]
+        if (idle := idle_devices(plan.layout)) is not None:
+            self._observer.warned(idle)
         self._observer.started(
             RunStart(
                 num_steps=plan.num_steps,
@@ -466,7 +515,7 @@ class _Run:
                 device_kind=devices.flat[0].device_kind,
                 compile_s=self._ledger.spent_here["compile"],
                 memory=self._memory,
-                parameter_groups=parameter_groups(plan.experiment.optimizer, params),
+                parameter_groups=plan.groups,
             )
         )
         return hooks
@@ -482,7 +531,7 @@ class _Run:
             Pos=plan.Pos,
             cache=self._means.cache,
             decode=self._means.decode,
-            directory=self._means.progress / PICTURES,
+            directory=self._means.workspace.progress / PICTURES,
         )
         return Hooks(setting, self._observer, self._ledger, self.evaluations)
 
@@ -499,7 +548,7 @@ class _Run:
         steps = profiled_steps(trainer.profile_steps, self._plan.num_steps)
         # One process of a crew shows what all of them do.
         steps = steps if self._crew.is_first else range(0)
-        profiler = Profiler(steps, self._means.progress / PROFILES, resumed_from=first)
+        profiler = Profiler(steps, self._means.workspace.progress / PROFILES, resumed_from=first)
         with (
             contextlib.closing(profiler),
             self._loader.stream(first, rows=self._own_rows()) as batches,
@@ -512,7 +561,8 @@ class _Run:
                     if unread is not None:
                         self._read(step, unread)
                     if update - 1 > max(first, self._saved):
-                        self._save(update - 1, arrays)
+                        self._hold(update - 1, arrays)
+                    self._write_held()
                     self._settle()
                     raise Preempted(update - 1)
                 rows = rows.first(self._plan.row_axis(update - 1).size)
@@ -526,16 +576,18 @@ class _Run:
                 if unread is not None:
                     self._read(step, unread)
                 hooks.collect(until=update - 1)
+                self._write_held()
                 unread = metrics
                 is_last = update == self._plan.num_steps
                 # Asked once: a notice that comes later is acted on after the next update.
                 is_asked, is_time = self._crew.any_says(self._notice.given, self._save_is_timely())
                 is_stopping = is_asked and not is_last
                 if is_stopping or is_time or self._schedule.is_due(update):
+                    self._hold(update, arrays)
+                if is_last or is_stopping:
                     self._read(step, unread)
-                    hooks.collect(until=update, finish=is_last or is_stopping)
-                    unread = None
-                    self._save(update, arrays)
+                    hooks.collect(until=update, finish=True)
+                    self._write_held()
                 self._tell_saved()
                 if is_stopping:
                     self._settle()
@@ -590,6 +642,7 @@ class _Run:
                     figures={name: float(x) for name, x in found.figures.items()},
                     tokens=self._plan.tokens(update),
                     tokens_per_second=lap.tokens_per_second,
+                    seconds_per_step=lap.seconds_per_step,
                     mfu=lap.mfu,
                     loader_share=lap.loader_share,
                     goodput=self._ledger.time.goodput,
@@ -602,11 +655,38 @@ class _Run:
         """Returns the speed since the last one."""
         self._ledger.write(update)
         first, self._reported = self._reported, update
-        return self._meter.lap(self._plan.tokens(update) - self._plan.tokens(first))
+        tokens = self._plan.tokens(update) - self._plan.tokens(first)
+        return self._meter.lap(tokens, update - first)
 
-    def _save(self, update: int, arrays: list[Any]) -> None:
+    def _hold(self, update: int, arrays: list[Any]) -> None:
+        """Copies the state, whose memory the next update takes over, behind this update."""
         with self._ledger.spending("checkpoint"):
-            self._begin_save(update, arrays)
+            # Two copies of the state would not fit where one just does.
+            self._checkpoints.wait()
+            unflatten = self._plan.blueprint.unflatten
+            if self._has_room_for_a_copy:
+                self._held = update, partial(fetched, unflatten(self._copies(arrays)))
+            else:
+                leaves = snapshot(unflatten(arrays), self._host_memory)
+                self._held = update, lambda: leaves
+        self._saved = update
+        self._schedule.begin_interval()
+
+    @property
+    def _has_room_for_a_copy(self) -> bool:
+        """Whether devices can hold the state twice; else they wait until it is in host memory."""
+        limit = bytes_limit(self._devices)
+        if limit is None or self._memory is None:
+            return True
+        return self._memory.total + StateMemory.of(self._plan.blueprint).total <= limit
+
+    def _write_held(self) -> None:
+        """Saves the state that is held, if one is; the losses up to it have been read."""
+        if self._held is None:
+            return
+        (update, leaves), self._held = self._held, None
+        with self._ledger.spending("checkpoint"):
+            self._begin_save(update, leaves)
         self._keep_programs()
         self._ledger.write(update, sync=True)
 
@@ -615,12 +695,7 @@ class _Run:
         is_free = self._crew.is_first and not self._checkpoints.is_writing
         return is_free and self._schedule.time_is_up()
 
-    def _begin_save(self, update: int, arrays: list[Any]) -> None:
-        # Two copies of the state would not fit where one just does.
-        self._checkpoints.wait()
-        self._saved = update
-        self._schedule.begin_interval()
-        leaves = snapshot(self._plan.blueprint.unflatten(arrays), self._host_memory)
+    def _begin_save(self, update: int, leaves: Callable[[], Sequence[HostLeaf]]) -> None:
         experiment = dataclasses.asdict(self._plan.experiment)
         self._checkpoints.save(
             leaves,
@@ -630,8 +705,9 @@ class _Run:
                 "experiment": experiment,
                 "science": self._plan.science,
                 "data": self._cache.evidence(),
-                "numerics": class_here(self._plan.experiment),
-            },
+                "numerics": self._numerics,
+            }
+            | ({"numerics_before": self.numerics_before} if self.numerics_before else {}),
             files=self._files(),
             done=lambda path: self._written.append((update, path)),
             check=partial(_require_finite_state, update),
@@ -736,7 +812,8 @@ def _built(plan: Plan, last: Path, run: _Run) -> Built:
         "num_parameters": num_parameters(plan.blueprint),
         "num_devices": plan.layout.mesh.size,
     } | run.figures
-    return Built(manifest.content_id, manifest.roots, facts, manifest.digests)
+    before = run.numerics_before
+    return Built(manifest.content_id, manifest.roots, facts, manifest.digests, before)
 
 
 def class_here(experiment: ExperimentConfig) -> str:
@@ -754,11 +831,4 @@ def class_here(experiment: ExperimentConfig) -> str:
 
 def checkpoint_directory(workspace: Workspace, experiment: ExperimentConfig) -> Path:
     """Returns where the checkpoints of this experiment in this numerics class are."""
-    directory = workspace.progress / "checkpoints" / class_here(experiment)
-    others = sorted(p.name for p in directory.parent.glob("*") if p.name != directory.name)
-    if others and not directory.exists():
-        _log.warning(
-            "%s: the checkpoints there are of other numerics classes (%s), with other rounding; "
-            "training begins anew.", directory.parent, ", ".join(others),
-        )  # fmt: skip
-    return directory
+    return workspace.progress / "checkpoints" / class_here(experiment)

@@ -1,5 +1,6 @@
 """The store: recipes found, bytes shared, damage named, races survived, nothing half-published."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ from modeling.artifacts import (
     Recipe,
     ReproducibilityError,
     Workspace,
+    numerics_digest,
 )
 from modeling.canonical import digest
 from modeling.inventory import INVENTORY, DamagedArtifactError, verify_files
@@ -329,6 +331,63 @@ class TestProcesses:
             return writes("a")(workspace)
 
         assert store.materialize(recipe("a"), resumes)[1]
+
+
+def test_work_of_another_class_is_offered_and_what_comes_of_it_is_of_both(any_store: ArtifactStore):
+    store, wanted = any_store, recipe("x")
+    first, second = {"mesh": 8}, {"mesh": 4}
+    before = [{"class": "8", "until": 3}]
+
+    def dies(workspace: Workspace) -> Built:
+        (workspace.progress / "step-3").write_text("done so far")
+        raise ConnectionError
+
+    def goes_on(workspace: Workspace) -> Built:
+        (other,) = workspace.elsewhere
+        assert (other.local / "step-3").read_text() == "done so far"
+        assert (other.remote is None) == store.is_local
+        return dataclasses.replace(writes("both")(workspace), numerics_before=before)
+
+    with pytest.raises(ConnectionError):
+        store.materialize(wanted, dies, numerics=first)
+    made, is_new = store.materialize(wanted, goes_on, numerics=second)
+    assert is_new
+    record = store.record(made.recipe_id, made.numerics)
+    assert record["numerics"]["class"] == second | {"before": before}
+    assert record["numerics"]["ended_in"] == numerics_digest(second) != made.numerics
+    assert store.materialize(wanted, must_not_run, numerics=second) == (made, False)
+    assert store.find(wanted, numerics_digest(first)) is None
+
+    # What one class alone makes is no contradiction, and counts for more.
+    output = store.scratch / "alone"
+    output.mkdir()
+    pure = writes("alone")(Workspace(output, output))
+    alone = store.publish(wanted, output, pure, numerics=second)
+    assert alone.content_id != made.content_id
+    assert store.find(wanted, numerics_digest(second)) == alone
+
+
+def test_work_of_another_class_is_left_alone_while_somebody_does_it(store: ArtifactStore):
+    said: list[str] = []
+
+    def at_work(workspace: Workspace) -> Built:
+        def alone(inner: Workspace) -> Built:
+            assert inner.elsewhere == ()
+            return writes("x")(inner)
+
+        store.materialize(
+            recipe("x"), alone, numerics={"mesh": 4}, report=lambda x: said.append(str(x))
+        )
+        return writes("x")(workspace)
+
+    store.materialize(recipe("x"), at_work, numerics={"mesh": 8})
+    assert len([line for line in said if "it is left alone" in line]) == 1
+
+    def is_over(workspace: Workspace) -> Built:
+        assert workspace.elsewhere == (), "both are on record"
+        return writes("x")(workspace)
+
+    store.materialize(recipe("x"), is_over, numerics={"mesh": 2})
 
 
 def test_layout_on_disk_is_as_documented(store: ArtifactStore):

@@ -147,12 +147,29 @@ def test_overrides_reach_the_experiment_and_its_dataset(catalog_dir: Path):
             "trainer.sequence_length_schedule=[{start_step: 0, lenght: 8}]",
             "trainer.sequence_length_schedule.0.lenght: no such field; did you mean `length`?",
         ),
+        ("optimizer.schedule.warmup=5000", "base.yaml: optimizer.schedule.warmup: 5000 steps, but"),
+        ("trainer.tail_average.start=5000", "base.yaml: trainer.tail_average.start: 5000 steps"),
+        ("trainer.mesh.data=7", "base.yaml: trainer.train_batch_size: "),
+        ("trainer.axis_resources.mlp=date", "axis_resources: `mlp: date` names a mesh axis that"),
+        ("trainer.processes=3", "base.yaml: trainer.processes: 3 processes cannot share the 1 dev"),
+        ("trainer.reproducibility=elastic\ntrainer.elastic_shards=6", "6 must be a power of two"),
+        ("trainer.mp='p=f32,c=bf16,o=f32'", "base.yaml: trainer.mp: 'p=f32,c=bf16,o=f32': 'o=f32'"),
+        ("trainer.profile_steps=8..9999", "base.yaml: trainer.profile_steps: 8..9999 is no part"),
+        (
+            "trainer.train_batch_size=[{start_step: 0, size: 8}, {start_step: 9999, size: 16}]",
+            "base.yaml: trainer.train_batch_size.1.start_step: 9999, but the run ends with update",
+        ),
+        (
+            "trainer.sequence_length_schedule=[{start_step: 0, length: 9999}]",
+            "base.yaml: trainer.sequence_length_schedule.0.length: 9999 tokens, but rows have",
+        ),
+        ("optimizer={type: sophia_g, estimate_rows: 7}", "base.yaml: optimizer.estimate_rows: 7 "),
         ("no-equals-sign", "--set no-equals-sign: expected section.field=value"),
     ],
 )
 def test_mistakes_are_named_by_file_and_field(catalog_dir: Path, change: str, says: str):
     with pytest.raises(ConfigError) as caught:
-        load_catalog(catalog_dir, {"base": [change]})
+        load_catalog(catalog_dir, {"base": change.split("\n")})
     assert says in str(caught.value)
 
 
@@ -184,6 +201,10 @@ def test_all_mistakes_of_a_file_are_reported_at_once(catalog_dir: Path):
             catalog_dir, {"base": ["trainer.mp=3", "trainer.seed=-1", "model.num_layers=0"]}
         )
     assert len(str(caught.value).splitlines()) == 3
+    with pytest.raises(ConfigError) as caught:
+        load_catalog(catalog_dir, {"base": ["optimizer.schedule.warmup=5000", "trainer.mp=bf16"]})
+    lines = str(caught.value).splitlines()
+    assert [line.split(": ")[1] for line in lines] == ["trainer.mp", "optimizer.schedule.warmup"]
 
 
 def test_steps_and_fractions_are_told_apart_by_type(catalog_dir: Path):
@@ -244,7 +265,7 @@ class TestCodeVersions:
             ("trainer.num_train_steps=11", {"checkpoint"}),
             ("trainer.mesh={data: 2}", {"checkpoint"}),
             ("trainer.data_order.seed=1", {"checkpoint"}),
-            ("trainer.mp=p=f32", {"checkpoint", "eval_report"}),
+            ("trainer.mp=p=f32,c=f32", {"checkpoint", "eval_report"}),
             ("trainer.save_every_steps=7", set()),
             ("trainer.log_every_steps=7", set()),
             ("evaluation.batch_size=8", {"eval_report"}),

@@ -99,7 +99,13 @@ def test_no_record_and_no_event_holds_where_this_checkout_is(chain, first_run):
 def test_training_is_tracked_offline(chain, first_run):
     (log,) = (chain.home / "wandb").glob("offline-run-*/run-*.wandb")
     kept = log.read_bytes()
-    for words in (b"train/loss", b"throughput/tokens_per_second", b"learning_rate", b"loss_last"):
+    for words in (
+        b"train/loss",
+        b"throughput/tokens_per_second",
+        b"seconds_per_step",
+        b"learning_rate",
+        b"loss_last",
+    ):
         assert words in kept
 
 

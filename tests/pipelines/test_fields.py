@@ -60,7 +60,7 @@ RULES = [
     (r"experiment\.trainer\.data_order\.max_epochs", NOTHING),  # a guard
     (r"experiment\.trainer\.initialize_from\.allow_changed", NOTHING),  # likewise
     (r"experiment\.trainer\.(save|keep|log|eval|pictures|profile|preemption)_.*", NOTHING),
-    (r"experiment\.trainer\.(keep\..*|begin_anew_if_damaged)", NOTHING),
+    (r"experiment\.trainer\.(keep\..*|begin_anew_if_damaged|other_numerics)", NOTHING),
     (r"experiment\.(trainer|model|optimizer)(\..*)?", CHECKPOINT),
     (r"experiment\.evaluation\..*", REPORT),
     (r"experiment\.export\..*", EXPORT),

@@ -182,15 +182,17 @@ def test_speed_is_measured_over_steps_and_their_wait_for_data_alone(clock):
     with ledger.stepping():
         clock.now += 4
         ledger.write(10)
-        first = meter.lap(800)
+        first = meter.lap(800, 10)
         clock.now += 1
         ledger.stalled("loader", 1.0)
         clock.now += 3
         clock.spend(ledger, "checkpoint", 9)
         ledger.write(20)
-        second = meter.lap(1600)
+        second = meter.lap(1600, 10)
     assert (first.tokens_per_second, first.mfu, first.loader_share) == (200.0, 0.2, 0.0)
     assert (second.tokens_per_second, second.mfu, second.loader_share) == (400.0, 0.4, 0.25)
+    assert (first.seconds_per_step, second.seconds_per_step) == (0.4, 0.4)
     assert meter.overall.tokens_per_second == 300.0
+    assert meter.overall.seconds_per_step == 0.4
     unknown = Meter(ledger, flops_per_token=1e6, peak_flops=None)
     assert unknown.overall.mfu is None

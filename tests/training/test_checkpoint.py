@@ -26,7 +26,7 @@ from modeling.artifacts import DiskFullError
 from modeling.experiment import ConfigError, validate
 from modeling.training import checkpoint
 from modeling.training.config import TrainerConfig
-from modeling.training.leaves import HostMemory, leaf_shardings, named_leaves, snapshot
+from modeling.training.leaves import HostMemory, fetched, leaf_shardings, named_leaves, snapshot
 from modeling.training.manifest import CheckpointError
 from modeling.training.pins import mark, pin, pinned, unpin
 from modeling.training.reading import read_leaf, read_manifest, verify
@@ -440,14 +440,21 @@ def test_a_failed_save_is_raised_by_the_next_one_or_by_the_end(tmp_path):
         held.save(snapshot(make_state()), step=1, cursor={}, config={}, files={}, done=fail)
 
 
-def test_a_save_does_not_see_what_happens_to_the_state_afterwards(tmp_path):
+def copied_later(state):
+    """As the trainer does it: what the device copies is read by the thread that writes."""
+    copies = jax.jit(lambda state: jax.tree.map(jnp.copy, state))(state)
+    return lambda: fetched(copies)
+
+
+@pytest.mark.parametrize("leaves_of", [snapshot, copied_later])
+def test_a_save_does_not_see_what_happens_to_the_state_afterwards(tmp_path, leaves_of):
     """The step donates its state: buffers are overwritten while the writer still writes."""
     state = {"w": jnp.arange(1 << 20, dtype=jnp.float32)}
     expected = np.asarray(state["w"]).copy()
     overwrite = jax.jit(lambda s: jax.tree.map(lambda x: -x, s), donate_argnums=0)
     with open_checkpoints(tmp_path, keep=2) as checkpoints:
         checkpoints.save(
-            snapshot(state), step=1, cursor={}, config={}, files={}, done=lambda _: None
+            leaves_of(state), step=1, cursor={}, config={}, files={}, done=lambda _: None
         )
         for _ in range(3):
             state = overwrite(state)

@@ -13,7 +13,7 @@ from haliax import Axis, NamedArray
 from modeling.models.lm import LmExample, next_token_loss
 from modeling.models.loss import sampled_targets
 from modeling.optim.config import SophiaGConfig, SophiaHConfig
-from modeling.training import curvature
+from modeling.training import curvature, feasibility
 
 Batch, Pos, Vocab, Embed = (
     Axis("batch", 2), Axis("position", 4), Axis("vocab", 5), Axis("embed", 3)
@@ -160,19 +160,19 @@ def test_the_gradient_of_the_loss_is_that_of_the_next_token():
 @pytest.mark.parametrize(("given", "rows"), [(8, 8), (2, 2), (0.5, 4), (0.25, 2), (0.01, 1)])
 def test_rows_of_an_estimate_are_a_number_or_a_share(given, rows):
     config = SophiaGConfig(type="sophia_g", estimate_rows=given)
-    assert curvature.estimate_rows(config, 8) == rows
+    assert feasibility.estimate_rows(config, 8) == rows
 
 
 @pytest.mark.parametrize("given", [3, 16, 0.7])
 def test_rows_that_do_not_divide_the_batch_are_refused(given):
     config = SophiaGConfig(type="sophia_g", estimate_rows=given)
     with pytest.raises(ValueError, match=r"estimate_rows: .* divide the 8 of"):
-        curvature.estimate_rows(config, 8)
+        feasibility.estimate_rows(config, 8)
 
 
 def test_an_estimate_never_takes_more_rows_at_a_time_than_a_microbatch():
-    assert curvature.estimate_microbatches(rows=8, largest=8, ways=2) == 1
-    assert curvature.estimate_microbatches(rows=8, largest=4, ways=2) == 2
-    assert curvature.estimate_microbatches(rows=6, largest=4, ways=2) == 3
+    assert feasibility.estimate_microbatches(rows=8, largest=8, ways=2) == 1
+    assert feasibility.estimate_microbatches(rows=8, largest=4, ways=2) == 2
+    assert feasibility.estimate_microbatches(rows=6, largest=4, ways=2) == 3
     with pytest.raises(ValueError, match=r"3 rows cannot be cut .* 2 devices"):
-        curvature.estimate_microbatches(rows=3, largest=4, ways=2)
+        feasibility.estimate_microbatches(rows=3, largest=4, ways=2)

@@ -17,7 +17,7 @@ from modeling.evaluation.report import row_losses
 from modeling.models.lm import build_model
 from modeling.training import history
 from modeling.training.compile_cache import open_compile_cache
-from modeling.training.profiling import profiled_steps
+from modeling.training.feasibility import profiled_steps
 from modeling.training.restoring import restore_parameters
 from modeling.training.trainer import train
 

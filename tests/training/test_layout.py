@@ -1,6 +1,7 @@
 """Precision policies and meshes: what is built, and how mistakes are told."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from modeling.models.config import Gpt2Config
 from modeling.training.config import TrainerConfig
 from modeling.training.mesh import (
     build_layout,
+    idle_devices,
     require_divisible_vocabulary,
     require_known_axes,
 )
@@ -21,20 +23,21 @@ TRAINER = TrainerConfig(num_train_steps=1, train_batch_size=8)
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("p=f32,c=bfloat16", (jnp.float32, jnp.bfloat16, jnp.float32)),
-        ("c=bf16, p=f32, o=f16", (jnp.float32, jnp.bfloat16, jnp.float16)),
-        ("p=bfloat16,c=float32", (jnp.bfloat16, jnp.float32, jnp.bfloat16)),
+        ("p=f32,c=bfloat16", (jnp.float32, jnp.bfloat16)),
+        ("c=bf16, p=f32", (jnp.float32, jnp.bfloat16)),
+        ("p=bfloat16,c=float32", (jnp.bfloat16, jnp.float32)),
     ],
 )
 def test_policies_are_read(text, expected):
     policy = Policy.parse(text)
-    assert (policy.param, policy.compute, policy.output) == expected
+    assert (policy.param, policy.compute) == expected
 
 
 @pytest.mark.parametrize(
     ("text", "blames"),
     [("p=f32", "lacks `c=`"), ("p=f32,c=int8", "'c=int8'"), ("p=f32,c=f32,p=f16", "'p=f16'"),
-     ("", "''"), ("x=f32,c=f32", "'x=f32'"), ("f32", "'f32'")],
+     ("", "''"), ("x=f32,c=f32", "'x=f32'"), ("f32", "'f32'"),
+     ("p=f32,c=bf16,o=f32", "'o=f32' would change nothing")],
 )  # fmt: skip
 def test_an_unreadable_policy_is_refused_by_part(text, blames):
     with pytest.raises(ValueError, match=f"trainer.mp.*{blames}"):
@@ -110,3 +113,16 @@ def test_a_vocabulary_that_devices_cannot_share_is_refused_with_the_padding_it_t
     with pytest.raises(ValueError, match=r"102 rows.*over 4 devices.*vocab_pad_multiple: 4"):
         require_divisible_vocabulary(layout, Gpt2Config(), 102)
     require_divisible_vocabulary(layout, Gpt2Config(vocab_pad_multiple=4), 102)
+
+
+def test_accelerators_that_the_mesh_leaves_out_are_told():
+    def fake(platform):
+        return [types.SimpleNamespace(platform=platform, device_kind="H200") for _ in range(8)]
+
+    two = build_layout(dataclasses.replace(TRAINER, mesh={"data": 2}))
+    assert idle_devices(two, fake("gpu")) == (
+        "6 of 8 H200 devices are idle: trainer.mesh {'data': 2} takes 2. "
+        "Take them in with trainer.mesh {'data': 8}."
+    )
+    assert idle_devices(two, fake("gpu")[:2]) is None
+    assert idle_devices(two, fake("cpu")) is None

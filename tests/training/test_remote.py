@@ -8,7 +8,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from modeling.artifacts import ArtifactStore, Built, Recipe, Workspace
+from modeling.artifacts import ArtifactStore, Built, Progress, Recipe, Workspace
 from modeling.training.manifest import CheckpointError
 from modeling.training.pins import mark, pin, pinned, unpin
 from modeling.training.reading import read_manifest
@@ -176,6 +176,20 @@ def test_a_pin_that_comes_while_its_remote_step_is_being_retired_is_heeded(tmp_p
     assert (
         RemoteCheckpoints(url).fetch(RemoteCheckpoints(url).names()[-1], tmp_path / "b").step == 1
     )
+
+
+def test_what_another_numerics_class_has_sent_is_taken_in(tmp_path, caplog):
+    url = f"memory://{uuid.uuid4().hex}"
+    with open_checkpoints(tmp_path / "a", keep=2, remote=f"{url}/checkpoints/aaaa") as here:
+        save_all(here, [1, 2])
+    with open_checkpoints(tmp_path / "b", keep=2) as there:
+        others = [Progress(tmp_path / "no such"), Progress(tmp_path / "nor here", url)]
+        refusals = {2: "of other rows"}
+        assert there.adopt(others, lambda path, manifest: refusals.get(manifest.step))
+        path, found = there.resume(lambda path: restore(path, make_state()))
+    assert "is of no use here: of other rows" in caplog.text
+    assert path.name.startswith("step-000001.")
+    assert_same_bits(found, make_state(1))
 
 
 def test_a_training_goes_on_elsewhere_and_ends_with_the_same_bits(tmp_path, monkeypatch):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from modeling.artifacts import DiskFullError
+from modeling.artifacts import DiskFullError, Progress
 from modeling.experiment import ConfigError
 from modeling.models.lm import build_model
 from modeling.models.trained import load_model
@@ -51,6 +51,9 @@ class Recorder:
 
     def refused(self, reason):
         self._hear("refused", reason)
+
+    def warned(self, text):
+        self._hear("warned", text)
 
     def started(self, start):
         self._hear("started", start)
@@ -439,14 +442,44 @@ def test_a_checkpoint_of_another_numerics_class_is_said_and_allowed(
     assert abs(built.facts["loss_first"] - learned) < 0.5 * (untrained - learned)
 
 
-def test_another_numerics_class_begins_anew_and_says_so(finished, caplog, tmp_path, compile_cache):
-    space = finished[0]
-    threads = driver.experiment(trainer={"cpu_threads": 3})
-    fresh = dataclasses.replace(space, output=tmp_path)
-    with caplog.at_level(logging.WARNING):
-        built = train(threads, driver.counting_cache(), fresh, compile_cache=compile_cache)
-    assert built.facts["resumed_from"] == 0
-    assert "other numerics classes" in caplog.text
+def test_work_of_another_numerics_class_is_gone_on_with_and_on_record(
+    finished, caplog, tmp_path, compile_cache
+):
+    """Its newest checkpoint is damaged; a death later, the run still knows where it comes from."""
+    shutil.copytree(finished[0].progress / "checkpoints", tmp_path / "other" / "checkpoints")
+    (directory,) = (tmp_path / "other" / "checkpoints").iterdir()
+    shutil.rmtree(max(directory.glob("step-*")) / "arrays" / "step")
+    other = Progress(tmp_path / "nobody"), Progress(tmp_path / "other")
+    space = dataclasses.replace(driver.workspace(tmp_path / "own"), elsewhere=other)
+    before = [{"class": directory.name, "until": 4}]
+
+    def trained(number, **fields):
+        observer, output = Recorder(), space.output.with_name(f"output-{number}")
+        output.mkdir(exist_ok=True)
+        built = train(
+            driver.experiment(trainer={"cpu_threads": 3} | fields), driver.counting_cache(),
+            dataclasses.replace(space, output=output),
+            observer=observer, compile_cache=compile_cache,
+        )  # fmt: skip
+        return built, observer.named("resumed"), observer.named("warned")
+
+    built, resumed, (told,) = trained(0)
+    assert resumed == [4]
+    assert f"{directory.name} until step 4" in told
+    assert f"DAMAGED CHECKPOINT: {directory}" in caplog.text
+    assert list(built.numerics_before) == before
+    assert built.leaves == finished[1].leaves, "these two round alike"
+    assert verify(space.output).config["numerics_before"] == before
+
+    again, resumed, warned = trained(1)
+    assert (resumed, list(again.numerics_before), len(warned)) == ([6], before, 1)
+
+    with pytest.raises(CheckpointError, match=rf"class {directory.name} until step 4"):
+        trained(2, other_numerics="begin_anew")
+    shutil.rmtree(space.progress)
+    alone, resumed, (told,) = trained(3, other_numerics="begin_anew")
+    assert (resumed, list(alone.numerics_before)) == ([], [])
+    assert "leaves alone; training begins at step 0" in told
 
 
 def test_saves_by_the_clock_are_temporary_and_change_no_bit(finished, tmp_path, compile_cache):
