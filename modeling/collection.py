@@ -114,7 +114,14 @@ def garbage(
     found += _leftover_attempts(store, moment, grace_s)
     # A build on record whose object is lost is begun again.
     whole = set(_whole_objects(store))
-    finished = {place_of(record) for record in kept if key_of(record) in whole}
+    done = [record for record in kept if key_of(record) in whole]
+    finished = set(map(place_of, done))
+    # One that began in another numerics class was made where it ended.
+    finished |= {
+        (record["recipe_id"], record["numerics"]["ended_in"])
+        for record in done
+        if "ended_in" in record["numerics"]
+    }
     found += _leftover_work(store, finished, moment, grace_s)
     found += _leftover_remote_work(store, finished)
     found += _leftover_notes(store)

@@ -9,7 +9,7 @@ import os
 import pytest
 
 from modeling import collection
-from modeling.artifacts import ArtifactStore, Built, Recipe, reference_bytes
+from modeling.artifacts import ArtifactStore, Built, Recipe, numerics_digest, reference_bytes
 from modeling.canonical import digest
 from modeling.collection import delete, garbage
 from modeling.inventory import INVENTORY, DamagedArtifactError, verify_files
@@ -356,3 +356,16 @@ def test_copies_of_what_is_gone_from_a_remote_store_are_collected(tmp_path):
     assert garbage(store) == [], "it may be being read"
     delete(store, garbage(store, now=LATER))
     assert [path.exists() for path in (*copies, cut_off)] == [True, False, False]
+
+
+def test_work_that_went_on_with_another_class_is_done_where_it_ended(store):
+    def build(workspace):
+        (workspace.output / "a.txt").write_text("a")
+        return Built(digest("test", "mixed"), numerics_before=[{"class": "tpu", "until": 3}])
+
+    here = {"device": "cpu"}
+    made, _ = store.materialize(Recipe("tokens", 1, {}), build, numerics=here)
+    work = store.scratch / "work" / made.recipe_id / numerics_digest(here)
+    (work / "progress").mkdir(parents=True)
+    (work / "progress" / "x").write_text("four")
+    assert [one.path for one in garbage(store)] == [str(work)]
