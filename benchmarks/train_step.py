@@ -1,22 +1,29 @@
-"""One update of GPT-2 by us and by others, taking turns: tokens for each CPU second.
+"""One update of GPT-2 or Llama by us and by others, taking turns: its time, and that of compiling.
 
     python benchmarks/train_step.py [--rounds 5] [--seconds 4] [--size bench|nano] [NAME ...]
+    python benchmarks/train_step.py --platform gpu --size gpt2|llama
 
 All have the same sizes, batch, dtype, AdamW and clipping, no dropout. Each contender is a process
 of its own, which waits while others have their turn, so that a noisy machine is noisy for all:
 
     plain      the update written by hand in jnp and lax: the limit with this compiler
-    ours       our compiled update, called as the loop calls it; `ours-kept` without recomputation
+    ours       our compiled update, called as the loop calls it; `ours-kept` without recomputation,
+               `ours-free` with `trainer.deterministic: false`, which only a GPU heeds
     fsdp       ours over `--devices` virtual devices, weights and optimizer state split
     loop       our whole training loop, data order, prefetch and metrics included
-    torch      PyTorch eager, as nanoGPT writes it; `compiled` by torch.compile; `hf` is
-               transformers' GPT-2. All with torch's own fused attention
+    torch      PyTorch eager, as nanoGPT writes it; `compiled` by torch.compile; `hf` and
+               `hf-compiled` are transformers' models. All with torch's own fused attention
+
+Of a Llama there is no `plain`, `torch` or `compiled`. On a GPU attention is cuDNN's, also that of
+`plain`, products are bfloat16 (torch: autocast), and one device is used.
 
 Prints JSON lines: the machine; for each contender the CPU seconds of its process tree up to the
-first update, and the rest medians over the rounds: CPU and wall milliseconds an update, tokens for
-each CPU second, share of the best matrix product that XLA or torch made in the same process
-(`share_of_peak`, by model FLOPs of the PaLM formula), peak memory. Compare CPU seconds where the
-machine has other work; threads that wait do not spin (OMP_WAIT_POLICY=PASSIVE).
+first update, and of them those that tracing and compiling the update took, where it is JAX's; the
+rest are medians over the rounds: CPU and wall milliseconds an update, tokens for each second of
+both kinds, share of the best matrix product that XLA or torch made in the same process
+(`share_of_peak`, by model FLOPs of the PaLM formula), peak memory of the host. On a GPU `mfu` is
+the share of the published peak. Compare CPU seconds where the machine has other work; threads that
+wait do not spin (OMP_WAIT_POLICY=PASSIVE).
 """
 
 import argparse
@@ -48,8 +55,15 @@ SIZES: dict[str, dict[str, int]] = {
              "vocab": 4096},
     "tiny": {"hidden_dim": 64, "num_layers": 2, "num_heads": 2, "length": 64, "batch": 4,
              "vocab": 512},
+    "tiny-llama": {"hidden_dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
+                   "mlp_dim": 176, "length": 64, "batch": 4, "vocab": 512},
+    "gpt2": {"hidden_dim": 768, "num_layers": 12, "num_heads": 12, "length": 1024, "batch": 16,
+             "vocab": 50304},
+    "llama": {"hidden_dim": 1024, "num_layers": 24, "num_heads": 16, "num_kv_heads": 8,
+              "mlp_dim": 2816, "length": 1024, "batch": 16, "vocab": 32000},
 }  # fmt: skip
-MODEL_FIELDS = ("hidden_dim", "num_layers", "num_heads")
+"""`gpt2` is GPT-2 124M with a padded vocabulary, `llama` a Llama of 350 M weights; for GPUs."""
+MODEL_FIELDS = ("hidden_dim", "num_layers", "num_heads", "num_kv_heads", "mlp_dim")
 THREADS = 2
 Advance = Callable[[], Any]
 """Makes one update and returns something to wait for."""
@@ -63,18 +77,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=4.0, help="a contender's turn")
     parser.add_argument("--size", choices=sorted(SIZES), default="bench")
     parser.add_argument("--devices", type=int, default=4, help="of the FSDP contender")
-    parser.add_argument("--mp", default="p=f32,c=f32", help="of those in JAX")
+    parser.add_argument("--mp", help="of those in JAX; bfloat16 products on a GPU, else float32")
+    parser.add_argument("--platform", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.mp = arguments.mp or f"p=f32,c={'bf16' if arguments.platform == 'gpu' else 'f32'}"
     if arguments.contender:
         take_turns(arguments)
         return
     print_line(
-        benchmark="train_step", size=arguments.size, mp=arguments.mp, **SIZES[arguments.size],
+        benchmark="train_step", size=arguments.size, platform=arguments.platform,
+        mp=arguments.mp, **SIZES[arguments.size],
         cpus=os.cpu_count(), load=os.getloadavg()[0],
         versions={name: version(name) for name in ("jax", "jaxlib", "torch", "transformers")},
     )  # fmt: skip
-    names = arguments.names or list(CONTENDERS)
+    is_llama = "num_kv_heads" in SIZES[arguments.size]
+    left_out = (GPT2_ALONE if is_llama else set()) | NOT_ASKED_FOR[arguments.platform]
+    names = arguments.names or [name for name in CONTENDERS if name not in left_out]
+    if is_llama and (wrong := sorted(GPT2_ALONE & set(names))):
+        parser.error(f"{wrong[0]!r} is written for GPT-2 alone; choose another size.")
     if unknown := sorted(set(names) - set(CONTENDERS)):
         parser.error(f"{unknown[0]!r} is no contender; there are {list(CONTENDERS)}.")
     running = {}
@@ -85,8 +106,10 @@ def main() -> None:
     for _ in range(arguments.rounds):
         for name, child in running.items():
             found[name].append(ask(child, "turn"))
-    peaks = {name: ask(child, "peak") for name, child in running.items()}
-    report(SIZES[arguments.size], found, max(peak["flops_per_cpu_s"] for peak in peaks.values()))
+    peaks = [ask(child, "peak") for child in running.values()]
+    best = max((peak["flops_per_cpu_s"] for peak in peaks), default=0.0)
+    published = next((peak["published"] for peak in peaks if peak["published"]), None)
+    report(SIZES[arguments.size], found, best, published)
 
 
 def start(
@@ -97,7 +120,7 @@ def start(
 
     command = [sys.executable, __file__, *argv, "--contender", name]
     passive = {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(THREADS)}
-    pinned = environment(experiment(arguments, name).trainer)
+    pinned = environment(experiment(arguments, name).trainer, arguments.platform)
     child = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         env=inherited(os.environ) | passive | pinned,
@@ -125,9 +148,12 @@ def answer(child: "subprocess.Popen[str]") -> dict[str, Any]:
 
 
 def report(
-    sizes: dict[str, int], found: dict[str, list[dict[str, Any]]], peak_flops: float
+    sizes: dict[str, int],
+    found: dict[str, list[dict[str, Any]]],
+    peak_flops: float,
+    published: float | None,
 ) -> None:
-    """Prints the medians."""
+    """Prints the medians; `published` are the FLOPs a second of a GPU."""
     tokens = sizes["batch"] * sizes["length"]
     flops = tokens * model_shape(sizes).flops_per_token()
     cpu = {name: statistics.median(t["cpu_s"] for t in turns) for name, turns in found.items()}
@@ -135,9 +161,12 @@ def report(
         wall_s = statistics.median(turn["wall_s"] for turn in turns)
         against = {f"cpu_against_{base}": round(cpu[name] / cpu[base], 3)
                    for base in ("plain", "torch", "ours") if base in cpu}  # fmt: skip
+        if published is not None:
+            against["mfu"] = round(flops / wall_s / published, 3)
         print_line(
             contender=name, cpu_ms=round(cpu[name] * 1e3, 1), wall_ms=round(wall_s * 1e3, 1),
-            tokens_per_cpu_s=round(tokens / cpu[name]), **against,
+            tokens_per_cpu_s=round(tokens / cpu[name]), tokens_per_s=round(tokens / wall_s),
+            **against,
             share_of_peak=round(flops / cpu[name] / peak_flops, 3),
             spread=[round(pick(t["cpu_s"] for t in turns) / cpu[name], 2) for pick in (min, max)],
             peak_mib=max(turn["peak_mib"] for turn in turns), turns=len(turns),
@@ -151,6 +180,9 @@ def model_shape(sizes: dict[str, int]) -> "ModelShape":
     from modeling.training.accounting import ModelShape
 
     weights = V * D + L * (12 * D * D + 13 * D) + 2 * D
+    if "num_kv_heads" in sizes:
+        keys = D // sizes["num_heads"] * sizes["num_kv_heads"]
+        weights = V * D + L * (2 * D * (D + keys) + 3 * D * sizes["mlp_dim"] + 2 * D) + D
     return ModelShape(weights, L, sizes["num_heads"], D // sizes["num_heads"], sizes["length"])
 
 
@@ -160,10 +192,15 @@ def take_turns(arguments: argparse.Namespace) -> None:
     advance, wait, product = CONTENDERS[arguments.contender](sizes, arguments)
     updates = LOOP_STEPS if arguments.contender == "loop" else 1
     wait(advance())
-    print_line(first_update_cpu_s=round(cpu_s(), 2))
+    print_line(first_update_cpu_s=round(cpu_s(), 2), **COMPILED)
     for line in sys.stdin:
         if line.strip() == "peak":
-            print_line(flops_per_cpu_s=best_product(product))
+            # What a GPU multiplies takes no CPU time; its maker says what it could do.
+            is_cpu = arguments.platform == "cpu"
+            print_line(
+                flops_per_cpu_s=best_product(product) if is_cpu else 1.0,
+                published=None if is_cpu else published_flops(arguments.contender),
+            )
             return
         began, cpu, steps = time.perf_counter(), cpu_s(), 0
         while time.perf_counter() - began < arguments.seconds or steps < 3:
@@ -176,6 +213,34 @@ def take_turns(arguments: argparse.Namespace) -> None:
             wall_s=(time.perf_counter() - began) / steps, cpu_s=(cpu_s() - cpu) / steps,
             steps=steps, peak_mib=peak // 1024,
         )  # fmt: skip
+
+
+COMPILED: dict[str, float] = {}
+"""What a contender in JAX tells of compiling its update."""
+
+
+def compiled(compile_update: Callable[[], Any]) -> Any:
+    """Returns the compiled update, and notes the CPU seconds of tracing and compiling it."""
+    began = cpu_s()
+    made = compile_update()
+    COMPILED["compile_cpu_s"] = round(cpu_s() - began, 2)
+    return made
+
+
+def published_flops(name: str) -> float | None:
+    """Returns the published FLOPs a second of the GPU, for 16-bit products."""
+    from modeling.training.peak import published_peak
+
+    if name in TORCH:
+        import torch
+
+        kind = torch.cuda.get_device_name()
+    else:
+        import jax
+
+        kind = jax.devices()[0].device_kind
+    peak = published_peak(kind, "bfloat16")
+    return peak and peak.flops
 
 
 def cpu_s() -> float:
@@ -241,7 +306,8 @@ def experiment(arguments: argparse.Namespace, name: str) -> "ExperimentConfig":
     from modeling.experiment import ExperimentConfig, validate
 
     sizes, devices = SIZES[arguments.size], arguments.devices if name == "fsdp" else 1
-    model: dict[str, Any] = {field: sizes[field] for field in MODEL_FIELDS}
+    model: dict[str, Any] = {field: sizes[field] for field in MODEL_FIELDS if field in sizes}
+    model["type"] = "llama" if "num_kv_heads" in sizes else "gpt2"
     model["gradient_checkpointing"] = name != "ours-kept"
     trainer = {
         "num_train_steps": 10**6,
@@ -250,6 +316,7 @@ def experiment(arguments: argparse.Namespace, name: str) -> "ExperimentConfig":
         "train_batch_size": sizes["batch"],
         "mp": arguments.mp,
         "mesh": {"data": devices},
+        "deterministic": name != "ours-free",
     }
     fields = {"dataset": "random", "sequence_length": sizes["length"], "trainer": trainer,
               "model": model, "optimizer": {"learning_rate": 6e-4}}  # fmt: skip
@@ -281,8 +348,10 @@ def our_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
     config, cache = experiment(arguments, arguments.contender), random_cache(sizes)
     plan = make_plan(config, cache)
     Batch = Axis("batch", sizes["batch"])
-    step = compile_step(
-        plan.blueprint, config.optimizer, config.trainer, plan.layout, Batch=Batch, Pos=plan.Pos
+    step = compiled(
+        lambda: compile_step(
+            plan.blueprint, config.optimizer, config.trainer, plan.layout, Batch=Batch, Pos=plan.Pos
+        )
     )
     arrays = plan.blueprint.initialize(plan.make, jax.random.PRNGKey(0))
     rows = np.arange(Batch.size)
@@ -347,7 +416,7 @@ def plain_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contende
 
     L, D, H = sizes["num_layers"], sizes["hidden_dim"], sizes["num_heads"]
     V, T, B = sizes["vocab"], sizes["length"], sizes["batch"]
-    compute = jnp.bfloat16 if "c=b" in arguments.mp else jnp.float32
+    compute = jnp.bfloat16 if "c=bf" in arguments.mp else jnp.float32
 
     def init(key: Any) -> dict[str, Any]:
         keys = jax.random.split(key, 6)
@@ -379,11 +448,17 @@ def plain_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contende
 
     @jax.checkpoint
     def block(x: Any, p: dict[str, Any]) -> tuple[Any, None]:
-        qkv = jnp.einsum("btd,dchk->cbhtk", norm(x, p["ln1"], p["ln1b"]), p["qkv"])
-        q, k, v = qkv + p["qkvb"][:, None, :, None]
-        scores = jnp.einsum("bhtk,bhsk->bhts", q / (D // H) ** 0.5, k)
-        weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-        x = x + jnp.einsum("bhts,bhsk,hkd->btd", weights, v, p["out"]) + p["outb"]
+        if arguments.platform == "gpu":
+            qkv = jnp.einsum("btd,dchk->cbthk", norm(x, p["ln1"], p["ln1b"]), p["qkv"])
+            q, k, v = qkv + p["qkvb"][:, None, None]
+            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+            x = x + jnp.einsum("bthk,hkd->btd", mixed, p["out"]) + p["outb"]
+        else:
+            qkv = jnp.einsum("btd,dchk->cbhtk", norm(x, p["ln1"], p["ln1b"]), p["qkv"])
+            q, k, v = qkv + p["qkvb"][:, None, :, None]
+            scores = jnp.einsum("bhtk,bhsk->bhts", q / (D // H) ** 0.5, k)
+            weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+            x = x + jnp.einsum("bhts,bhsk,hkd->btd", weights, v, p["out"]) + p["outb"]
         hidden = jax.nn.gelu(norm(x, p["ln2"], p["ln2b"]) @ p["up"] + p["upb"])
         return x + hidden @ p["down"] + p["downb"], None
 
@@ -405,10 +480,11 @@ def plain_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contende
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    step = jax.jit(update, donate_argnums=(0, 1))
     params = jax.jit(init)(jax.random.PRNGKey(0))
     state = jax.jit(optimizer.init)(params)
     rows = np.random.default_rng(0).integers(0, V, (B, T), dtype=np.int32)
+    jitted = jax.jit(update, donate_argnums=(0, 1))
+    step = compiled(lambda: jitted.lower(params, state, jnp.asarray(rows)).compile())
 
     def advance() -> Any:
         nonlocal params, state
@@ -418,63 +494,94 @@ def plain_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contende
     return advance, *jax_tools()
 
 
-def torch_tools() -> tuple[Callable[[Any], Any], Callable[[], Any]]:
-    """Returns how to wait, which is not needed, and the product."""
+def torch_tools(device: str) -> tuple[Callable[[Any], Any], Callable[[], Any]]:
+    """Returns how to wait, which a CPU needs not, and the product."""
     import torch
 
     torch.set_num_threads(THREADS)
     square = torch.ones(1024, 1024)
-    return lambda value: None, lambda: square @ square
+
+    def wait(value: Any) -> None:
+        if device == "cuda":
+            torch.cuda.synchronize()
+
+    return wait, lambda: square @ square
 
 
-def torch_update(model: Any, loss_of: Callable[[Any], Any], sizes: dict[str, int]) -> Advance:
-    """Returns AdamW with clipping on `loss_of(rows)`."""
+def torch_contender(
+    model: Any, sizes: dict[str, int], arguments: argparse.Namespace, *, by_compiler: bool = False
+) -> Contender:
+    """Returns AdamW with clipping on what `model` gives for rows: their loss."""
     import torch
 
+    device = "cuda" if arguments.platform == "gpu" else "cpu"
+    model.to(device)
+    called = torch.compile(model) if by_compiler else model
     decayed = [p for p in model.parameters() if p.dim() >= 2]
     spared = [p for p in model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": spared, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=6e-4, betas=(0.9, 0.95), fused=True)
     shape = (sizes["batch"], sizes["length"])
-    rows = torch.from_numpy(np.random.default_rng(0).integers(0, sizes["vocab"], shape))
+    drawn = np.random.default_rng(0).integers(0, sizes["vocab"], shape)
+    rows = torch.from_numpy(drawn).to(device)
 
     def advance() -> Any:
         optimizer.zero_grad(set_to_none=True)
-        loss = loss_of(rows)
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = called(rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         return loss
 
-    return advance
+    return advance, *torch_tools(device)
 
 
 def torch_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
-    """Returns GPT-2 in PyTorch with its fused attention, eager."""
-    model = torch_model(sizes)
-    return torch_update(model, model, sizes), *torch_tools()
-
-
-def compiled_torch_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
-    """Returns the same by torch.compile."""
-    import torch
-
-    model = torch_model(sizes)
-    return torch_update(model, torch.compile(model), sizes), *torch_tools()
+    """Returns GPT-2 in PyTorch with its fused attention, eager or by torch.compile."""
+    by_compiler = arguments.contender == "compiled"
+    return torch_contender(torch_model(sizes), sizes, arguments, by_compiler=by_compiler)
 
 
 def transformers_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
-    """Returns Hugging Face's GPT-2."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+    """Returns Hugging Face's model, eager or by torch.compile."""
+    by_compiler = arguments.contender == "hf-compiled"
+    return torch_contender(transformers_model(sizes), sizes, arguments, by_compiler=by_compiler)
 
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=sizes["vocab"], n_positions=sizes["length"], n_embd=sizes["hidden_dim"],
-            n_layer=sizes["num_layers"], n_head=sizes["num_heads"], use_cache=False,
-            embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
-        )
-    )  # fmt: skip
-    return torch_update(model, lambda rows: model(rows, labels=rows).loss, sizes), *torch_tools()
+
+def transformers_model(sizes: dict[str, int]) -> Any:
+    """Returns a module that gives the loss of rows."""
+    from torch import nn
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
+    if "num_kv_heads" in sizes:
+        inner: Any = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=sizes["vocab"], max_position_embeddings=sizes["length"],
+                hidden_size=sizes["hidden_dim"], intermediate_size=sizes["mlp_dim"],
+                num_hidden_layers=sizes["num_layers"], num_attention_heads=sizes["num_heads"],
+                num_key_value_heads=sizes["num_kv_heads"], **ids,
+            )
+        )  # fmt: skip
+    else:
+        inner = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=sizes["vocab"], n_positions=sizes["length"],
+                n_embd=sizes["hidden_dim"], n_layer=sizes["num_layers"],
+                n_head=sizes["num_heads"], embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0, **ids,
+            )
+        )  # fmt: skip
+
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, rows: Any) -> Any:
+            return self.inner(rows, labels=rows).loss
+
+    return Loss()
 
 
 def torch_model(sizes: dict[str, int]) -> Any:
@@ -509,7 +616,7 @@ def torch_model(sizes: dict[str, int]) -> Any:
             self.ln_f = nn.LayerNorm(D)
 
         def forward(self, rows: Any) -> Any:
-            x = self.wte(rows) + self.wpe(torch.arange(T))
+            x = self.wte(rows) + self.wpe(torch.arange(T, device=rows.device))
             for block in self.blocks:
                 x = block(x)
             logits = F.linear(self.ln_f(x), self.wte.weight)
@@ -522,12 +629,18 @@ CONTENDERS: dict[str, Callable[[dict[str, int], argparse.Namespace], Contender]]
     "plain": plain_step,
     "ours": our_step,
     "ours-kept": our_step,
+    "ours-free": our_step,
     "fsdp": our_step,
     "loop": our_loop,
     "torch": torch_step,
-    "compiled": compiled_torch_step,
+    "compiled": torch_step,
     "hf": transformers_step,
+    "hf-compiled": transformers_step,
 }
+TORCH = {"torch", "compiled", "hf", "hf-compiled"}
+GPT2_ALONE = {"plain", "torch", "compiled"}
+NOT_ASKED_FOR = {"cpu": {"ours-free", "hf-compiled"}, "gpu": {"fsdp"}}
+"""Contenders that run only where they are named."""
 
 
 if __name__ == "__main__":
