@@ -68,6 +68,8 @@ from modeling.progress import Report, ignore
 
 _LOG = logging.getLogger(__name__)
 EXACT = "exact"
+BEFORE = "before"
+"""In a class on record: the classes that had the work before it."""
 UPLOAD = "upload-"
 """Begins the name of the directory of one upload to an object store."""
 PINS = "pins"
@@ -354,7 +356,7 @@ class ArtifactStore:
         if built.numerics_before:
             # Bits of two roundings are those of neither class, so they make one of their own.
             ended_in = {"ended_in": numerics_id}
-            numerics = {**(numerics or {}), "before": list(map(dict, built.numerics_before))}
+            numerics = {**(numerics or {}), BEFORE: list(map(dict, built.numerics_before))}
             numerics_id = numerics_digest(numerics)
         record_path = self.record_path(recipe.id, numerics_id)
         record = {

@@ -11,7 +11,7 @@ from typing import Any
 import dagster as dg
 
 from modeling import canonical
-from modeling.artifacts import ArtifactStore, Recipe
+from modeling.artifacts import BEFORE, ArtifactStore, Recipe
 from modeling.difference import differences
 
 CONFIG = "config"
@@ -115,7 +115,9 @@ def recipe_changes(
     changes += differences(*({"transform version": one["version"]} for one in recipes))
     changes += differences(*({"input": _short_ids(one["inputs"])} for one in recipes))
     after = canonical.plain(dict(numerics or {}))
-    changes += differences(*({"numerics": one} for one in (before["numerics"]["class"], after)))
+    # What was begun elsewhere and ended in a class is found by that class: nothing has changed.
+    ended_in = {k: v for k, v in before["numerics"]["class"].items() if k != BEFORE}
+    changes += differences(*({"numerics": one} for one in (ended_in, after)))
     return [str(change) for change in changes]
 
 
