@@ -45,11 +45,11 @@ def export_assets(
         arguments: dict[str, Any] = {
             "checkpoint": store.files(checkpoint),
             "tokenizer": store.files(above["tokenizer"]),
-            "lineage": {"checkpoint": checkpoint.content_id}
-            | {kind: artifact.content_id for kind, artifact in above.items()},
+            "lineage": card_lineage(store, checkpoint),
         }
+        began_from, tokenizer = store.initial_checkpoint_id(checkpoint), above["tokenizer"]
         return store.materialize(
-            recipes.export_recipe(experiment, checkpoint, above["tokenizer"].as_input()),
+            recipes.export_recipe(experiment, checkpoint, tokenizer.as_input(), began_from),
             lambda space: launcher.build(
                 context, launcher.job("export", name, experiment, space, **arguments)
             ),
@@ -95,6 +95,17 @@ def export_assets(
         _missing_files,
     )
     return [hf_model, files_are_whole, logits_match]
+
+
+def card_lineage(store: StoreResource, checkpoint: Artifact) -> dict[str, str]:
+    """Returns the content ids that lead from a checkpoint to the corpus, by kind.
+
+    The checkpoint that its training began from, if it did, stands beside its own.
+    """
+    ids = {kind: artifact.content_id for kind, artifact in store.inputs_above(checkpoint).items()}
+    began_from = store.initial_checkpoint_id(checkpoint)
+    first = {} if began_from is None else {recipes.INITIAL_CHECKPOINT: began_from}
+    return ids | first | {"checkpoint": checkpoint.content_id}
 
 
 def _missing_files(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[str]:

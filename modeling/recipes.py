@@ -35,6 +35,9 @@ WEIGHT_ROOTS = {
 }
 """Names of a checkpoint's roots, by the weights that a stage takes."""
 
+INITIAL_CHECKPOINT = "initial_checkpoint"
+"""What the checkpoint that training begins from is to the one that comes of it."""
+
 
 def code_version(kind: str, params: Any) -> str:
     """Returns what Dagster compares to see that a stage's own definition has changed."""
@@ -164,7 +167,7 @@ def checkpoint_recipe(experiment: ExperimentConfig, token_cache: Artifact) -> Re
     inputs = {"token_cache": token_cache.as_input()}
     if experiment.trainer.initialize_from is not None:
         known = experiment.trainer.initialize_from.checkpoint
-        inputs["initial_checkpoint"] = Input("checkpoint", known, known)
+        inputs[INITIAL_CHECKPOINT] = Input("checkpoint", known, known)
     return _recipe("checkpoint", checkpoint_params(experiment), **inputs)
 
 
@@ -204,14 +207,27 @@ def export_params(experiment: ExperimentConfig) -> Any:
     return {"export": experiment.export}
 
 
-def export_recipe(experiment: ExperimentConfig, checkpoint: Artifact, tokenizer: Input) -> Recipe:
-    """Depends on the parameters and the tokenizer."""
-    return _recipe(
-        "hf_model",
-        export_params(experiment),
-        checkpoint=checkpoint.as_input(WEIGHT_ROOTS[experiment.export.weights]),
-        tokenizer=tokenizer,
-    )
+def export_recipe(
+    experiment: ExperimentConfig,
+    checkpoint: Artifact,
+    tokenizer: Input,
+    initial_checkpoint: str | None = None,
+) -> Recipe:
+    """Depends on the parameters, the tokenizer and, as the card names it, how training began.
+
+    Args:
+        experiment: says in which dtype.
+        checkpoint: whose weights are exported.
+        tokenizer: that it was trained with.
+        initial_checkpoint: content id of the checkpoint that its training began from, if it did.
+    """
+    inputs = {
+        "checkpoint": checkpoint.as_input(WEIGHT_ROOTS[experiment.export.weights]),
+        "tokenizer": tokenizer,
+    }
+    if initial_checkpoint is not None:
+        inputs[INITIAL_CHECKPOINT] = Input("checkpoint", initial_checkpoint, initial_checkpoint)
+    return _recipe("hf_model", export_params(experiment), **inputs)
 
 
 def _recipe(kind: str, params: Any, **inputs: Input) -> Recipe:

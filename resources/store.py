@@ -5,7 +5,7 @@ remote store (`gs://...`) happen under `LEVANTER_SCRATCH`, else `$DAGSTER_HOME/s
 
 `materialize` is what every asset body calls: it looks the recipe up first, so a stage whose recipe
 is on record computes nothing, from whatever entry route the run came. It also tags the run, so that
-the UI's list of runs can be searched by what came of them: `content/nano/checkpoint=5c0ffee5c0ff`.
+the UI's list of runs can be searched by what came of them: `content/nano/checkpoint=CONTENT_ID`.
 """
 
 import os
@@ -16,6 +16,7 @@ from typing import Any
 import dagster as dg
 from pydantic import Field
 
+from modeling import recipes
 from modeling.artifacts import Artifact, ArtifactStore, Build, Recipe
 from resources import materializations, panel, provenance
 from resources.scratch import scratch_directory
@@ -100,7 +101,7 @@ class StoreResource(dg.ConfigurableResource):
         tables = {name: value for name, value in shown.items() if _is_long(value)}
         shown = {name: value for name, value in shown.items() if name not in tables}
         shown_id = artifact.content_id[:12]
-        run_tags = {f"{CONTENT_TAG}{key.to_user_string()}": shown_id}
+        run_tags = {f"{CONTENT_TAG}{key.to_user_string()}": artifact.content_id}
         context.instance.add_run_tags(context.run.run_id, run_tags)
         return dg.MaterializeResult(
             value=artifact,
@@ -136,35 +137,60 @@ class StoreResource(dg.ConfigurableResource):
         So evaluation and export find tokenizer and cache with the checkpoint as only parent: an
         edge of their own would let Dagster pair a new tokenizer with an old checkpoint.
         """
-        inputs = _inputs(self.open(), artifact)
+        store = self.open()
+        inputs = _inputs(store, artifact)
         if name not in inputs:
             raise ValueError(
                 f"{artifact.kind} {artifact.content_id[:12]} has no input `{name}`; it has "
                 f"{sorted(inputs)}."
             )
-        return self.inputs_above(artifact)[inputs[name]["kind"]]
+        return _made(store, artifact, inputs[name], store.records_by_object())
 
     def inputs_above(self, artifact: Artifact) -> dict[str, Artifact]:
-        """Returns everything that `artifact` was made from, directly or not, by kind."""
+        """Returns everything that `artifact` was made from, directly or not, by kind.
+
+        A checkpoint that training began from is no such thing: its rows and tokenizer may be
+        others. `input_of` finds it.
+        """
         store = self.open()
         known = store.records_by_object()
         above: dict[str, Artifact] = {}
         waiting = [artifact]
         while waiting:
             child = waiting.pop(0)
-            for wanted in _inputs(store, child).values():
-                records = known.get((wanted["kind"], wanted["content_id"]))
-                if not records:
-                    raise ValueError(
-                        f"{child.kind} {child.content_id[:12]} was made from {wanted['kind']} "
-                        f"{wanted['content_id'][:12]}, of which {store.url} has no record. "
-                        f"Materialize the assets above it again."
-                    )
+            for role, wanted in _inputs(store, child).items():
+                if role == recipes.INITIAL_CHECKPOINT:
+                    continue
+                made = _made(store, child, wanted, known)
                 # The nearest counts: a tokenizer may be of an older corpus that gave the same one.
-                if wanted["kind"] not in above:
-                    above[wanted["kind"]] = store.from_record(records[-1])
-                    waiting.append(above[wanted["kind"]])
+                if made.kind not in above:
+                    above[made.kind] = made
+                    waiting.append(made)
         return above
+
+    def initial_checkpoint_id(self, checkpoint: Artifact) -> str | None:
+        """Returns the content id of the checkpoint that training began from, if it did."""
+        inputs = _inputs(self.open(), checkpoint)
+        if recipes.INITIAL_CHECKPOINT not in inputs:
+            return None
+        return inputs[recipes.INITIAL_CHECKPOINT]["content_id"]
+
+
+def _made(
+    store: ArtifactStore,
+    child: Artifact,
+    wanted: Mapping[str, str],
+    known: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+) -> Artifact:
+    """Returns an input of an artifact, by its record."""
+    records = known.get((wanted["kind"], wanted["content_id"]))
+    if not records:
+        raise ValueError(
+            f"{child.kind} {child.content_id[:12]} was made from {wanted['kind']} "
+            f"{wanted['content_id'][:12]}, of which {store.url} has no record. "
+            f"Materialize the assets above it again."
+        )
+    return store.from_record(records[-1])
 
 
 def _is_long(value: Any) -> bool:

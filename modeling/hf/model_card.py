@@ -16,6 +16,7 @@ LINEAGE = (
     ("checkpoint", "Checkpoint"),
 )
 """Artifact kinds in the order that they are made, and what the card calls them."""
+_SOMETIMES = {"initial_checkpoint": "Checkpoint that training began from"}
 
 
 def model_card(
@@ -43,7 +44,7 @@ def model_card(
             f"lineage: no content id of {missing} among {sorted(lineage)}. Give one for each stage "
             f"from the corpus to the checkpoint, so that the card can be checked."
         )
-    titles = dict(LINEAGE)
+    titles = dict(LINEAGE) | {kind: title for kind, title in _SOMETIMES.items() if kind in lineage}
     kinds = [*titles, *sorted(set(lineage) - set(titles))]
     ids = [(titles.get(kind, kind), f"`{lineage[kind]}`") for kind in kinds]
     files = [(f"`{name}`", f"`{digests[name]}`") for name in sorted(digests)]

@@ -5,6 +5,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from assets.export import card_lineage
 from modeling.artifacts import Artifact, Built, Recipe
 from resources.scratch import programs_directory, scratch_directory
 from resources.store import StoreLocationError, StoreResource, store_url
@@ -106,3 +107,28 @@ def test_inputs_are_found_through_the_records(made, store):
     assert store.inputs_above(low) == {"top": top, "middle": middle}
     with pytest.raises(ValueError, match=r"no input `top`; it has \['middle'\]"):
         store.input_of(low, "top")
+
+
+def test_a_card_names_the_checkpoint_and_the_one_that_training_began_from(made, store):
+    def made_of(kind, text, **inputs):
+        recipe = Recipe(kind, 1, {"text": text}, {r: one.as_input() for r, one in inputs.items()})
+        return made(recipe, build(text)).value
+
+    old, new = ({} for _ in range(2))
+    for known, (one, two, three) in ((old, "abc"), (new, "def")):
+        known["tokenizer"] = made_of("tokenizer", one)
+        known["token_cache"] = made_of("token_cache", two, tokenizer=known["tokenizer"])
+        began = {"initial_checkpoint": old["checkpoint"]} if known is new else {}
+        inputs = {"token_cache": known["token_cache"], **began}
+        known["checkpoint"] = made_of("checkpoint", three, **inputs)
+    assert store.inputs_above(new["checkpoint"]) == {
+        kind: new[kind] for kind in ("token_cache", "tokenizer")
+    }
+    ids = {kind: one.content_id for kind, one in new.items()}
+    assert card_lineage(store, new["checkpoint"]) == ids | {
+        "initial_checkpoint": old["checkpoint"].content_id
+    }
+    assert card_lineage(store, old["checkpoint"]) == {
+        kind: one.content_id for kind, one in old.items()
+    }
+    assert store.input_of(new["checkpoint"], "initial_checkpoint") == old["checkpoint"]
