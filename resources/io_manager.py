@@ -4,7 +4,8 @@
     <store>/refs/<scope>/runs/<run id>/<asset key>.json    what the steps of one run take
 
 A run takes what it has made itself, so two runs at once with different overrides never read each
-other's tokenizer. `scope` tells Dagster instances apart that share a store.
+other's tokenizer. `scope` tells Dagster instances apart that share a store: it is made of the id of
+their run storage, which a home takes along when it is moved.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ from typing import Any
 
 import dagster as dg
 import fsspec
+from dagster._core.storage.runs import SqlRunStorage
 
 from modeling.artifacts import Artifact, parse_reference, reference_bytes
 from modeling.notes import Note
@@ -85,7 +87,15 @@ class ReferenceIOManagerFactory(dg.ConfigurableIOManagerFactory[ReferenceIOManag
 
 
 def scope_of(instance: dg.DagsterInstance | None) -> str:
-    """Returns a short name of an instance; all ephemeral ones share one."""
+    """Returns a short name of an instance, wherever it lies; all ephemeral ones share one."""
     if instance is None or instance.is_ephemeral:
         return "ephemeral"
-    return hashlib.sha256(instance.storage_directory().encode()).hexdigest()[:12]
+    # The first to ask makes the id; of two at once both take the one that is there after that.
+    storage = instance.run_storage
+    if not isinstance(storage, SqlRunStorage):
+        raise TypeError(
+            f"{type(storage).__name__} has no id by which its references are told from those "
+            f"of other instances; take a run storage of Dagster's own in `dagster.yaml`."
+        )
+    storage.get_run_storage_id()
+    return hashlib.sha256(storage.get_run_storage_id().encode()).hexdigest()[:12]

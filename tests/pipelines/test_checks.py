@@ -19,7 +19,6 @@ from modeling.artifacts import write_durably
 from modeling.data import corpus
 from modeling.data.shards import map_shard, write_shard
 from modeling.inventory import INVENTORY, file_sha256
-from resources.io_manager import scope_of
 
 RAW_CORPUS, TOKENIZER = ("tales", "raw_corpus"), ("tales", "tokenizer")
 TOKENIZED, CACHE = ("tales", "tokenized_corpus"), ("tales", "token_cache", "L32")
@@ -41,11 +40,6 @@ def copied(chain, first_run, tmp_path):
     copy = dataclasses.replace(chain, home=tmp_path / "home", store_directory=tmp_path / "store")
     for name in ("home", "store_directory"):
         shutil.copytree(getattr(chain, name), getattr(copy, name))
-    scopes = []
-    for one in (chain, copy):
-        with one.instance() as instance:
-            scopes.append(copy.store_directory / "refs" / scope_of(instance))
-    scopes[0].rename(scopes[1])
     return copy
 
 

@@ -75,6 +75,16 @@ def test_instances_that_share_a_store_have_references_of_their_own(tmp_path):
         managers[1].latest(key)
 
 
+def test_an_instance_that_was_moved_finds_its_references(tmp_path):
+    (tmp_path / "before").mkdir()
+    with dg.DagsterInstance.local_temp(str(tmp_path / "before")) as instance:
+        scope = scope_of(instance)
+        assert scope_of(instance) == scope
+    (tmp_path / "before").rename(tmp_path / "after")
+    with dg.DagsterInstance.local_temp(str(tmp_path / "after")) as instance:
+        assert scope_of(instance) == scope
+
+
 def test_references_are_json_and_nothing_but_artifacts_passes(tmp_path):
     manager = ReferenceIOManager(str(tmp_path), "scope")
     context = dg.build_output_context(asset_key=dg.AssetKey(["d", "parent"]), run_id="r")
