@@ -2,7 +2,8 @@
 
 To what Dagster knows (`pipelines.staleness`) this adds what no orchestrator can: whether the files
 have changed that a corpus or a tokenizer is taken from, whether the bytes of a fresh asset are
-still in the store, and whether its checks have passed.
+still in the store, whether they are of the numerics class that would be computed in here, and
+whether its checks have passed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,13 +11,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import dagster as dg
 
-from modeling import recipes
-from modeling.artifacts import ArtifactStore
+from modeling import canonical, recipes
+from modeling.artifacts import EXACT, ArtifactStore, numerics_digest
+from modeling.difference import differences
 from modeling.experiment import Catalog
 from pipelines.jobs import MODEL_STAGES
 from pipelines.staleness import Staleness, stale_assets
 from resources import materializations
 from resources.digests import open_memo
+from resources.launcher import LauncherResource
 from resources.materializations import Materialization
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ def out_of_date(
     for key in wanted:
         above = [parent for parent in wanted if parent in graph.get(key).parent_keys]
         why = known.get(key) or _changed_outside(key, instance, store, catalog)
+        why = why or _of_another_class(key, instance, store, catalog)
         why = why or _unchecked(key, instance, graph.get_check_keys_for_assets({key}))
         if why is None and (changed := [p.to_user_string() for p in above if p in found]):
             why = Staleness("UPSTREAM", tuple(f"{name} is not up to date" for name in changed))
@@ -78,6 +82,25 @@ def _changed_outside(
     if now is None or now.recipe_id == made.recipe_id:
         return None
     return Staleness("STALE", _changed_files(store, made, now.files))
+
+
+def _of_another_class(
+    key: dg.AssetKey, instance: dg.DagsterInstance, store: ArtifactStore, catalog: Catalog
+) -> Staleness | None:
+    """Returns what rounds otherwise here than where a fresh model was trained or evaluated."""
+    made = materializations.latest(instance, key)
+    if made is None or made.numerics == EXACT or key.path[0] not in catalog.experiments:
+        return None
+    try:
+        now = LauncherResource().numerics(catalog.experiments[key.path[0]])
+    except RuntimeError as error:
+        return Staleness("STALE", (f"its numerics class cannot be compared: {error}",))
+    if numerics_digest(now) == made.numerics:
+        return None
+    record = store.record(made.recipe_id, made.numerics)
+    changes = differences(record["numerics"]["class"], canonical.plain(now))
+    told = "; ".join(map(str, changes))
+    return Staleness("STALE", (f"the same experiment, in another numerics class: {told}",))
 
 
 class Outside(NamedTuple):

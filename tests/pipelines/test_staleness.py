@@ -11,7 +11,7 @@ from tokenizers import models, pre_tokenizers
 from modeling.experiment import load_catalog
 from pipelines.build import build_defs
 from pipelines.instance import CHECKOUT
-from pipelines.plan import out_of_date
+from pipelines.plan import out_of_date, wanted_assets
 from pipelines.staleness import describe, stale_assets
 from pipelines.why import why
 
@@ -106,6 +106,27 @@ def test_why_names_the_field_above_and_what_the_asset_was_made_for(chain, first_
     assert "tiny/hf_model is fresh" in told("tiny/hf_model")
     with pytest.raises(ValueError, match=r"there are .*tiny/hf_model"):
         told("tiny/hf")
+
+
+def test_a_model_of_another_numerics_class_is_not_called_fresh(chain, first_run, monkeypatch):
+    import importlib.metadata
+
+    installed = importlib.metadata.version
+    jax = installed("jax")
+    found = lambda name: "9.9.9" if name == "jax" else installed(name)
+    monkeypatch.setattr("modeling.numerics.importlib.metadata.version", found)
+    catalog, defs = chain.catalog(), chain.defs()
+    with chain.instance() as instance:
+        stale = out_of_date(defs, instance, chain.store, catalog, wanted_assets(defs, "tiny"))
+        told = "\n".join(
+            why(dg.AssetKey(["tiny", "hf_model"]), defs, instance, chain.store, catalog)
+        )
+    cause = f"the same experiment, in another numerics class: libraries.jax {jax} -> 9.9.9"
+    assert {key.to_user_string(): why.status for key, why in stale.items()} == {
+        "tiny/checkpoint": "STALE", "tiny/eval_report": "STALE", "tiny/hf_model": "UPSTREAM",
+    }  # fmt: skip
+    assert stale[dg.AssetKey(["tiny", "checkpoint"])].causes == (cause,)
+    assert f"above it, tiny/checkpoint is stale: {cause}" in told
 
 
 def test_a_materialization_says_what_it_was_for(other_instance):
