@@ -86,24 +86,41 @@ def main(job_path: str) -> int:
 
 
 def tie_to_parent(parent: int, grace_s: float) -> None:
-    """Makes this process end when `parent` does: TERM from the kernel, KILL from our thread."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # It died before the line above.
+    """Makes this process end when `parent` does: TERM from the kernel, KILL from our thread.
+
+    One that was asked to end before, and saves, is not asked again: it would end at once.
+    """
+    is_tied = threading.Event()
+    threading.Thread(target=_watch, args=(parent, grace_s, is_tied), daemon=True).start()
+    is_tied.wait()
+    if os.getppid() != parent:  # It died before it was tied to.
         raise SystemExit("The process that started this one is gone.")
-    threading.Thread(target=_watch, args=(parent, grace_s), daemon=True).start()
 
 
-def _watch(parent: int, grace_s: float) -> None:
+def _watch(parent: int, grace_s: float, is_tied: threading.Event) -> None:
+    from modeling.training.preemption import asked
+
+    _send_at_death_of_parent(signal.SIGTERM)
+    is_tied.set()
+    while os.getppid() == parent and not asked.wait(0.5):
+        pass
+    if asked.is_set():
+        _send_at_death_of_parent(0)
+    elif sys.platform != "linux":
+        os.kill(os.getpid(), signal.SIGTERM)
     while os.getppid() == parent:
         time.sleep(0.5)
-    if sys.platform != "linux":  # There the kernel has sent it, and a second one would not wait.
-        os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_s)
     # Still here: saving takes too long, or native code never returns to the interpreter.
     if os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _send_at_death_of_parent(number: int) -> None:
+    """Has the kernel send this process a signal, or none (0), for as long as this thread lives."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
 
 
 def _workspace(

@@ -23,6 +23,8 @@ EXIT_AT_ONCE = 76
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _STOP_LISTENING = b"\0"
+asked = threading.Event()
+"""Set when the process was asked to end: who else would ask must not, as that ends it at once."""
 
 
 class Preempted(Exception):
@@ -85,6 +87,7 @@ class PreemptionNotice:
                 if self.given:
                     _exit_at_once("at the second signal")
                 self.given = True
+                asked.set()
 
 
 def _to_the_pipe(number: int, frame: FrameType | None) -> None:

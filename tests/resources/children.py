@@ -7,7 +7,7 @@ import sys
 import time
 from pathlib import Path
 
-from modeling.training.preemption import Preempted
+from modeling.training.preemption import Preempted, PreemptionNotice
 
 
 def write_and_return(arguments, workspace, channel):
@@ -75,6 +75,20 @@ def stop_when_asked(arguments, workspace, channel):
     grandchild.kill()
     grandchild.wait()
     (notes / "saved").touch()
+    raise Preempted(7)
+
+
+def save_when_asked(arguments, workspace, channel):
+    """Saves for `save_s` as training does, which a second signal would end at once."""
+    notes = Path(arguments["notes"])
+    (notes / "pids").write_text(str(os.getpid()))
+    with PreemptionNotice(grace_s=60) as notice:
+        (notes / "started").touch()
+        while not notice.given:
+            time.sleep(0.02)
+        (notes / "told").touch()
+        time.sleep(arguments["save_s"])
+        (notes / "saved").touch()
     raise Preempted(7)
 
 

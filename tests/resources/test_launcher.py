@@ -26,7 +26,7 @@ from resources.launcher import Job, LauncherResource
 def trained(context: dg.AssetExecutionContext, launcher: LauncherResource) -> dg.MaterializeResult:
     arguments = json.loads(sys.argv[1])
     space = Workspace(*map(Path, sys.argv[4:])) if sys.argv[4:] else None
-    job = Job("children:stop_when_asked", arguments, {"PYTHONPATH": sys.argv[2]}, space)
+    job = Job(f"children:{arguments['entry']}", arguments, {"PYTHONPATH": sys.argv[2]}, space)
     launcher.run(context, job)
     return dg.MaterializeResult()
 
@@ -175,11 +175,23 @@ def test_kill_9_of_the_run_worker_leaves_no_orphan(tmp_path, save_s, is_saved):
     assert (notes / "saved").exists() == is_saved
 
 
-def start_run(tmp_path, *, save_s, grace_s, workspace=None):
+def test_a_child_that_saves_is_not_asked_again_when_its_parent_is_killed(tmp_path):
+    """As when CI cancels a job and kills it soon after."""
+    run, notes = start_run(tmp_path, save_s=1, grace_s=30, entry="save_when_asked")
+    run.send_signal(signal.SIGINT)
+    wait_until((notes / "told").exists, 30)
+    time.sleep(0.1)
+    run.kill()
+    run.wait(30)
+    assert_gone(notes)
+    assert (notes / "saved").exists()
+
+
+def start_run(tmp_path, *, save_s, grace_s, workspace=None, entry="stop_when_asked"):
     """Starts a Dagster run in a process of its own and waits until its child works."""
     notes = tmp_path / "notes"
     notes.mkdir()
-    arguments = json.dumps({"notes": str(notes), "save_s": save_s})
+    arguments = json.dumps({"notes": str(notes), "save_s": save_s, "entry": entry})
     places = [str(workspace.progress), str(workspace.output)] if workspace else []
     run = subprocess.Popen(
         [sys.executable, "-c", RUN_WORKER, arguments, str(HERE), str(grace_s), *places],
