@@ -555,19 +555,42 @@ class ArtifactStore:
 
     def resolve(self, reference: str) -> str:
         """Returns the content id meant by an alias, or by six or more of its first digits."""
-        alias = f"{self.root}/aliases/{reference}"
-        if _ALIAS.fullmatch(reference) and self.filesystem.exists(alias):
-            return self._read_alias(reference)
-        known = sorted({record["content_id"] for record in self.records()})
-        matches = [
-            known_id for known_id in known if len(reference) >= 6 and known_id.startswith(reference)
-        ]
-        if len(matches) != 1:
-            found = "no artifact" if not matches else f"{len(matches)} artifacts"
-            raise ValueError(
-                f"`{reference}` names {found} in {self.url}; give an alias or more of a content id."
-            )
-        return matches[0]
+        return self.resolve_object(reference)[1]
+
+    def resolve_object(self, reference: str, *, kind: str | None = None) -> tuple[str, str]:
+        """Returns the kind and content id of the artifact on record that a reference means.
+
+        Args:
+            reference: an alias, or six or more digits of a content id; `KIND:` may stand before it,
+                as artifacts of two kinds can have one content, as a token cache and its copy do.
+            kind: that it has to be of, if only one makes sense.
+
+        Raises:
+            ValueError: it names none, or several, which are then listed.
+        """
+        prefix, colon, name = reference.rpartition(":")
+        wanted = prefix if colon else kind
+        alias = f"{self.root}/aliases/{name}"
+        if _ALIAS.fullmatch(name) and self.filesystem.exists(alias):
+            digits = self._read_alias(name)
+        else:
+            digits = name
+        objects = {(record["kind"], record["content_id"]) for record in self.records()}
+        fitting = sorted(one for one in objects if len(digits) >= 6 and one[1].startswith(digits))
+        matches = [one for one in fitting if wanted in (None, one[0])]
+        if len(matches) == 1:
+            return matches[0]
+        told = ", ".join(f"{kind}:{found[:16]}" for kind, found in (matches or fitting)[:5])
+        if not fitting:
+            found = "no artifact"
+        elif not matches:
+            found = f"no {wanted}, but {told},"
+        else:
+            found = f"{len(matches)} artifacts ({told})"
+        raise ValueError(
+            f"`{reference}` names {found} in {self.url}; give an alias, or more of a content id, "
+            f"or its kind with it as in `checkpoint:c0ffee`."
+        )
 
     def object_path(self, kind: str, content_id: str) -> str:
         """Returns where an object is, or would be, within `filesystem`."""

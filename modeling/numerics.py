@@ -151,6 +151,25 @@ def environment(trainer: TrainerConfig, platform: str = "cpu") -> dict[str, str]
     return pinned | {"JAX_PLATFORMS": f"{_ACCELERATORS[platform]},cpu", "XLA_FLAGS": flags}
 
 
+def trainer_fields(known: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the trainer's fields that a class on record stands for, to compute in it again.
+
+    The inverse of `numerics_class`, as far as there is one: an elastic class holds no mesh, and
+    `NPROC` stands for the threads also where those were fewer than the devices.
+    """
+    variables: Mapping[str, str] = known["environment"]
+    flags = [flag for flag in variables["XLA_FLAGS"].split() if not flag.startswith(_DEVICE_COUNT)]
+    fields: dict[str, Any] = {"xla_flags": tuple(flag for flag in flags if flag not in GPU_FLAGS)}
+    if known["platform"] == "cpu":
+        fields["cpu_threads"] = int(variables["NPROC"])
+    elif known["platform"] == "gpu":
+        fields["deterministic"] = set(GPU_FLAGS) <= set(flags)
+    if "mesh" in known:
+        names = ("processes", "axis_resources", "parameter_axis_resources")
+        fields |= {name: known[name] for name in names} | {"mesh": dict(known["mesh"])}
+    return fields
+
+
 def inherited(surroundings: Mapping[str, str]) -> dict[str, str]:
     """Returns the surroundings without what could change the bits behind `environment`'s back."""
     return {name: value for name, value in surroundings.items() if not _moves_bits(name)}

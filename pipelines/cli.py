@@ -71,17 +71,19 @@ layers above it; and what its last materialization was for.
   levanter why nano/checkpoint
 """
 _VERIFY = """\
-Makes an asset again, from the inputs on its record, in a store of its own, and compares the content
-ids; names the first part that differs, and whether this is another numerics class. Exits 1 if other
-bytes came out. An asset may also be named by an alias, or six or more digits of its content id.
+Makes an artifact again, as its records say and from the inputs on them, in a store of its own, and
+compares the content ids; names the first part that differs, and whether this is another numerics
+class. Exits 1 if other bytes came out. An artifact is named by an asset that it is now, an alias,
+or six or more digits of its content id; the catalog may have changed since, or never have had it.
 
   levanter verify pystdlib/tokenizer
   levanter verify nano/checkpoint          (trains again)
   levanter verify nano/checkpoint --steps 300..400
                                            (only these updates, from the checkpoint of step 300)
 
-With --offline it checks a directory of an exported model against the digests in its own card, which
-needs neither store nor catalog: `sha256sum` gives the same.
+With --offline it checks a directory of an exported model against the digests in its own card, where
+`sha256sum` gives the same, and its tokenizer against the lineage there; and tells the model's
+content id, made anew of the files. That needs neither store, catalog, instance nor network.
 """
 _FSCK = """\
 Reads every object, record and alias of the artifact store and names each file that is missing,
@@ -130,9 +132,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "train":
             arguments.overrides = dotted_overrides(rest)
-        from pipelines.instance import ensure_home
+        if not getattr(arguments, "offline", False):
+            from pipelines.instance import ensure_home
 
-        ensure_home()
+            ensure_home()
         if getattr(arguments, "rehash", False):
             # In the environment, where the stages' own processes find it too.
             os.environ["LEVANTER_REHASH"] = "1"
@@ -370,13 +373,15 @@ def _train(arguments: argparse.Namespace) -> int:
 
 def _launch(arguments: argparse.Namespace) -> int:
     from pipelines.launch import launch
+    from resources.secrets import scrub
 
     tags = {}
     for text in arguments.tags:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise ValueError(f"--tag {text}: expected NAME=VALUE, e.g. commit=c0ffee.")
-        tags[name] = value
+        # A commit may look like a key.
+        tags[name] = value if re.fullmatch("[0-9a-f]+", value) else scrub(value)
     return launch(
         arguments.job,
         arguments.overrides,
@@ -402,11 +407,11 @@ def _why(arguments: argparse.Namespace) -> int:
 def _lineage(arguments: argparse.Namespace) -> int:
     from pipelines.lineage import as_json, lineage, lines
     from pipelines.lineage_exports import to_html, to_prov
-    from pipelines.run import content_id_of
+    from pipelines.run import object_of
     from resources.store import open_store
 
     store = open_store()
-    node = lineage(store, content_id_of(store, arguments.artifact))
+    node = lineage(store, ":".join(object_of(store, arguments.artifact)))
     if arguments.html is not None:
         arguments.html.write_text(to_html(node), encoding="utf-8")
         sys.stdout.write(f"{arguments.html.absolute()}\n")
@@ -418,12 +423,17 @@ def _lineage(arguments: argparse.Namespace) -> int:
 
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.offline:
-        from pipelines.verify import verify_export
+        from modeling.hf import offline
 
-        faults = verify_export(Path(arguments.artifact))
-        verdict = "\n".join(faults) or f"{arguments.artifact}: every file is as its card says."
-        sys.stdout.write(f"{verdict}\n")
-        return 1 if faults else 0
+        directory = Path(arguments.artifact)
+        if faults := offline.faults(directory):
+            sys.stdout.write("".join(f"{fault}\n" for fault in faults))
+            return 1
+        sys.stdout.write(
+            f"{directory}: every file is as its card says, and the tokenizer is that of its "
+            f"lineage.\nThis is hf_model {offline.content_id(directory)}.\n"
+        )
+        return 0
     from pipelines.replay import parse_steps
     from pipelines.run import verify_asset
 
@@ -447,12 +457,12 @@ def _gc(arguments: argparse.Namespace) -> int:
 
 
 def _alias(arguments: argparse.Namespace) -> int:
-    from pipelines.run import content_id_of
+    from pipelines.run import object_of
     from pipelines.upkeep import alias
     from resources.store import open_store
 
     store = open_store()
-    return alias(store, arguments.name, content_id_of(store, arguments.artifact))
+    return alias(store, arguments.name, object_of(store, arguments.artifact)[1])
 
 
 def _checkpoint(arguments: argparse.Namespace) -> int:

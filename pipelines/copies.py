@@ -126,10 +126,10 @@ def _at_url(url: str) -> Copy:
 
 
 def _content_id(store: ArtifactStore, reference: str) -> str:
-    from pipelines.run import content_id_of
+    from pipelines.run import object_of
 
     try:
-        return content_id_of(store, reference)
+        return object_of(store, reference, kind="checkpoint")[1]
     except ValueError as error:
         known = sorted(catalog_from_environment().experiments)
         raise ConfigError(

@@ -39,10 +39,7 @@ class LineageError(ValueError):
 
 def lineage(store: ArtifactStore, reference: str) -> Node:
     """Returns the tree of inputs of the artifact meant by a content id, a prefix, or an alias."""
-    index = store.records_by_object()
-    content_id = store.resolve(reference)
-    kind = next(kind for kind, known in index if known == content_id)
-    return _node("", kind, content_id, index, set())
+    return _node("", *store.resolve_object(reference), store.records_by_object(), set())
 
 
 def lines(node: Node) -> Iterator[str]:

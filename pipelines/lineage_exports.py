@@ -1,9 +1,10 @@
 """A lineage for others to read: one self-contained HTML page, and W3C PROV.
 
 PROV-JSON (https://www.w3.org/submissions/prov-json) in its own words: an artifact is an *entity*,
-the run of a recipe an *activity*, a person's commit of the code an *agent*:
+the run of a recipe an *activity*, the commit of the code that ran an *agent*:
 
     wasGeneratedBy(artifact, recipe)   used(recipe, input)   wasDerivedFrom(artifact, input)
+    wasAssociatedWith(recipe, commit)
 
 A file that an artifact was read from is an entity too: its bytes, used under its path as role.
 """
@@ -50,7 +51,7 @@ def to_html(node: Node) -> str:
 def to_prov(node: Node) -> str:
     """Returns the lineage as PROV-JSON."""
     records, edges = _graph(node)
-    entities, activities, generated = {}, {}, {}
+    entities, activities, generated, agents, associated = {}, {}, {}, {}, {}
     for key, record in records.items():
         recipe, times = _activity(record), record["provenance"].get("times", {})
         entities[key] = {
@@ -69,6 +70,13 @@ def to_prov(node: Node) -> str:
             if which in times
         }
         generated[f"_:g{len(generated)}"] = {"prov:entity": key, "prov:activity": recipe}
+        if commit := record["provenance"].get("git", {}).get("commit"):
+            agents[f"levanter:commit-{commit}"] = {
+                "prov:type": "prov:SoftwareAgent", "levanter:commit": commit,
+            }  # fmt: skip
+            associated[f"_:a{len(associated)}"] = {
+                "prov:activity": recipe, "prov:agent": f"levanter:commit-{commit}",
+            }  # fmt: skip
     used, derived = {}, {}
     for number, (source, target, role) in enumerate(edges):
         recipe = _activity(records[target])
@@ -93,9 +101,11 @@ def to_prov(node: Node) -> str:
         "prefix": {"levanter": _NAMESPACE},
         "entity": entities,
         "activity": activities,
+        "agent": agents,
         "wasGeneratedBy": generated,
         "used": used,
         "wasDerivedFrom": derived,
+        "wasAssociatedWith": associated,
     }
     return json.dumps(document, indent=2, ensure_ascii=False)
 

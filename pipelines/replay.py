@@ -26,12 +26,13 @@ from modeling.artifacts import (
     numerics_digest,
 )
 from modeling.difference import differences
-from modeling.experiment import Catalog, ExperimentConfig
-from pipelines.build import build_defs
+from modeling.experiment import ExperimentConfig
 from pipelines.copies import complete
-from pipelines.verify import UnverifiableError, pools_held, unchanged
+from pipelines.pools import held
+from pipelines.recorded import RUN, UnreadableRecordError, recorded_experiment
+from pipelines.verify import UnverifiableError
 from resources.launcher import LauncherResource
-from resources.materializations import Materialization
+from resources.pools import ACCELERATOR
 from resources.store import StoreResource
 
 if TYPE_CHECKING:
@@ -127,38 +128,43 @@ def parse_steps(text: str) -> tuple[int, int]:
 
 
 def replay(
-    key: dg.AssetKey,
+    record: Mapping[str, Any],
     steps: tuple[int, int],
     instance: dg.DagsterInstance,
     store: ArtifactStore,
-    catalog: Catalog,
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> Replay:
     """Makes the updates after the first of `steps` up to the second again, and compares.
 
+    Args:
+        record: of the checkpoint, which says how it was trained.
+        steps: the one to go on from, and the last one.
+        instance: in whose pools a place is held meanwhile.
+        store: which has its inputs.
+        say: hears what is waited for.
+
     Raises:
-        UnverifiableError: there is no such checkpoint, the catalog now says something else, or
-            training failed.
+        UnverifiableError: there is no such checkpoint, its records cannot be read as a
+            configuration, or training failed.
     """
-    defs = build_defs(catalog)
-    made = unchanged(key, instance, defs)
-    if made.kind != "checkpoint":
-        raise UnverifiableError(
-            f"{key.to_user_string()} is a {made.kind}; only a checkpoint has steps."
-        )
-    record = store.record(made.recipe_id, made.numerics)
+    told = f"{record['kind']} {record['content_id'][:12]}"
+    if record["kind"] != "checkpoint":
+        raise UnverifiableError(f"{told}: only a checkpoint has steps.")
     first, last = steps
-    kept = kept_steps(store, made, wanted=steps)
+    kept = kept_steps(store, record, wanted=steps)
     for step in {first, last} - {0}:
         if step not in kept:
             raise UnverifiableError(
-                f"{key.to_user_string()}: no checkpoint of step {step} was kept; there are those "
+                f"{told}: no checkpoint of step {step} was kept; there are those "
                 f"of {sorted(kept)}. Step 0, the beginning, needs none; a run keeps further "
                 f"ones by `trainer.keep`, or where they are pinned."
             )
-    experiment, launcher = catalog.experiments[key.path[0]], LauncherResource()
-    resource = StoreResource(url=store.url)
+    launcher, resource = LauncherResource(), StoreResource(url=store.url)
+    try:
+        experiment = recorded_experiment(store, record)
+    except UnreadableRecordError as error:
+        raise UnverifiableError(f"{told}: {error}") from None
     cache = resource.input_of(store.from_record(record), "token_cache")
     files = training_files(experiment, cache, resource)
     numerics = canonical.plain(launcher.numerics(experiment))
@@ -169,8 +175,8 @@ def replay(
         space.output.mkdir()
         if first:
             shutil.copytree(kept[first], own / kept_name(first))
-        with pools_held(key, instance, defs, say):
-            train_until(last, key.path[0], experiment, files, launcher, space)
+        with held(instance, ACCELERATOR, say):
+            train_until(last, RUN, experiment, files, launcher, space)
         return Replay.of(steps, _state(kept[last]), _state(_saved(own, last)), record, numerics)
 
 
@@ -182,22 +188,22 @@ def kept_name(step: int) -> str:
 
 
 def kept_steps(
-    store: ArtifactStore, made: Materialization, *, wanted: Collection[int]
+    store: ArtifactStore, record: Mapping[str, Any], *, wanted: Collection[int]
 ) -> dict[int, Path]:
     """Returns the checkpoints of a run that are there, by step: its result, and those pinned.
 
     Args:
         store: where to look.
-        made: the result.
+        record: of the result.
         wanted: steps that are copied here if they are in a remote store alone.
     """
     from modeling.training.reading import read_manifest
 
     found = {}
-    for copy in complete(store, made.recipe_id, made.numerics):
+    for copy in complete(store, record["recipe_id"], record["numerics"]["id"]):
         if copy.step not in found and (copy.path or copy.step in wanted):
             found[copy.step] = copy.local(store)
-    result = store.local(made.kind, made.content_id)
+    result = store.local(record["kind"], record["content_id"])
     return found | {read_manifest(result).step: result}
 
 

@@ -25,7 +25,7 @@ from pipelines.plan import out_of_date, wanted_assets
 from pipelines.replay import Replay, replay
 from pipelines.staleness import Staleness
 from pipelines.terminal import Terminal, terminal_logger
-from pipelines.verify import UnverifiableError, Verdict, verify
+from pipelines.verify import Verdict, record_of_asset, verify
 from pipelines.why import why
 from resources import materializations
 from resources.abandoned import PROCESS, end_abandoned_runs, process_tags
@@ -117,62 +117,57 @@ def explain(asset: str) -> int:
     return 0
 
 
-def verify_asset(asset: str, steps: tuple[int, int] | None = None) -> int:
-    """Makes an asset again, compares, and prints the verdict; returns 1 if it is not the same.
+def verify_asset(reference: str, steps: tuple[int, int] | None = None) -> int:
+    """Makes an artifact again, compares, and prints the verdict; returns 1 if it is not the same.
 
     Args:
-        asset: its key; or an alias or content id of what it is now.
+        reference: an asset's key, for what it is now; or an alias, or digits of a content id.
         steps: for a checkpoint, makes only the updates after the first of them up to the second.
     """
-    store, catalog = open_store(), catalog_from_environment()
+    store, today = open_store(), catalog_from_environment()
     log = _log_file("verify")
     with dg.DagsterInstance.get() as instance, _terminal() as terminal:
-        key = _asset_named(asset, instance, store, catalog)
-        terminal.say(f"Making {key.to_user_string()} again; what that prints is in {log}.")
+        if "/" in reference:
+            record = record_of_asset(dg.AssetKey(reference.split("/")), instance, store)
+        else:
+            record = store.records_by_object()[store.resolve_object(reference)][-1]
+        terminal.say(
+            f"Making {record['kind']} {record['content_id'][:12]} again, from its records; what "
+            f"that prints is in {log}."
+        )
         verdict: Verdict | Replay
         with _output_to(log):
             if steps is None:
-                verdict = verify(key, instance, store, catalog, say=terminal.say)
+                verdict = verify(record, instance, store, today, say=terminal.say)
             else:
-                verdict = replay(key, steps, instance, store, catalog, say=terminal.say)
+                verdict = replay(record, steps, instance, store, say=terminal.say)
         for line in verdict.lines():
             terminal.say(line)
     return 0 if verdict.is_equal else 1
 
 
-def _asset_named(
-    reference: str, instance: dg.DagsterInstance, store: ArtifactStore, catalog: Catalog
-) -> dg.AssetKey:
-    """Returns the asset with this key, or the one that is this artifact now."""
-    if "/" in reference:
-        return dg.AssetKey(reference.split("/"))
-    content_id = store.resolve(reference)
-    for key in build_defs(catalog).resolve_asset_graph().toposorted_asset_keys:
-        made = materializations.latest(instance, key)
-        if made is not None and made.content_id == content_id:
-            return key
-    raise UnverifiableError(
-        f"{reference}: no asset of the catalog is {content_id[:12]} now, so nothing here says how "
-        f"to make it again; `levanter lineage {reference}` shows its record. Give the catalog the "
-        f"parameters that stand there, and materialize the asset: that computes nothing."
-    )
+def object_of(store: ArtifactStore, reference: str, *, kind: str | None = None) -> tuple[str, str]:
+    """Returns kind and content id of an asset's current artifact, or of what the store resolves.
 
-
-def content_id_of(store: ArtifactStore, reference: str) -> str:
-    """Returns the content id of an asset's current artifact, or of anything the store resolves.
+    Args:
+        store: where artifacts are on record.
+        reference: an asset's key, or see `ArtifactStore.resolve_object`.
+        kind: that it has to be of, if only one makes sense.
 
     Raises:
-        ValueError: nothing has that name.
+        ValueError: nothing has that name, or several have.
     """
     if "/" not in reference:
-        return store.resolve(reference)
+        return store.resolve_object(reference, kind=kind)
     with dg.DagsterInstance.get() as instance:
         made = materializations.latest(instance, dg.AssetKey(reference.split("/")))
     if made is None:
         raise ValueError(
             f"{reference}: no such asset has been materialized; see `levanter status`."
         )
-    return made.content_id
+    if kind not in (None, made.kind):
+        raise ValueError(f"{reference} is no {kind}, but a {made.kind}.")
+    return made.kind, made.content_id
 
 
 def _require(experiment: str, catalog: Catalog) -> None:

@@ -2,16 +2,13 @@
 
 The asset is materialized anew, by the very code that made it, in a scratch store that holds only
 the inputs on its record and in an instance that remembers nothing; then the two content ids are
-compared. The catalog must still say what the record says: `levanter why` tells what differs.
-
-A Hugging Face export can be checked anywhere, without store or catalog (`offline`): its card lists
-the SHA-256 of every file, and `sha256sum` gives the same.
+compared. What to make is read from the records too (`recorded`): the catalog may have changed, or
+may never have had it.
 """
 
 import contextlib
 import dataclasses
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +17,7 @@ from typing import Any
 
 import dagster as dg
 
+from modeling import recipes
 from modeling.artifacts import (
     Artifact,
     ArtifactStore,
@@ -28,17 +26,13 @@ from modeling.artifacts import (
 )
 from modeling.difference import differences
 from modeling.experiment import Catalog
-from modeling.inventory import INVENTORY, file_sha256
 from modeling.notes import sealed_bytes, write_whole
 from pipelines.build import build_defs
 from pipelines.pools import held
+from pipelines.recorded import UnreadableRecordError, recorded_catalog
 from resources import materializations
 from resources.io_manager import ReferenceIOManager, ReferenceIOManagerFactory, scope_of
-from resources.materializations import Materialization
 from resources.store import StoreResource
-
-_CARD = "README.md"
-_CARD_ROW = re.compile(r"^\| `([^`]+)` \| `([0-9a-f]{64})` \|$", re.MULTILINE)
 
 
 class UnverifiableError(ValueError):
@@ -79,30 +73,39 @@ class Verdict:
 
 
 def verify(
-    key: dg.AssetKey,
+    record: Mapping[str, Any],
     instance: dg.DagsterInstance,
     store: ArtifactStore,
-    catalog: Catalog,
+    today: Catalog,
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> Verdict:
-    """Makes what an asset's last materialization is on record for again, and compares.
+    """Makes what is on record again, from its records, and compares.
+
+    Args:
+        record: of the artifact.
+        instance: in whose pools a place is held meanwhile.
+        store: which has its inputs, and is only read.
+        today: the catalog, which says where files lie: nothing else is taken from it.
+        say: hears what is waited for.
 
     Raises:
-        UnverifiableError: it was never made, the catalog now says something else, or making it
-            failed.
+        UnverifiableError: its records cannot be read as a configuration, this version would make
+            something else of them, or making it failed.
     """
     home = Path(os.environ["DAGSTER_HOME"])
     with tempfile.TemporaryDirectory(prefix="verify-", dir=home) as directory:
         scratch = StoreResource(url=directory)
+        try:
+            catalog, key = recorded_catalog(store, record, today)
+        except UnreadableRecordError as error:
+            raise UnverifiableError(f"{_told(record)}: {error}") from None
         defs = build_defs(
             catalog, store=scratch, io_manager=ReferenceIOManagerFactory(url=directory)
         )
-        made = unchanged(key, instance, defs)
-        record = store.record(made.recipe_id, made.numerics)
         inputs = _copy_inputs(store, record, scratch.open())
         with pools_held(key, instance, defs, say):
-            new = _make_again(key, defs, scratch.open(), inputs)
+            new = _make_again(key, defs, scratch.open(), inputs, record)
     return Verdict(
         record["content_id"],
         new["content_id"],
@@ -112,52 +115,24 @@ def verify(
     )
 
 
-def verify_export(directory: Path) -> list[str]:
-    """Returns what is wrong with an exported model, by the digests in its own card.
+def _told(record: Mapping[str, Any]) -> str:
+    return f"{record['kind']} {record['content_id'][:12]}"
+
+
+def record_of_asset(
+    key: dg.AssetKey, instance: dg.DagsterInstance, store: ArtifactStore
+) -> dict[str, Any]:
+    """Returns the record of what an asset is now.
 
     Raises:
-        UnverifiableError: there is no card, or it lists no files.
+        UnverifiableError: it was never made.
     """
-    card = directory / _CARD
-    if not card.is_file():
-        raise UnverifiableError(f"{directory}: has no {_CARD}; give an exported model's directory.")
-    listed = dict(_CARD_ROW.findall(card.read_text(encoding="utf-8").partition("## Files")[2]))
-    if not listed:
-        raise UnverifiableError(f"{card}: lists no files with their SHA-256 under `## Files`.")
-    present = {p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()}
-    faults = []
-    for name, expected in sorted(listed.items()):
-        if name not in present:
-            faults.append(f"{name} is missing")
-        elif (found := file_sha256(directory / name)) != expected:
-            faults.append(f"{name} has SHA-256 {found[:12]}, the card says {expected[:12]}")
-    extra = present - set(listed) - {_CARD, INVENTORY}
-    return faults + [f"{name} is not on the card" for name in sorted(extra)]
-
-
-def unchanged(
-    key: dg.AssetKey, instance: dg.DagsterInstance, defs: dg.Definitions
-) -> Materialization:
-    """Returns the last materialization of an asset that the catalog still defines as it did then.
-
-    Raises:
-        UnverifiableError: it was never made, or the catalog now says something else.
-    """
-    name, made = key.to_user_string(), materializations.latest(instance, key)
+    made = materializations.latest(instance, key)
     if made is None:
-        raise UnverifiableError(f"{name} has never been materialized here; see `levanter status`.")
-    graph = defs.resolve_asset_graph()
-    if not graph.has(key):
-        raise UnverifiableError(f"{name} is not in the catalog any more.")
-    node = graph.get(key)
-    if node.code_version == made.code_version:
-        return made
-    config = node.metadata[materializations.CONFIG].value
-    changes = materializations.definition_changes(made, node.code_version or "", config)
-    raise UnverifiableError(
-        f"{name}: the catalog says something else than when it was made: {'; '.join(changes)}. "
-        f"Change it back, or materialize the asset, and verify then."
-    )
+        raise UnverifiableError(
+            f"{key.to_user_string()} has never been materialized here; see `levanter status`."
+        )
+    return store.record(made.recipe_id, made.numerics)
 
 
 @contextlib.contextmanager
@@ -198,7 +173,11 @@ def _copy_inputs(
         write_whole(path, sealed_bytes(above))
         copied[key] = scratch.from_record(above)
         waiting += above["recipe"]["inputs"].values()
-    return {given["kind"]: copied[given["kind"], given["content_id"]] for given in own}
+    return {
+        given["kind"]: copied[given["kind"], given["content_id"]]
+        for role, given in record["recipe"]["inputs"].items()
+        if role != recipes.INITIAL_CHECKPOINT
+    }
 
 
 def _linked(source: str, target: str) -> None:
@@ -206,7 +185,11 @@ def _linked(source: str, target: str) -> None:
 
 
 def _make_again(
-    key: dg.AssetKey, defs: dg.Definitions, store: ArtifactStore, inputs: Mapping[str, Artifact]
+    key: dg.AssetKey,
+    defs: dg.Definitions,
+    store: ArtifactStore,
+    inputs: Mapping[str, Artifact],
+    record: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Materializes the asset in the scratch store and returns its new record."""
     with dg.DagsterInstance.ephemeral() as instance:
@@ -220,5 +203,12 @@ def _make_again(
         if again is None:
             errors = [event.step_failure_data.error for event in result.get_step_failure_events()]
             why = "; ".join(str(error.message).strip() for error in errors if error)
-            raise UnverifiableError(f"{key.to_user_string()} could not be made again: {why}")
-    return store.record(again.recipe_id, again.numerics)
+            raise UnverifiableError(f"{_told(record)} could not be made again: {why}")
+    new = store.record(again.recipe_id, again.numerics)
+    if new["recipe_id"] != record["recipe_id"]:
+        changes = "; ".join(map(str, differences(record["recipe"], new["recipe"])))
+        raise UnverifiableError(
+            f"{_told(record)} cannot be made here as it was: {changes}. Verify it with the version "
+            f"of the code and of the libraries on its record, and from the files that it was of."
+        )
+    return new

@@ -285,7 +285,7 @@ def save(tokenizer: Tokenizer, directory: Path) -> Built:
     write_durably(directory / SPECIAL_TOKENS_FILE, special)
     write_durably(directory / PROBE_FILE, probe)
     facts = {"vocab_size": tokenizer.vocab_size, "eos_id": tokenizer.eos_id}
-    return Built(_content_id(backend_json, special, tokenizer.chat_template), facts=facts)
+    return Built(tokenizer_content_id(backend_json, special, tokenizer.chat_template), facts=facts)
 
 
 def _save_passthrough(declared: PassthroughTokenizer, directory: Path) -> Built:
@@ -315,9 +315,16 @@ def _training_texts(corpus_dir: Path, report: Report) -> Iterator[list[str]]:
     meter.finish()
 
 
-def _content_id(
+def tokenizer_content_id(
     backend_json: dict[str, Any], special: dict[str, Any], chat_template: str | None
 ) -> str:
+    """Returns the content id of a tokenizer.
+
+    Args:
+        backend_json: the content of its `tokenizer.json`.
+        special: token and id of each role.
+        chat_template: that it came with, if it did.
+    """
     # Hashed as bytes, since the canonical encoding of texts would merge tokens equal under NFC.
     text = json.dumps(backend_json, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     content: dict[str, Any] = {"json": text.encode(), "special_tokens": special}

@@ -270,6 +270,27 @@ class TestNames:
         with pytest.raises(ValueError, match="names no artifact"):
             store.resolve("ffffff")
 
+    def test_what_several_artifacts_could_be_is_told_with_their_kinds(self, store: ArtifactStore):
+        same = "c0ffee" + 58 * "1"
+        for kind in ("checkpoint", "hf_model"):
+            store.materialize(Recipe(kind, 1, {}), lambda workspace: Built(same))
+        other = "c0ffee" + 58 * "2"
+        store.materialize(Recipe("checkpoint", 2, {}), lambda workspace: Built(other))
+        with pytest.raises(ValueError, match="names 3 artifacts") as error:
+            store.resolve("c0ffee")
+        for told in (
+            f"checkpoint:{same[:16]}",
+            f"hf_model:{same[:16]}",
+            f"checkpoint:{other[:16]}",
+        ):
+            assert told in str(error.value)
+        with pytest.raises(ValueError, match=rf"checkpoint:{same[:16]}, hf_model:{same[:16]}"):
+            store.resolve_object(same)
+        assert store.resolve_object(f"hf_model:{same[:8]}") == ("hf_model", same)
+        assert store.resolve_object(other, kind="checkpoint") == ("checkpoint", other)
+        with pytest.raises(ValueError, match=r"no tokenizer, but checkpoint:"):
+            store.resolve_object(other, kind="tokenizer")
+
     @pytest.mark.parametrize("name", ["../up", "a/b", "", ".hidden", "a" * 200])
     def test_names_cannot_leave_their_folder(self, store: ArtifactStore, name: str):
         with pytest.raises(ValueError, match="not a valid alias"):

@@ -158,3 +158,25 @@ def test_surroundings_that_move_bits_do_not_reach_the_process():
     told = set(surroundings) - kept - set(pinned)
     assert numerics.overruled(surroundings, pinned) == sorted(told)
     assert numerics.environment(TRAINER)["JAX_DEFAULT_PRNG_IMPL"] == "threefry2x32"
+
+
+@pytest.mark.parametrize(
+    ("platform", "fields"),
+    [
+        ("cpu", {}),
+        ("cpu", {"mesh": {"data": 2, "model": 2}, "cpu_threads": 7, "processes": 2}),
+        ("cpu", {"xla_flags": ("--xla_a=1", "--xla_b=2"), "axis_resources": {"batch": ("a", "b")}}),
+        ("gpu", {"deterministic": False}),
+        ("gpu", {"xla_flags": ("--xla_a=1",), "mesh": {"data": 8}}),
+        ("tpu", {"parameter_axis_resources": {}}),
+    ],
+)
+def test_a_class_on_record_is_computed_in_again(platform, fields):
+    trainer = TrainerConfig(num_train_steps=1, train_batch_size=8, **fields)
+    kind = None if platform == "cpu" else "some"
+    known = json.loads(
+        json.dumps(numerics.numerics_class(trainer, platform=platform, device_kind=kind))
+    )
+    read = TrainerConfig(num_train_steps=1, train_batch_size=8, **numerics.trainer_fields(known))
+    again = numerics.numerics_class(read, platform=platform, device_kind=kind)
+    assert json.loads(json.dumps(again)) == known
