@@ -61,9 +61,6 @@ def launch(
         timeout_s: how long to wait in all; the run goes on after that.
         queue_timeout_s: how long to wait for a start.
         cancel_timeout_s: how long a cancelled run may take to save and end.
-
-    Raises:
-        ValueError: overrides for a run that a daemon will start, which they would not reach.
     """
     environment = dict(os.environ)
     if overrides:
@@ -72,19 +69,25 @@ def launch(
         )
     run_id = str(uuid.uuid4())
     with dg.DagsterInstance.get() as instance, _signals_cancel():
-        if overrides and _starts_through_daemon(instance):
-            raise ValueError(
-                "--set: this instance queues runs for its daemon, whose own environment and "
-                "checkout they see. Write the change into the experiment's file, or use the "
-                "`dagster.yaml` of this repository, which starts runs at once."
-            )
+        has_queue = _starts_through_daemon(instance)
+        passes_queue = has_queue and bool(overrides)
+        if passes_queue:
+            _say("Past the queue: the daemon's own checkout and environment see no --set.")
+        begun: list[subprocess.Popen[bytes]] = []
+        is_submitted = False
         try:
-            if not _submit(job, run_id, tags, environment):
+            if not _submit(job, run_id, tags, environment, begun, passes_queue=passes_queue):
                 return NOT_STARTED
+            is_submitted = True
             code = wait(instance, run_id, timeout_s, queue_timeout_s)
         except _Cancelled as cancelled:
             code = 128 + cancelled.number
-            _terminate(instance, run_id, cancel_timeout_s)
+            if not is_submitted:
+                _break_off(begun)
+            if is_submitted or (has_queue and not passes_queue):
+                _terminate(instance, run_id, cancel_timeout_s)
+            else:
+                _report_canceled(instance, run_id)
         _summarize(instance, job, run_id)
     return code
 
@@ -111,7 +114,15 @@ def _starts_through_daemon(instance: dg.DagsterInstance) -> bool:
     return type(instance.run_coordinator).__name__ == "QueuedRunCoordinator"
 
 
-def _submit(job: str, run_id: str, tags: Mapping[str, str], environment: dict[str, str]) -> bool:
+def _submit(
+    job: str,
+    run_id: str,
+    tags: Mapping[str, str],
+    environment: dict[str, str],
+    begun: list[subprocess.Popen[bytes]],
+    *,
+    passes_queue: bool,
+) -> bool:
     """Hands the run to Dagster in a process of its own.
 
     What that prints goes to a file, and so does what the run prints, which inherits its output and
@@ -121,18 +132,20 @@ def _submit(job: str, run_id: str, tags: Mapping[str, str], environment: dict[st
     log.parent.mkdir(parents=True, exist_ok=True)
     _say(f"Launching {job} as run {run_id}; what it prints is in {log}.")
     command = [
-        sys.executable, "-m", "dagster", "job", "launch",
+        sys.executable, "-m", "pipelines.at_once" if passes_queue else "dagster", "job", "launch",
         "--workspace", str(CHECKOUT / "workspace.yaml"), "--job", job, "--run-id", run_id,
         "--tags", json.dumps({"levanter/command": "launch", **tags}),
     ]  # fmt: skip
     # Signals of the terminal are for this process, which then cancels the run in good order.
     with log.open("ab") as output:
-        launched = subprocess.run(
-            command, env=environment, check=False, process_group=0, stdout=output, stderr=output
+        begun.append(
+            subprocess.Popen(
+                command, env=environment, process_group=0, stdout=output, stderr=output
+            )
         )
-    if launched.returncode:
+    if code := begun[0].wait():
         _say(scrub(log.read_text(encoding="utf-8", errors="replace")))
-    return launched.returncode == 0
+    return code == 0
 
 
 def _terminate(instance: dg.DagsterInstance, run_id: str, timeout_s: float) -> None:
@@ -140,6 +153,9 @@ def _terminate(instance: dg.DagsterInstance, run_id: str, timeout_s: float) -> N
     _say(f"Cancelling run {run_id}: it saves a checkpoint and ends.")
     run = instance.get_run_by_id(run_id)
     if run is None or run.is_finished:
+        return
+    if run.status == dg.DagsterRunStatus.NOT_STARTED:
+        _report_canceled(instance, run_id)
         return
     instance.run_coordinator.cancel_run(run_id)
     deadline = time.monotonic() + timeout_s
@@ -149,6 +165,26 @@ def _terminate(instance: dg.DagsterInstance, run_id: str, timeout_s: float) -> N
             return
         time.sleep(_POLL_S)
     _say(f"Run {run_id}: {run.status.value}.")
+
+
+def _break_off(begun: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Ends what was submitting, with the code server that it has started.
+
+    And with the run, if it is there by now: nobody would end one that was asked to end before its
+    process was there to hear it. What that has launched saves, and ends.
+    """
+    for launched in begun:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launched.pid, signal.SIGKILL)
+        launched.wait()
+
+
+def _report_canceled(instance: dg.DagsterInstance, run_id: str) -> None:
+    """Ends a run on record that no process works for: its submission was broken off."""
+    run = instance.get_run_by_id(run_id)
+    if run is not None and not run.is_finished:
+        instance.report_run_canceled(run, "It was cancelled while it was being submitted.")
+    _say(f"Run {run_id} was cancelled before it started.")
 
 
 def _summarize(instance: dg.DagsterInstance, job: str, run_id: str) -> None:

@@ -154,6 +154,40 @@ def other_instance(chain, first_run, tmp_path):
     return dataclasses.replace(chain, home=tmp_path / "home", store_directory=tmp_path / "store")
 
 
+VOCABULARY = "dataset.tokenizer.vocab_size=300"
+"""A change to the tokenizer, after which everything below it is other."""
+REMADE = ("tales/tokenizer", "tales/tokenized_corpus", "tales/token_cache/L32")
+"""What of it `changed` has to make."""
+
+
+@pytest.fixture(scope="session")
+def changed_run(chain, first_run, tmp_path_factory):
+    """The run of everything after the change, over a copy of the store; and its chain.
+
+    Afterwards the data on the new vocabulary are taken out of the store, and the models are left:
+    whoever goes the way from the tokenizer to the exported model again makes the one, and finds
+    the others by their recipes, without waiting for the same training.
+    """
+    root = tmp_path_factory.mktemp("changed")
+    own = dataclasses.replace(chain, home=root / "home", store_directory=root / "store")
+    shutil.copytree(chain.store_directory, own.store_directory)
+    result = own.run(VOCABULARY)
+    assert result.success
+    for asset in REMADE:
+        made = result.asset_value(dg.AssetKey(asset.split("/")))
+        shutil.rmtree(own.store_directory / "recipes" / made.recipe_id)
+        shutil.rmtree(own.store_directory / "objects" / made.kind / made.content_id)
+    return own, result
+
+
+@pytest.fixture
+def changed(changed_run, chain, tmp_path):
+    """An instance that remembers the first run, over the store that `changed_run` leaves."""
+    shutil.copytree(changed_run[0].store_directory, tmp_path / "store")
+    shutil.copytree(chain.home, tmp_path / "home")
+    return dataclasses.replace(chain, home=tmp_path / "home", store_directory=tmp_path / "store")
+
+
 @pytest.fixture
 def empty_chain(chain, tmp_path):
     """An instance and a store with nothing in them, over the same texts."""

@@ -11,6 +11,7 @@ from fsspec.spec import AbstractFileSystem
 
 from pipelines.automation import NEW_FILES, RERUN
 from resources.materializations import latest
+from tests.pipelines.conftest import REMADE, VOCABULARY
 
 DATA = [("tales", "raw_corpus"), ("tales", "tokenizer"), ("tales", "tokenized_corpus"),
         ("tales", "token_cache", "L32")]  # fmt: skip
@@ -170,6 +171,23 @@ class TestRerun:
             return sorted(key.to_user_string() for key in asked)
 
         return tick
+
+    def test_a_changed_tokenizer_is_rerun_down_to_the_exported_model(self, changed, changed_run):
+        """What the daemon asks for, run as it runs it."""
+        with changed.instance() as instance:
+            defs = changed.defs(VOCABULARY)
+            cursor = dg.evaluate_automation_conditions(changed.defs(), instance=instance).cursor
+            found = dg.evaluate_automation_conditions(defs, instance=instance, cursor=cursor)
+            graph = defs.resolve_asset_graph()
+            asked = [key for key in graph.toposorted_asset_keys if found.get_num_requested(key)]
+        models = ["tiny/checkpoint", "tiny/eval_report", "tiny/hf_model"]
+        assert sorted(key.to_user_string() for key in asked) == sorted([*REMADE, *models])
+        made = changed.run(VOCABULARY, select=[key.path for key in asked])
+        assert made.success
+        assert changed.was(made) == dict.fromkeys(REMADE, "built") | dict.fromkeys(models, "reused")
+        exported = changed_run[1].asset_value(dg.AssetKey(["tiny", "hf_model"]))
+        model = made.asset_value(dg.AssetKey(["tiny", "hf_model"]))
+        assert model.content_id == exported.content_id
 
     BELOW = ("tales/token_cache/L32", "tales/tokenized_corpus")
 

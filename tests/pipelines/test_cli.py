@@ -13,6 +13,7 @@ import yaml
 from modeling.experiment import ConfigError
 from pipelines.cli import dotted_overrides, main, make_parser
 from pipelines.instance import CHECKOUT
+from tests.pipelines.conftest import REMADE, VOCABULARY
 
 MODEL_STAGES = ["tiny/checkpoint", "tiny/eval_report", "tiny/hf_model"]
 DATA_STAGES = [
@@ -161,14 +162,21 @@ class TestRun:
             DATA_STAGES + MODEL_STAGES, "fresh"
         ) | {"tiny/eval_report": "built"}
 
-    def test_another_vocabulary_makes_tokenizer_and_all_below_anew(self, other_instance, capfd):
-        """In an instance without memory, so what is reused is found in the store."""
-        with other_instance.instance():
-            assert main(["run", "tiny", "--set", "dataset.tokenizer.vocab_size=300"]) == 0
-        printed = capfd.readouterr().out
-        assert states(printed) == dict.fromkeys(DATA_STAGES + MODEL_STAGES, "built") | {
+    def test_another_vocabulary_makes_tokenizer_and_all_below_anew(
+        self, changed, changed_run, capfd
+    ):
+        own, first = changed_run
+        assert own.was(first) == dict.fromkeys(DATA_STAGES + MODEL_STAGES, "built") | {
             "tales/raw_corpus": "reused"
         }
+        with changed.instance():
+            assert main(["run", "tiny", "--set", VOCABULARY]) == 0
+        printed = capfd.readouterr().out
+        assert states(printed) == {"tales/raw_corpus": "fresh"} | dict.fromkeys(
+            REMADE, "built"
+        ) | dict.fromkeys(MODEL_STAGES, "reused")
+        exported = first.asset_value(dg.AssetKey(["tiny", "hf_model"]))
+        assert changed.artifact("tiny", "hf_model").content_id == exported.content_id
         told, found = table(documented(r"tiny/hf_model +built")), table(printed)
         assert list(told) == DATA_STAGES + MODEL_STAGES
         for asset in DATA_STAGES:  # those of models depend on the machine

@@ -1,8 +1,10 @@
 """`dagster job launch` from a clean shell, without a daemon: the run runs, the waiter is honest."""
 
 import contextlib
+import dataclasses
 import functools
 import os
+import platform
 import re
 import shlex
 import signal
@@ -17,12 +19,14 @@ from pathlib import Path
 import dagster as dg
 import pytest
 import yaml
+from dagster._daemon.auto_run_reexecution.auto_run_reexecution import should_retry
 
 from pipelines.automation import NEW_FILES, RERUN
 from pipelines.cli import main, make_parser
 from pipelines.instance import CHECKOUT, ensure_home
 from pipelines.wait import FAILED, NOT_STARTED, STILL_GOING, SUCCEEDED, wait
 from resources import abandoned, materializations
+from tests.pipelines.conftest import REMADE, VOCABULARY
 
 BIN = Path(sys.executable).parent
 DATA = [("tales", "raw_corpus"), ("tales", "tokenizer"), ("tales", "tokenized_corpus"),
@@ -69,23 +73,25 @@ def settled(other_instance, monkeypatch):
     return other_instance
 
 
-def test_a_launched_run_of_a_changed_tokenizer_makes_what_depends_on_it(settled):
-    change = "dataset.tokenizer.vocab_size=310"
-    code, output = launch_and_wait(settled, "tiny__tokenize", change)
+def test_a_launched_run_of_a_changed_tokenizer_goes_down_to_the_exported_model(
+    changed, changed_run
+):
+    code, output = launch_and_wait(changed, "tiny", VOCABULARY)
     assert code == SUCCEEDED, output
     assert "tales__tokenizer: " in output, "progress is shown"
     assert "SUCCESS" in output.splitlines()[-1]
-    with settled.instance() as instance:
-        (run,) = instance.get_runs()
+    with changed.instance() as instance:
+        run = instance.get_runs(limit=1)[0]
         made = materializations.of_run(instance, run.run_id)
+    models = ["tiny/checkpoint", "tiny/eval_report", "tiny/hf_model"]
     assert {one.key.to_user_string(): one.metadata["was"] for one in made} == {
-        "tales/raw_corpus": "reused",
-        "tales/tokenizer": "built",
-        "tales/tokenized_corpus": "built",
-        "tales/token_cache/L32": "built",
-    }
+        "tales/raw_corpus": "reused"
+    } | dict.fromkeys(REMADE, "built") | dict.fromkeys(models, "reused")
+    exported = changed_run[1].asset_value(dg.AssetKey(["tiny", "hf_model"]))
+    (model,) = (one for one in made if one.kind == "hf_model")
+    assert model.content_id == exported.content_id
     for one in made:
-        assert run.tags[f"content/{one.key.to_user_string()}"] == one.content_id[:12]
+        assert run.tags[f"content/{one.key.to_user_string()}"] == one.content_id
 
 
 def test_a_job_that_there_is_not_is_told_with_those_there_are(settled):
@@ -212,8 +218,9 @@ def heartbeat(instance):
     return instance.get_daemon_heartbeats()["EVENT_LOG_CONSUMER"].timestamp
 
 
-def test_the_example_for_ci_launches_as_the_command_line_has_it(capsys):
-    workflow = yaml.safe_load((CHECKOUT / ".github/workflows/train.yml").read_text())
+@pytest.mark.parametrize("name", ["train.yml", "train-queued.yml"])
+def test_the_examples_for_ci_launch_as_the_command_line_has_it(name):
+    workflow = yaml.safe_load((CHECKOUT / ".github/workflows" / name).read_text())
     (step,) = [one for one in workflow["jobs"]["train"]["steps"] if "launch" in one.get("run", "")]
     filled = step["run"].replace("${CHANGE:+--set", "--set").replace('"$CHANGE"}', "a.b=1")
     program, *words = shlex.split(filled.removeprefix("exec "))
@@ -223,15 +230,21 @@ def test_the_example_for_ci_launches_as_the_command_line_has_it(capsys):
     assert arguments.tags == ["commit=$GITHUB_SHA"]
 
 
-def test_a_change_that_a_daemon_would_not_see_is_refused(settled, capfd):
+def test_a_change_that_a_daemon_would_not_see_starts_its_run_past_the_queue(settled, capfd):
+    """No daemon is there, so that whatever is queued stays queued."""
     config = settled.home / "dagster.yaml"
     config.write_text(config.read_text().replace("DefaultRunCoord", "QueuedRunCoord"))
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    with settled.instance():
-        assert main(["launch", "tiny", "--set", "trainer.seed=1"]) == 2
+    change = "dataset.tokenizer.vocab_size=312"
+    with settled.instance() as instance:
+        assert main(["launch", "tiny__tokenize", "--set", change, "--tag", "ci=1"]) == SUCCEEDED
+        (run,) = instance.get_runs()
+        made = materializations.of_run(instance, run.run_id)
+    assert run.tags["ci"] == "1"
+    assert made[1].metadata["config"]["tokenizer"]["vocab_size"] == 312
     after = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert after == handlers
-    assert "queues runs for its daemon" in capfd.readouterr().err
+    assert "Past the queue" in capfd.readouterr().out
 
 
 def test_a_tag_without_a_value_is_refused(settled, capfd):
@@ -385,3 +398,69 @@ def wait_for(condition, tell=lambda: "this took too long", timeout_s=400):
         told = tell()
         assert time.monotonic() < deadline, f"not within {timeout_s} s\n{told}"
         time.sleep(0.3)
+
+
+def test_a_launch_that_is_cancelled_while_it_submits_leaves_no_run_and_no_process(
+    chain, tmp_path, monkeypatch, capsys
+):
+    """In place of Dagster's command stands one that has made the run, and never comes back."""
+    run_id = "7" * 8 + "-0000-4000-8000-" + "0" * 12
+    stub = tmp_path / "stub" / "dagster" / "__main__.py"
+    stub.parent.mkdir(parents=True)
+    stub.write_text("import pathlib, time\n" + f"pathlib.Path({str(tmp_path)!r}, 'up').touch()\n"
+                    "time.sleep(600)\n")  # fmt: skip
+    (stub.parent / "__init__.py").touch()
+    own = dataclasses.replace(chain, home=tmp_path / "home", store_directory=tmp_path / "store")
+    monkeypatch.setattr("pipelines.launch.uuid.uuid4", lambda: run_id)
+    before = os.environ.get("PYTHONPATH", "")
+    with own.instance(PYTHONPATH=f"{stub.parent.parent}:{before}") as instance:
+        run = dg.DagsterRun(job_name="tiny", run_id=run_id)
+        instance.add_run(run)
+
+        def cancel():
+            wait_for((tmp_path / "up").exists, timeout_s=60)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        with ThreadPoolExecutor() as threads:
+            cancelling = threads.submit(cancel)
+            assert main(["launch", "tiny"]) == 128 + signal.SIGTERM
+            cancelling.result()
+        assert instance.get_run_by_id(run_id).status == dg.DagsterRunStatus.CANCELED
+    assert "was cancelled before it started" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("end", "is_retried"),
+    [("killed", True), ("failed", False), ("checked", False), ("terminated", False)],
+)
+def test_a_daemon_retries_what_was_killed_and_nothing_else(empty_chain, end, is_retried):
+    """What it asks of each run that has ended, over the shipped settings."""
+
+    @dg.asset
+    def stage():
+        if end == "failed":
+            raise ValueError("no such field")
+
+    @dg.asset_check(asset=stage, blocking=True)
+    def check():
+        return dg.AssetCheckResult(passed=False, severity=dg.AssetCheckSeverity.ERROR)
+
+    tags = {"dagster/max_retries": "2"}
+    with empty_chain.instance() as instance:
+        if end in ("killed", "terminated"):
+            run_id = str(uuid.uuid4())
+            status = dg.DagsterRunStatus.STARTED
+            dead = {abandoned.PROCESS: f"{run_id}: {platform.node()} 999999999 1 boot"}
+            run = dg.DagsterRun("job", run_id, status=status, tags=tags | dead)
+            instance.add_run(run)
+            if end == "terminated":
+                instance.report_run_canceling(run)
+            assert abandoned.end_abandoned_runs(instance) == [run_id]
+        else:
+            checks = [check] if end == "checked" else []
+            done = dg.materialize(
+                [stage, *checks], instance=instance, tags=tags, raise_on_error=False
+            )
+            assert not done.success
+            run_id = done.run_id
+        assert should_retry(instance.get_run_by_id(run_id), instance) == is_retried

@@ -22,8 +22,6 @@ from pathlib import Path
 
 import pytest
 
-from resources.io_manager import scope_of
-
 pytestmark = pytest.mark.browser
 
 GROUP = "/locations/__repository__@lm/asset-groups"
@@ -200,17 +198,12 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(chain, first_run, tmp_path_factory):
+def site(chain, changed_run, tmp_path_factory):
+    """Models on a vocabulary of 300 are on record, so that the browser need not wait for them."""
     root = tmp_path_factory.mktemp("ui")
     own = dataclasses.replace(chain, home=root / "home", store_directory=root / "store")
     shutil.copytree(chain.home, own.home)
-    shutil.copytree(chain.store_directory, own.store_directory)
-    scopes = []
-    for one in (chain, own):
-        with one.instance() as instance:
-            scopes.append(one.store_directory / "refs" / scope_of(instance))
-    (own.store_directory / "refs" / scopes[0].name).rename(scopes[1])
-
+    shutil.copytree(changed_run[0].store_directory, own.store_directory)
     site = Site(own, root)
     shutil.copytree(chain.environment()["LEVANTER_CATALOG"], site.catalog)
     site.edit("sequence_lengths: [32, 64]", "sequence_lengths: [32]")
@@ -352,6 +345,14 @@ def test_a_changed_tokenizer_is_made_again_and_only_what_hangs_on_its_bytes(page
         }
     ]
     assert set(site.stale()) == {"tiny/checkpoint"}
+
+    go(page, f"{site.url}{GROUP}/tiny")
+    page.get_by_text("hf_model", exact=True).first.wait_for()
+    with site.one_more_run() as made:
+        page.get_by_role("button", name="Materialize all").click()
+    models = ["tiny/checkpoint", "tiny/eval_report", "tiny/hf_model"]
+    assert made == [dict.fromkeys(models, "reused")]
+    assert site.stale() == {}
 
 
 def test_terminate_ends_a_training_that_tells_how_it_goes_and_leaves_no_process(page, site):
