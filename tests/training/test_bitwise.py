@@ -1,11 +1,11 @@
 """The core promise: a run that is killed anywhere and started again ends with the same bits.
 
 Everything runs in real processes, in the environment that `numerics.environment` pins, forked by a
-nursery that has imported JAX but touched no device (`driver`). The policy is that of real runs,
-parameters in float32 and computation in bfloat16; dropout is on everywhere, and accumulation
-wherever it is not the elastic shards that accumulate. A run is killed many times over: each life
-goes on where the one before was hit, and the last one must end with the content id, the losses and
-the leaves of a run that nobody disturbed.
+nursery that has imported JAX but touched no device (`driver`). What runs in one process has the
+policy of real runs, parameters in float32 and computation in bfloat16; elastic runs and crews have
+float32. Dropout is on everywhere, and accumulation wherever it is not the elastic shards that
+accumulate. A run is killed many times over: each life goes on where the one before was hit, and the
+last one must end with the content id, the losses and the leaves of a run that nobody disturbed.
 """
 
 import contextlib
@@ -54,8 +54,7 @@ def fields(layout, **trainer):
 
 
 def elastic(devices, processes=1):
-    mesh = {"mesh": {"data": devices}, "processes": processes}
-    trainer = {"num_train_steps": STEPS, "mp": POLICY} | mesh
+    trainer = {"num_train_steps": STEPS, "mesh": {"data": devices}, "processes": processes}
     # Every device compiles for itself, and each kind of dropout doubles what there is to compile.
     model = {"resid_pdrop": 0.1}
     return {"model": model, "trainer": trainer | {"reproducibility": "elastic"}}
@@ -366,7 +365,8 @@ def test_a_signal_to_one_process_makes_all_of_them_save_and_exit(nursery):
     """
 
     def crew_of_two(**trainer):
-        return fields("fsdp", processes=2, mesh={"data": 2}, num_train_steps=30, **trainer)
+        two = {"processes": 2, "mesh": {"data": 2}, "mp": "p=f32,c=f32"}
+        return fields("fsdp", num_train_steps=30, **two, **trainer)
 
     looking, space = crew_of_two(eval_every_steps=4, eval_max_rows=6), nursery.directory / "crew"
     first, second = nursery.crew(looking, "crew", fault="after-step@10:pause", faulty=1)
