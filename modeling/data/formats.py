@@ -30,6 +30,7 @@ from modeling.data.flat_ids import flat_documents
 from modeling.data.formats_config import Format, IdsFormat
 from modeling.data.records import RecordError, RecordReader, record_reader
 from modeling.data.sources import (
+    BadContentError,
     FoundFile,
     SourceError,
     StoredFile,
@@ -56,7 +57,7 @@ class Found(NamedTuple):
     """A document, or what is wrong with it."""
 
     doc_id: str
-    content: bytes | SourceError
+    content: bytes | BadContentError
     """UTF-8."""
     record: Mapping[str, Any]
     """The fields that it came with, as far as filters ask for them."""
@@ -102,7 +103,7 @@ class Reading:
         """Returns the document of a record, or what is wrong with it."""
         try:
             if not isinstance(record, dict):
-                raise SourceError(
+                raise BadContentError(
                     f"{where}: no field {self.records.fields[0]!r}: found a "
                     f"{type(record).__name__}, expected an object.",
                     reason="no object",
@@ -110,14 +111,14 @@ class Reading:
             content = self.bounded(self._document(record, where), where)
             if self.id_field is not None:
                 doc_id = f"{self.prefix}{_own_id(record, self.id_field, where)}"
-        except SourceError as error:
+        except BadContentError as error:
             return Found(doc_id, error, _NO_FIELDS)
         return Found(doc_id, content, record if self.filter_fields else _NO_FIELDS)
 
     def bounded(self, data: bytes, where: str) -> bytes:
         """Refuses a document that a small compressed file, or a lost line end, has blown up."""
         if len(data) > self.max_document_bytes:
-            raise SourceError(
+            raise BadContentError(
                 f"{where}: a document of over {self.max_document_bytes} bytes; is `source.format` "
                 f"right? If it is, raise `source.max_document_bytes`.",
                 reason="too long",
@@ -127,7 +128,7 @@ class Reading:
     def _document(self, record: Mapping[str, Any], where: str) -> bytes:
         for field in self.other_fields:
             if field not in record:
-                raise SourceError(
+                raise BadContentError(
                     f"{where}: no field {field!r} (found {sorted(record)}), which `source.filters` "
                     f"or `source.id_field` names.",
                     reason="field",
@@ -136,7 +137,7 @@ class Reading:
             return self.records.document(record)
         except RecordError as error:
             hint = "`source.text_field`" if self.records.is_text else "`format`"
-            raise SourceError(
+            raise BadContentError(
                 f"{where}: {error}; repair it, or correct {hint}.", reason="field"
             ) from error
 
@@ -148,7 +149,8 @@ def read_documents(
 
     Raises:
         UndecodableError: the bytes are not text in the encoding they should have.
-        SourceError: the file is damaged or holds no documents of its format.
+        BadContentError: the file is damaged or holds no documents of its format.
+        SourceError: it cannot be read, or is not what the configuration says.
     """
     kind = source.format if isinstance(source, FilesSource) else "Python"
     try:
@@ -162,7 +164,7 @@ def read_documents(
             case FilesSource():
                 yield from _READERS[source.format](file, stored, reading)
     except _DAMAGE as error:
-        raise SourceError(
+        raise BadContentError(
             f"{file.shown}: damaged, or not {kind}: {str(error).rstrip('.')}. Write it anew, take "
             f"it out of the source, or leave such files out with `source.on_error: skip`.",
             reason="damaged file",
@@ -196,7 +198,7 @@ def table_documents(
                 continue
             try:
                 yield Found(doc_id, _utf8(reading.bounded(record, where), where), _NO_FIELDS)
-            except SourceError as error:
+            except BadContentError as error:
                 yield Found(doc_id, error, _NO_FIELDS)
 
 
@@ -204,7 +206,7 @@ def columns_of(schema: pa.Schema, reading: Reading, where: str) -> list[str]:
     """Returns the columns to read: all that a record must have, and those that it may.
 
     Raises:
-        SourceError: one is not there, or a text is no string.
+        BadContentError: one is not there, or a text is no string.
     """
     records = reading.records
     for field in (*records.fields, *reading.other_fields):
@@ -212,7 +214,10 @@ def columns_of(schema: pa.Schema, reading: Reading, where: str) -> list[str]:
             hint = "source.text_field" if records.is_text else "the field names of `format`"
             if field not in records.fields:
                 hint = "source.filters` or `source.id_field"
-            raise SourceError(f"{where}: no column {field!r} (found {schema.names}); set `{hint}`.")
+            raise BadContentError(
+                f"{where}: no column {field!r} (found {schema.names}); set `{hint}`.",
+                reason="field",
+            )
     if records.is_text:
         _require_strings(schema, records.fields[0], where)
     optional = (name for name in records.optional_fields if name in schema.names)
@@ -232,14 +237,14 @@ def _flat_ids(
             doc_id = f"{file.document_path}#{number}"
             yield Found(doc_id, text.encode(), _NO_FIELDS)
     except RecordError as error:
-        raise SourceError(f"{file.shown}: {error}.") from error
+        raise BadContentError(f"{file.shown}: {error}.", reason="no ids") from error
 
 
 def _text(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
     _require_texts(reading.records, file.shown)
     try:
         content = _utf8(_whole(stored, file, reading), file.shown)
-    except SourceError as error:
+    except BadContentError as error:
         content = error
     yield Found(file.document_path, content, _NO_FIELDS)
 
@@ -257,7 +262,7 @@ def _paragraphs(file: FoundFile, stored: StoredFile, reading: Reading) -> Docume
     lines: list[bytes] = []
     first = num_bytes = 0
     for number, held in _lines(stored, file, reading):
-        if isinstance(held, SourceError):
+        if isinstance(held, BadContentError):
             raise held
         line = held.pop()
         if line.strip():
@@ -277,14 +282,14 @@ def _paragraph(file: FoundFile, reading: Reading, first: int, lines: list[bytes]
     doc_id = f"{file.document_path}#{first}"
     try:
         return Found(doc_id, _utf8(b"".join(lines), f"{file.shown}:{first}"), _NO_FIELDS)
-    except SourceError as error:
+    except BadContentError as error:
         return Found(doc_id, error, _NO_FIELDS)
 
 
 def _json_lines(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
     for number, held in _lines(stored, file, reading):
         doc_id = f"{file.document_path}#{number}"
-        if isinstance(held, SourceError):
+        if isinstance(held, BadContentError):
             yield Found(doc_id, held, _NO_FIELDS)
         elif not held[0].isspace():
             yield _json_line(doc_id, held, f"{file.shown}:{number}", reading)
@@ -293,16 +298,17 @@ def _json_lines(file: FoundFile, stored: StoredFile, reading: Reading) -> Docume
 def _json_line(doc_id: str, held: list[bytes], where: str, reading: Reading) -> Found:
     try:
         return reading.found(doc_id, _parsed(held, where), where)
-    except SourceError as error:
+    except BadContentError as error:
         return Found(doc_id, error, _NO_FIELDS)
 
 
 def _json_array(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
     values = _parsed([_whole(stored, file, reading)], file.shown)
     if not isinstance(values, list):
-        raise SourceError(
+        raise BadContentError(
             f"{file.shown}: holds a {type(values).__name__}, expected an array of objects; for an "
-            f"object a line set `source.format: jsonl`."
+            f"object a line set `source.format: jsonl`.",
+            reason="no array",
         )
     for number, value in enumerate(values, start=1):
         doc_id = f"{file.document_path}#{number}"
@@ -376,12 +382,14 @@ def _require_strings(schema: pa.Schema, text_field: str, where: str) -> None:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise SourceError(f"{where}: column {text_field!r} holds {kind}, expected strings.")
+        raise BadContentError(
+            f"{where}: column {text_field!r} holds {kind}, expected strings.", reason="field"
+        )
 
 
 def _lines(
     stored: StoredFile, file: FoundFile, reading: Reading
-) -> Iterator[tuple[int, list[bytes] | SourceError]]:
+) -> Iterator[tuple[int, list[bytes] | BadContentError]]:
     """Yields the number of each line and a list of it, or what is wrong with one, passed over.
 
     Whoever takes a line out of its list has it alone: a gigabyte is not kept here as well.
@@ -396,7 +404,7 @@ def _lines(
         line = held.pop()
         try:
             reading.bounded(line, f"{file.shown}:{number}")
-        except SourceError as error:
+        except BadContentError as error:
             yield number, error
         while not line.endswith(b"\n") and (line := stream.readline(_PIECE_BYTES)):
             pass
@@ -405,7 +413,7 @@ def _lines(
 def _own_id(record: Mapping[str, Any], field: str, where: str) -> str:
     own = record[field]
     if not isinstance(own, str | int) or isinstance(own, bool) or own == "":
-        raise SourceError(
+        raise BadContentError(
             f"{where}: field {field!r} is {own!r}, expected a text or a number that is the "
             f"document's id.",
             reason="field",
@@ -450,7 +458,7 @@ def _parsed(held: list[bytes], where: str) -> Any:
         if isinstance(error, json.JSONDecodeError):  # whose line is that of the record
             line = f"line {error.lineno}, " if error.lineno > 1 else ""
             told = f"{error.msg} ({line}column {error.colno})"
-        raise SourceError(
+        raise BadContentError(
             f"{where}: not JSON: {told}. Repair it, or leave such records out with "
             f"`source.on_error: skip`.",
             reason="not JSON",

@@ -53,6 +53,8 @@ def dataset_documents(
 ) -> Documents:
     """Yields the documents of one split: `path#number` of the row.
 
+    A dataset is read as a whole or not at all, whatever `on_error` says of its rows.
+
     Raises:
         SourceError: it cannot be opened or read, or lacks a column.
     """
@@ -63,8 +65,6 @@ def dataset_documents(
 def _batches(
     source: DatasetSource, split: str | None, reading: Reading, shown: str
 ) -> Iterator[pa.RecordBatch]:
-    from datasets.exceptions import DatasetsError
-
     try:
         dataset: Any = _opened(source, split, shown)
         columns = None
@@ -73,8 +73,8 @@ def _batches(
             yield from table.select(columns).to_batches()
     except SourceError:
         raise
-    except (OSError, ValueError, pa.ArrowException, DatasetsError) as error:
-        raise SourceError(f"{shown}: {error}", reason="damaged dataset") from error
+    except Exception as error:  # those of its HTTP client have no class in common
+        raise SourceError(f"{shown}: cannot be read: {error}") from error
 
 
 def _opened(source: DatasetSource, split: str | None, shown: str) -> Any:
@@ -91,9 +91,7 @@ def _opened(source: DatasetSource, split: str | None, shown: str) -> Any:
                     streaming=source.streaming,
                 )
             except Exception as error:  # those of its HTTP client have no class in common
-                raise SourceError(
-                    f"{shown}: cannot be opened: {error}", reason="damaged dataset"
-                ) from error
+                raise SourceError(f"{shown}: cannot be opened: {error}") from error
         case SavedDatasetSource():
             saved = datasets.load_from_disk(source.path)
             is_one = isinstance(saved, datasets.Dataset)

@@ -2,7 +2,8 @@
 
     empty         documents without text are left out
     undecodable   of Python sources, which include files that only tests of decoders can love
-    by reason     bad records and damaged files, if `on_error: skip`; else they are errors
+    by reason     bad records and damaged files, if `on_error: skip`; else they are errors. A file
+                  that its store does not give is always one
     by filter     whatever a filter of the source turns away
 
 A damaged file is left out as a whole, since how much of it can be read depends on the library that
@@ -20,6 +21,7 @@ from modeling.data.formats import Documents, Reading, read_documents
 from modeling.data.formats_config import Format
 from modeling.data.hub import dataset_documents, dataset_path, dataset_splits
 from modeling.data.sources import (
+    BadContentError,
     FoundFile,
     SourceError,
     SourceFile,
@@ -65,7 +67,7 @@ class Tally:
         self.documents[document.split] += 1
         self.text_bytes[document.split] += len(document.content)
 
-    def skip(self, error: SourceError) -> None:
+    def skip(self, error: BadContentError) -> None:
         """Counts what was left out for what is wrong with it."""
         self.skipped[error.reason] += 1
         if len(self.first_skipped) < _SHOWN_SKIPPED:
@@ -136,9 +138,11 @@ class SourceReader:
     def _of_file(self, file: SourceFile) -> Iterator[Kept]:
         found = FoundFile(file.logical_path, file.location)
         if file.size == 0 and not isinstance(self._source, PyStdlibSource | PackageSource):
-            self._skip(SourceError(f"{found.shown}: empty.", reason="empty file"))
+            self._skip(BadContentError(f"{found.shown}: empty.", reason="empty file"))
             return
-        if self._is_faulty(lambda: self._read(found, self._opened(found))):
+        if self._source.on_error == "skip" and self._is_faulty(found):
+            # Only what was listed is left out, and not what was cut short meanwhile.
+            self._require_unchanged(found, file)
             return
         num_bytes = 0
         with self._opened(found) as stored:
@@ -163,18 +167,11 @@ class SourceReader:
         prefix = f"{self._name}/" if self._name else ""
         for split, held_out in dataset_splits(source, self._validation).items():
             path = prefix + dataset_path(source, split)
-
-            def read(split: str | None = split, path: str = path) -> Documents:
-                return dataset_documents(source, split, self._reading, path)
-
-            if not self._is_faulty(read):
-                yield from self._kept(read(), held_out)
+            found = dataset_documents(source, split, self._reading, path)
+            yield from self._kept(found, held_out)
         for file in files:
             if file.location:
-                found = FoundFile(file.logical_path, file.location)
-                with self._opened(found) as stored:
-                    stored.drain()
-                _require_unchanged(found, file, stored)
+                self._require_unchanged(FoundFile(file.logical_path, file.location), file)
             advance()
 
     def _kept(self, found: Documents, held_out: bool | None) -> Iterator[Kept]:
@@ -182,7 +179,7 @@ class SourceReader:
         splits = split_name(False, self._name), split_name(True, self._name)
         for document in found:
             content = document.content
-            if isinstance(content, SourceError):
+            if isinstance(content, BadContentError):
                 self._skip(content)
             elif not content:
                 self._tally.skipped["empty"] += 1
@@ -197,24 +194,23 @@ class SourceReader:
                 self._tally.keep(kept)
                 yield kept
 
-    def _is_faulty(self, read: Callable[[], Documents]) -> bool:
-        """Whether a file is damaged, if damaged files are left out; they are read for that."""
-        if self._source.on_error == "fail":
-            return False
-        try:
-            for _ in read():
-                pass
-        except SourceError as error:
-            self._skip(error)
-            return True
+    def _is_faulty(self, found: FoundFile) -> bool:
+        """Whether a file is damaged, and left out for it; it is read through to see that."""
+        with self._opened(found) as stored:
+            try:
+                for _ in self._read(found, stored):
+                    pass
+            except BadContentError as error:
+                self._skip(error)
+                return True
         return False
 
-    def _skip(self, error: SourceError) -> None:
+    def _skip(self, error: BadContentError) -> None:
         if self._source.on_error == "fail":
             raise error
         self._num_skipped += 1
         if self._num_skipped > self._source.max_skipped:
-            raise SourceError(
+            raise BadContentError(
                 f"{error} With this, more is bad than `source.max_skipped` "
                 f"({self._source.max_skipped}) lets be left out.",
                 reason=error.reason,
@@ -223,6 +219,12 @@ class SourceReader:
 
     def _opened(self, found: FoundFile) -> StoredFile:
         return StoredFile(found, max_expansion=self._source.max_expansion)
+
+    def _require_unchanged(self, found: FoundFile, file: SourceFile) -> None:
+        """Reads a file for its digest alone."""
+        with self._opened(found) as stored:
+            stored.drain()
+        _require_unchanged(found, file, stored)
 
     def _read(self, found: FoundFile, stored: StoredFile) -> Documents:
         return read_documents(self._source, found, stored, self._reading, self._format)
@@ -233,5 +235,5 @@ def _require_unchanged(found: FoundFile, file: SourceFile, stored: StoredFile) -
     if sha256 != file.sha256:
         raise SourceError(
             f"{found.shown}: changed while the corpus was being built (SHA-256 {sha256[:12]}, "
-            f"scanned as {file.sha256[:12]}). Run again."
+            f"scanned as {file.sha256[:12]}). Run again; with `--rehash` if it has not changed."
         )

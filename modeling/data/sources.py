@@ -10,6 +10,7 @@ part of its documents' ids, so that compressing a source changes no document.
 """
 
 import bz2
+import contextlib
 import gzip
 import hashlib
 import importlib.util
@@ -23,7 +24,7 @@ import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import fsspec
 import pyarrow as pa
@@ -59,13 +60,24 @@ _SMALL_CONTENT_BYTES = 1024 * 1024
 class SourceError(ValueError):
     """A source cannot be listed or read; the message names the file, and the line if it has one."""
 
-    def __init__(self, message: str, *, reason: str = "unreadable") -> None:
+
+class StorageError(SourceError):
+    """What stores a file does not give it: a missing object, a permission, a disk, a network.
+
+    This says nothing of the content, so that `on_error: skip` does not leave it out.
+    """
+
+
+class BadContentError(SourceError):
+    """What a file holds is not what it should; `on_error: skip` leaves it out."""
+
+    def __init__(self, message: str, *, reason: str) -> None:
         """Takes the message for people, and in two or three words what is counted of it."""
         super().__init__(message)
         self.reason = reason
 
 
-class UndecodableError(SourceError):
+class UndecodableError(BadContentError):
     """A text whose declared or default encoding does not fit its bytes."""
 
     def __init__(self, message: str) -> None:
@@ -103,8 +115,9 @@ class FoundFile:
                 return None  # opening it will say why
             times = f"{found.st_mtime_ns}-{found.st_ctime_ns}"
             return f"{found.st_size}-{times}-{found.st_dev}-{found.st_ino}"
-        fs, path = fsspec.url_to_fs(self.location)
-        generation = fs.info(path).get("generation") if "gs" in fs.protocol else None
+        with self.told_of():
+            fs, path = fsspec.url_to_fs(self.location)
+            generation = fs.info(path).get("generation") if "gs" in fs.protocol else None
         return generation and f"generation-{generation}"
 
     def hint(self) -> str:
@@ -115,20 +128,82 @@ class FoundFile:
         info = fs.info(path)
         return json.dumps([str(info.get(name)) for name in _HINTS])
 
-    def open(self) -> Any:
+    @contextlib.contextmanager
+    def told_of(self) -> Iterator[None]:
+        """Raises what goes wrong with the store as a `StorageError` that names this file."""
+        try:
+            yield
+        except SourceError:
+            raise
+        except Exception as error:
+            # Of whatever type: each kind of store has its own for not being reached.
+            told = str(error).replace(self.location, self.shown).rstrip(".")
+            # Of a URL the error itself, which may quote its secrets, is not shown.
+            raise StorageError(
+                f"{self.shown}: cannot be read: {type(error).__name__}: {told}."
+            ) from (None if "://" in self.location else error)
+
+    def open(self) -> "Stored":
         """Opens the stored bytes for reading at any place.
 
         Raises:
-            SourceError: it cannot be opened.
+            StorageError: it cannot be opened.
         """
-        try:
-            if "://" not in self.location:
-                return Path(self.location).open("rb", buffering=0)
-            fs, path = fsspec.url_to_fs(self.location)
-            return fs.open(path, "rb")
-        except OSError as error:
-            reason = str(error).replace(self.location, self.shown)
-            raise SourceError(f"{self.shown}: cannot be read: {reason}.") from None
+        with self.told_of():
+            if "://" in self.location:
+                fs, path = fsspec.url_to_fs(self.location)
+                return Stored(self, fs.open(path, "rb"))
+            path = Path(self.location)
+            if not path.is_file() and path.exists():  # opening a pipe would wait for ever
+                kind = "directory" if path.is_dir() else "pipe, socket or device"
+                raise StorageError(
+                    f"{self.shown}: is a {kind}, expected a file; take it out of `source.paths`, "
+                    f"or name what it stands for."
+                )
+            return Stored(self, path.open("rb", buffering=0))
+
+
+class Stored:
+    """An open file, whose store's errors are told as those of a store, with the file's name."""
+
+    def __init__(self, file: FoundFile, opened: Any) -> None:
+        """Takes `file` as its store has opened it."""
+        self._file = file
+        self._opened = opened
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is."""
+        return self._opened.closed
+
+    def read(self, size: int = -1) -> bytes:
+        """Returns the next bytes."""
+        with self._file.told_of():
+            return self._opened.read(size)
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills `buffer` as far as there are bytes."""
+        with self._file.told_of():
+            return self._opened.readinto(buffer)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Goes to a place, which it returns."""
+        with self._file.told_of():
+            return self._opened.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Returns the place."""
+        return self._opened.tell()
+
+    def close(self) -> None:
+        """Closes it."""
+        self._opened.close()
+
+    def __enter__(self) -> "Stored":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 @dataclass(frozen=True)
@@ -189,14 +264,14 @@ class StoredFile(io.RawIOBase):
         bounded = io.BufferedReader(_Bounded(content, self.require_moderate), _PIECE_BYTES)
         self._wrappers.append(bounded)
         if not bounded.peek(1):
-            raise SourceError(
+            raise BadContentError(
                 f"{self._file.shown}: empty once decompressed; take it out of `source.paths`.",
                 reason="empty file",
             )
         return bounded
 
     def require_moderate(self, num_bytes: int) -> None:
-        """Raises a `SourceError` if `num_bytes` are too many for what has been read so far."""
+        """Raises a `BadContentError` if `num_bytes` are too many for what has been read so far."""
         require_moderate(self._file, self.num_bytes, num_bytes, self.max_expansion)
 
     def drain(self) -> None:
@@ -235,10 +310,10 @@ def require_moderate(file: FoundFile, stored: int, content: int, max_expansion: 
     """Checks that a file's content has not more than `max_expansion` times its stored bytes.
 
     Raises:
-        SourceError: it has, and is over a MiB.
+        BadContentError: it has, and is over a MiB.
     """
     if content > max(max_expansion * stored, _SMALL_CONTENT_BYTES):
-        raise SourceError(
+        raise BadContentError(
             f"{file.shown}: {stored} stored bytes hold {content} bytes and more, over "
             f"{max_expansion} times as many. If that is right, raise `source.max_expansion`.",
             reason="expands too much",
@@ -293,7 +368,7 @@ def matching_files(patterns: Iterable[str]) -> Iterator[FoundFile]:
 
 
 def _python_files(directory: Path, root: Path) -> Iterator[FoundFile]:
-    for place, subdirectories, names in os.walk(directory):
+    for place, subdirectories, names in os.walk(directory, onerror=_raise_unlisted):
         subdirectories[:] = [name for name in subdirectories if name not in _NOT_SOURCES]
         for name in names:
             if name.endswith(".py"):
@@ -333,22 +408,54 @@ def _matching_files(pattern: str) -> Iterator[FoundFile]:
 
 def _matches(fs: Any, path: str, shown: str) -> tuple[str, list[str]]:
     """Returns the directory that logical paths start from, and the files."""
+    fs = _LoudLocalFileSystem() if isinstance(fs, LocalFileSystem) else fs
     parts = path.split("/")
     magic = [index for index, part in enumerate(parts) if _MAGIC & set(part)]
     if magic and not _is_web(path):
         found = fs.glob(path, detail=True)
         paths = [match for match, info in found.items() if info["type"] != "directory"]
         base = "/".join(parts[: magic[0]])
-    elif not _is_web(path) and fs.isdir(path):
+    elif (kind := _kind(fs, path, shown)) == "directory" and not _is_web(path):
         base = path
         paths = [match for match in fs.find(path) if not _is_hidden(match[len(path) :])]
-    elif fs.exists(path):
+    elif kind is not None:
         base, paths = path.split("?")[0].rpartition("/")[0], [path]
     else:
         raise SourceError(f"{shown}: no such file or directory; correct `source.paths`.")
     if not paths:
         raise SourceError(f"{shown}: matches no file; correct `source.paths`.")
     return base, paths
+
+
+def _kind(fs: Any, path: str, shown: str) -> str | None:
+    """Returns whether a path is a file or a directory; None if it is not there."""
+    try:
+        return fs.info(path)["type"]
+    except FileNotFoundError:
+        return None
+    except Exception as error:
+        # Of whatever type: each kind of store has its own for not being reached.
+        told = str(error).replace(path, shown)
+        raise StorageError(f"{shown}: cannot be listed: {type(error).__name__}: {told}") from None
+
+
+class _LoudLocalFileSystem(LocalFileSystem):
+    """A file system that does not take a directory that it cannot list for an empty one."""
+
+    def ls(self, path: str, detail: bool = False, **kwargs: Any) -> Any:
+        try:
+            return super().ls(path, detail, **kwargs)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            _raise_unlisted(error)
+
+
+def _raise_unlisted(error: OSError) -> NoReturn:
+    raise StorageError(
+        f"{error.filename}: cannot be listed: {error.strerror}. Make it readable, or take it out "
+        f"of `source.paths`."
+    ) from error
 
 
 def _alternatives(pattern: str) -> list[str]:

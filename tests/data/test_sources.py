@@ -6,6 +6,7 @@ import http.server
 import itertools
 import json
 import lzma
+import os
 import threading
 import uuid
 from functools import partial
@@ -17,7 +18,7 @@ import pytest
 from pyarrow import parquet
 
 from modeling.data import corpus
-from modeling.data.sources import SourceError, find_files
+from modeling.data.sources import SourceError, StorageError, find_files
 from modeling.data.sources_config import FilesSource, ValidationConfig
 from modeling.urls import public_url
 
@@ -127,6 +128,94 @@ def test_a_document_that_is_too_long_is_refused(tmp_path, make_workspace):
         config = source(tmp_path / name, format=kind, max_document_bytes=1000)
         with pytest.raises(SourceError, match=rf"{name}{where}: a document of over 1000 bytes"):
             build(config, make_workspace(f"{name}-corpus"))
+
+
+class HalfGone:
+    """An open file of a store that gives its first half and then fails."""
+
+    closed = False
+
+    def __init__(self, opened, size: int, error: Exception) -> None:
+        self._opened, self._half, self._error = opened, size // 2, error
+        self.seek, self.tell, self.close = opened.seek, opened.tell, opened.close
+
+    def read(self, size: int = -1) -> bytes:
+        if size < 0 or self.tell() + size > self._half:
+            raise self._error
+        return self._opened.read(size)
+
+    def readinto(self, buffer) -> int:
+        if self.tell() >= self._half:
+            raise self._error
+        return self._opened.readinto(memoryview(buffer)[: self._half - self.tell()])
+
+
+class StoreIsGone(Exception):  # of a client that derives it from nothing of use
+    pass
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), StoreIsGone("HTTP 503")])
+@pytest.mark.parametrize("kind", ["jsonl", *COMPRESSIONS, "text", "parquet", "arrow"])
+def test_what_a_store_does_not_give_is_never_left_out(
+    kind, error, tmp_path, make_workspace, monkeypatch
+):
+    place = touch(tmp_path / "place", "a", "b")
+    for path in place.iterdir():
+        table = pa.table({"text": TEXTS * 9})
+        write_table(path, "parquet" if kind == "parquet" else "arrow file", table)
+        if kind not in ("parquet", "arrow"):
+            path.write_bytes(COMPRESSIONS.get(kind, lambda lines: lines)(LINES * 9))
+    file_format = "jsonl" if kind in COMPRESSIONS else kind
+    config = source(place, format=file_format, on_error="skip", max_expansion=1000)
+    listing = corpus.scan(config, validation=HALF)
+    whole = Path.open
+
+    def half_gone(path, *args, **kwargs):
+        opened = whole(path, *args, **kwargs)
+        return HalfGone(opened, path.stat().st_size, error) if path.name == "a" else opened
+
+    monkeypatch.setattr(Path, "open", half_gone)
+    with pytest.raises(StorageError, match=f"place/a: cannot be read: .*{error.args[-1]}"):
+        corpus.build(config, listing, make_workspace("c"))
+    with pytest.raises(StorageError, match=f"place/a: cannot be read: .*{error.args[-1]}"):
+        corpus.scan(config, validation=HALF)
+
+
+def test_a_file_that_vanishes_or_is_cut_short_meanwhile_is_never_left_out(tmp_path, make_workspace):
+    for name in ("a.jsonl.gz", "b.jsonl.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(LINES))
+    config = source(tmp_path, format="jsonl", on_error="skip")
+    listing = corpus.scan(config, validation=HALF)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(LINES)[:-20])
+    with pytest.raises(SourceError, match=r"b\.jsonl\.gz: changed while the corpus"):
+        corpus.build(config, listing, make_workspace("c"))
+    (tmp_path / "b.jsonl.gz").unlink()
+    with pytest.raises(StorageError, match=r"b\.jsonl\.gz: cannot be read: .*No such file"):
+        corpus.build(config, listing, make_workspace("d"))
+
+
+@pytest.mark.parametrize("pattern", ["", "/**/*.txt", "/*/*.txt"])
+def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(pattern, tmp_path, monkeypatch):
+    touch(tmp_path, "a/x.txt", "b/y.txt")
+    scandir = os.scandir
+
+    def closed(path):
+        if str(path).rstrip("/").endswith("/b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(StorageError, match="/b: cannot be listed: Permission denied"):
+        find_files(source(f"{tmp_path}{pattern}"))
+
+
+def test_pipes_and_links_to_directories_are_no_files(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "link").symlink_to("deep")
+    for name, kind in {"pipe": "pipe, socket or device", "link": "directory"}.items():
+        with pytest.raises(StorageError, match=f"{name}: is a {kind}, expected a file"):
+            corpus.scan(source(tmp_path / f"{name[:2]}*"), validation=HALF)
 
 
 def write_table(path: Path, kind: str, table: pa.Table) -> None:
