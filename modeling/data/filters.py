@@ -17,7 +17,7 @@ _DIGEST_BYTES = 16  # two texts among 2**40 agree by chance once in 2**49 corpor
 
 
 class Duplicates:
-    """The texts of a corpus, of whatever source, that a `duplicates` filter has let pass."""
+    """Texts that have been seen: those that a `duplicates` filter has let pass, or ids."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()

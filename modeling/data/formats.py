@@ -28,7 +28,7 @@ import pyarrow as pa
 
 from modeling.data.flat_ids import flat_documents
 from modeling.data.formats_config import Format, IdsFormat
-from modeling.data.records import RecordError, RecordReader, record_reader
+from modeling.data.records import RecordError, RecordReader, ids_text, record_reader
 from modeling.data.sources import (
     BadContentError,
     FoundFile,
@@ -61,6 +61,8 @@ class Found(NamedTuple):
     """UTF-8."""
     record: Mapping[str, Any]
     """The fields that it came with, as far as filters ask for them."""
+    where: str = ""
+    """Its place, if it says its id itself."""
 
 
 Documents = Iterator[Found]
@@ -113,7 +115,7 @@ class Reading:
                 doc_id = f"{self.prefix}{_own_id(record, self.id_field, where)}"
         except BadContentError as error:
             return Found(doc_id, error, _NO_FIELDS)
-        return Found(doc_id, content, record if self.filter_fields else _NO_FIELDS)
+        return Found(doc_id, content, record if self.filter_fields else _NO_FIELDS, where)
 
     def bounded(self, data: bytes, where: str) -> bytes:
         """Refuses a document that a small compressed file, or a lost line end, has blown up."""
@@ -233,9 +235,14 @@ def _flat_ids(
             f"{{type: ids, separator_id: N}}`, where N is the id that ends each document."
         )
     try:
-        for number, text in enumerate(flat_documents(stored.content(), document_format), start=1):
+        documents = flat_documents(stored.content(), document_format)
+        for number, ids in enumerate(documents, start=1):
             doc_id = f"{file.document_path}#{number}"
-            yield Found(doc_id, text.encode(), _NO_FIELDS)
+            try:
+                yield Found(doc_id, ids_text(ids).encode(), _NO_FIELDS)
+            except RecordError as error:
+                told = f"{file.shown}, document {number}: {error}; repair it."
+                yield Found(doc_id, BadContentError(told, reason="field"), _NO_FIELDS)
     except RecordError as error:
         raise BadContentError(f"{file.shown}: {error}.", reason="no ids") from error
 
@@ -412,13 +419,22 @@ def _lines(
 
 def _own_id(record: Mapping[str, Any], field: str, where: str) -> str:
     own = record[field]
-    if not isinstance(own, str | int) or isinstance(own, bool) or own == "":
+    if not isinstance(own, str | int) or isinstance(own, bool) or not str(own).strip():
         raise BadContentError(
             f"{where}: field {field!r} is {own!r}, expected a text or a number that is the "
             f"document's id.",
             reason="field",
         )
-    return str(own)
+    text = str(own)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadContentError(
+            f"{where}: field {field!r} holds half a surrogate pair ({text[error.start]!a}), which "
+            f"UTF-8 cannot store.",
+            reason="field",
+        ) from error
+    return text
 
 
 def _decode_python(data: bytes, where: str) -> bytes:

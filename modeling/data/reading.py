@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from modeling.data.filters import Duplicates, Filters
-from modeling.data.formats import Documents, Reading, read_documents
+from modeling.data.formats import Documents, Found, Reading, read_documents
 from modeling.data.formats_config import Format
 from modeling.data.hub import dataset_documents, dataset_path, dataset_splits
 from modeling.data.sources import (
@@ -116,6 +116,7 @@ class SourceReader:
         self._validation = source.validation or validation
         self._format = document_format
         self._reading = Reading.of(source, name, document_format)
+        self._ids = Duplicates()
         self._filters = Filters(source.filters, duplicates)
         self._tally = tally
         self._num_skipped = 0
@@ -183,7 +184,7 @@ class SourceReader:
                 self._skip(content)
             elif not content:
                 self._tally.skipped["empty"] += 1
-            elif self._filters.keep(document, content):
+            elif self._filters.keep(document, content) and self._is_new(document):
                 if held_out is None:
                     assert isinstance(validation, ValidationConfig)
                     kept = Kept(
@@ -193,6 +194,17 @@ class SourceReader:
                     kept = Kept(document.doc_id, splits[held_out], content)
                 self._tally.keep(kept)
                 yield kept
+
+    def _is_new(self, document: Found) -> bool:
+        """Whether no document before has the id that this one says itself, if it does."""
+        if self._reading.id_field is None or self._ids.is_first(document.doc_id.encode()):
+            return True
+        told = (
+            f"{document.where}: field {self._reading.id_field!r} is that of an earlier document, "
+            f"{document.doc_id!r}; make ids unique, or leave out `source.id_field`."
+        )
+        self._skip(BadContentError(told, reason="duplicate id"))
+        return False
 
     def _is_faulty(self, found: FoundFile) -> bool:
         """Whether a file is damaged, and left out for it; it is read through to see that."""

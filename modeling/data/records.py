@@ -20,6 +20,8 @@ from jaxtyping import Integer
 
 from modeling.data.formats_config import ChatFormat, Format, IdsFormat, SupervisedFormat, TextFormat
 
+_END_OF_IDS = 2**32
+_IDS = f"0 to {_END_OF_IDS - 1}"
 MESSAGES, PROMPT, COMPLETION = "messages", "prompt", "completion"
 
 
@@ -117,6 +119,8 @@ def _ids(record: Mapping[str, Any], field: str) -> str:
     for index, token in enumerate(ids):
         if not isinstance(token, int) or isinstance(token, bool):
             raise RecordError(f"field {field!r}: id {index + 1} is {_shown(token)}, not an integer")
+        if not 0 <= token < _END_OF_IDS:
+            raise RecordError(f"field {field!r}: id {index + 1} is {token}, expected {_IDS}")
     return ids_text(np.array(ids, np.int64))
 
 
@@ -124,10 +128,10 @@ def ids_text(ids: Integer[np.ndarray, "_"]) -> str:
     """Returns the canonical text of a list of ids.
 
     Raises:
-        RecordError: an id is negative.
+        RecordError: an id is negative, or has more than 32 bits.
     """
-    if (negative := np.flatnonzero(ids < 0)).size:
-        raise RecordError(f"id {negative[0] + 1} of the document is {ids[negative[0]]}")
+    if (wrong := np.flatnonzero((ids < 0) | (ids >= _END_OF_IDS))).size:
+        raise RecordError(f"id {wrong[0] + 1} is {ids[wrong[0]]}, expected {_IDS}")
     return " ".join(map(str, ids.tolist()))
 
 

@@ -403,7 +403,18 @@ def _matching_files(pattern: str) -> Iterator[FoundFile]:
             logical_path = match.removeprefix(base).lstrip("/")
             if _is_web(location):
                 logical_path = re.split(r"[?#]", logical_path)[0]
+            _require_utf8(logical_path, location)
             yield FoundFile(logical_path, location)
+
+
+def _require_utf8(logical_path: str, location: str) -> None:
+    """Refuses a name that ids cannot begin with."""
+    try:
+        logical_path.encode()
+    except UnicodeEncodeError as error:
+        raise SourceError(
+            f"{without_secrets(location)!a}: its name is not UTF-8; rename the file."
+        ) from error
 
 
 def _matches(fs: Any, path: str, shown: str) -> tuple[str, list[str]]:

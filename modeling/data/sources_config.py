@@ -175,7 +175,8 @@ class FilesSource(AbstractSource):
     """The field of a JSON object, or the column of a table, that holds the document."""
     id_field: str | None = dataclasses.field(default=None, metadata=added_later(None))
     """The field with a document's own id, which then decides where it is held out; None: its file
-    and place there are its id."""
+    and place there are its id. Ids are unique in a source: 16 bytes of each one's digest are held
+    in memory to see that."""
 
     identity_tag: ClassVar[str] = "source.files/1"
     __pydantic_config__ = STRICT

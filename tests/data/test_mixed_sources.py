@@ -239,10 +239,29 @@ class TestIds:
             ({"text": "x"}, "no field 'id'"),
             ({"text": "x", "id": None}, "field 'id' is None"),
             ({"text": "x", "id": ""}, "field 'id' is ''"),
+            ({"text": "x", "id": " \n"}, r"field 'id' is ' \\n'"),
+            ({"text": "x", "id": True}, "field 'id' is True"),
+            ({"text": "x", "id": 1.5}, "field 'id' is 1.5"),
+            ({"text": "x", "id": "\ud83d"}, r"field 'id' holds half a surrogate pair"),
+            ({"text": "y", "id": 7}, r"field 'id' is that of an earlier document, '7'; make"),
+            ({"text": "y", "id": "7"}, r"field 'id' is that of an earlier document, '7'; make"),
         ]:
-            path = write_lines(tmp_path / "a.jsonl", {"text": "x", "id": 7}, record)
+            path = write_lines(tmp_path / "a.jsonl", {"text": "x", "id": 7}, json.dumps(record))
             with pytest.raises(SourceError, match=rf"a\.jsonl:2: {complaint}"):
                 build(files(path, format="jsonl", id_field="id"), make_workspace(complaint))
+
+    def test_documents_of_one_id_are_left_out_but_for_the_first_that_is_kept(
+        self, tmp_path, make_workspace
+    ):
+        texts = [("a", "short"), ("a", "long enough"), ("b", "long enough too"), ("a", "x" * 20)]
+        path = write_lines(tmp_path / "a.jsonl", *({"id": i, "text": text} for i, text in texts))
+        long = (LengthFilter(type="length", min_characters=8),)
+        source = files(path, format="jsonl", id_field="id", filters=long, on_error="skip")
+        workspace = make_workspace("c")
+        built = build(source, workspace)
+        assert texts_of(workspace) == ["long enough", "long enough too"]
+        assert built.facts["skipped"] == {"empty": 0, "duplicate id": 1}
+        assert "a.jsonl:4: field 'id'" in built.facts["first_skipped"][0]
 
 
 class TestFilters:
