@@ -80,6 +80,7 @@ def tokenized_assets(
                 report=lambda now: context.log.info(str(now)),
                 unit_bytes=dataset.unit_bytes,
                 pace=pace,
+                max_skipped=dataset.max_skipped,
             )
 
         made = store.materialize(

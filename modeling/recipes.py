@@ -102,6 +102,8 @@ def tokenized_params(dataset: DatasetConfig) -> Any:
         "tokenizers": importlib.metadata.version("tokenizers"),
     }
     params |= _formats({name: one.rendering() for name, one in dataset.formats.items()})
+    if dataset.max_skipped:
+        params["on_error_skip"] = sorted(dataset.max_skipped)
     # Of several sources it says how much text each has, which the order of rows depends on.
     return params | ({"shares": "text_bytes"} if len(dataset.named_sources) > 1 else {})
 

@@ -10,10 +10,10 @@ import hashlib
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import tokenizers
 
@@ -23,6 +23,7 @@ from modeling.data.encoding import (
     DocumentEncoder,
     DocumentError,
     Encoded,
+    EncodedUnit,
     TextEncoder,
     document_encoder,
 )
@@ -35,6 +36,8 @@ from modeling.inventory import INVENTORY
 _BATCH_BYTES = 4 * 1024 * 1024
 _BATCH_DOCUMENTS = 4096
 _LIVES = 5
+SHOWN_SKIPPED = 10
+_SHOWN_CHARACTERS = 400
 _TASKS_A_WORKER = 2
 
 
@@ -51,14 +54,22 @@ class Encoding:
     """What the documents of each split are."""
     files: Mapping[str, bytes]
     """Of the built tokenizer, by name."""
+    skipping: frozenset[str] = frozenset()
+    """Splits of which documents that have no ids are left out."""
 
     @classmethod
     def read(
-        cls, config: TokenizationConfig, formats: Mapping[str, Format], tokenizer_dir: Path
+        cls,
+        config: TokenizationConfig,
+        formats: Mapping[str, Format],
+        tokenizer_dir: Path,
+        *,
+        skipping: Iterable[str] = (),
     ) -> "Encoding":
         """Reads a built tokenizer."""
         paths = sorted(path for path in tokenizer_dir.iterdir() if path.name != INVENTORY)
-        return cls(config, formats, {path.name: path.read_bytes() for path in paths})
+        files = {path.name: path.read_bytes() for path in paths}
+        return cls(config, formats, files, frozenset(skipping))
 
     @property
     def has_loss_mask(self) -> bool:
@@ -78,6 +89,8 @@ class Encoding:
         rendering = dict(document_format.rendering())
         if self.has_loss_mask and document_format.learns_all:
             rendering["loss_mask"] = "of ones"
+        if split in self.skipping:
+            rendering["on_error"] = "skip"
         library = tokenizers.__version__
         return canonical.digest("encoding/1", [self.config, rendering, digests, library])
 
@@ -100,39 +113,74 @@ class Encoding:
 
 
 def encode_unit(
-    encoder: DocumentEncoder, doc_ids: list[str], texts: list[Text]
-) -> tuple[Encoded, int]:
-    """Returns the ids of a unit's documents, and how many bytes of text they had.
+    encoder: DocumentEncoder, doc_ids: list[str], texts: list[Text], *, skips: bool = False
+) -> EncodedUnit:
+    """Returns the ids of a unit's documents.
+
+    Args:
+        encoder: makes them.
+        doc_ids: names of the documents.
+        texts: of each.
+        skips: whether to leave out documents that have no ids, and count them.
 
     Raises:
-        ValueError: a document has no ids; the message names it.
+        ValueError: a document has no ids, and is not to be left out; the message names it.
     """
-    parts, start = [], 0
+    parts, start, good_until = [], 0, 0
+    skipped: list[str] = []
+    num_skipped = skipped_bytes = 0
     while start < len(texts):
-        stop = _end_of_batch(texts, start)
+        stop = good_until if good_until > start else _end_of_batch(texts, start)
         try:
             if isinstance(encoder, TextEncoder) and len(texts[start]) > PIECE_BYTES:
                 parts.append(encoder.encode_long(texts[start]))
             else:
                 parts.append(encoder.encode([bytes(text) for text in texts[start:stop]]))
         except DocumentError as error:
-            raise ValueError(f"{doc_ids[start + error.index]}: {error}") from error
+            told = f"{doc_ids[start + error.index]}: {error}"
+            if not skips:
+                raise ValueError(told) from error
+            if error.index:  # those before it first
+                good_until = start + error.index
+                continue
+            num_skipped += 1
+            skipped_bytes += len(texts[start])
+            if len(skipped) < SHOWN_SKIPPED:
+                skipped.append(told[:_SHOWN_CHARACTERS])
+            stop = start + 1
         start = stop
+    if not parts:
+        parts.append(encoder.encode([]))
     encoded = parts[0] if len(parts) == 1 else Encoded.join(parts)
-    return encoded, sum(map(len, texts))
+    text_bytes = sum(map(len, texts)) - skipped_bytes
+    return EncodedUnit(encoded, text_bytes, num_skipped, skipped_bytes, tuple(skipped))
 
 
-Encode = Callable[[DocumentEncoder, list[str], list[Text]], tuple[Encoded, int]]
+@runtime_checkable
+class Encode(Protocol):
+    """What a task does: `encode_unit`."""
+
+    def __call__(
+        self, encoder: DocumentEncoder, doc_ids: list[str], texts: list[Text], *, skips: bool
+    ) -> EncodedUnit:
+        """Returns the ids of a unit's documents."""
+        ...
+
+
 Keyed = tuple[str, Unit]
-Result = tuple[str, Encoded, int]
+Result = tuple[str, EncodedUnit]
 
 
 def encoded_here(
-    encoders: Mapping[str, DocumentEncoder], units: Iterable[Keyed]
+    encoders: Mapping[str, DocumentEncoder],
+    units: Iterable[Keyed],
+    *,
+    skipping: Collection[str] = (),
 ) -> Iterator[Result]:
-    """Yields (key, ids, bytes of text) of each unit, in order."""
+    """Yields key and ids of each unit, in order; of `skipping` splits without its bad documents."""
     for key, unit in units:
-        yield key, *encode_unit(encoders[unit.split], unit.doc_ids, unit.texts)
+        skips = unit.split in skipping
+        yield key, encode_unit(encoders[unit.split], unit.doc_ids, unit.texts, skips=skips)
 
 
 def encoded_by_ray(
@@ -142,7 +190,7 @@ def encoded_by_ray(
     *,
     encode: Encode = encode_unit,
 ) -> Iterator[Result]:
-    """Yields (key, ids, bytes of text) of each unit, in the order in which they are finished.
+    """Yields key and ids of each unit, in the order in which they are finished.
 
     Args:
         compute: where the cluster is, and how much of it to use.
@@ -202,7 +250,7 @@ def _first_finished(ray: Any, keys: dict[Any, str]) -> Result:
     (done,), _ = ray.wait(list(keys), num_returns=1)
     key = keys.pop(done)
     try:
-        encoded, num_bytes = ray.get(done)
+        encoded = ray.get(done)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
@@ -210,7 +258,7 @@ def _first_finished(ray: Any, keys: dict[Any, str]) -> Result:
             f"unit {key[:12]}: {_LIVES} workers died while encoding it ({error}). Look for their "
             f"reasons (memory?) in Ray's logs; what was committed is kept, so run again."
         ) from error
-    return key, encoded, num_bytes
+    return key, encoded
 
 
 _opened: dict[str, dict[str, DocumentEncoder]] = {}
@@ -218,14 +266,15 @@ _opened: dict[str, dict[str, DocumentEncoder]] = {}
 
 def _run_task(
     given: tuple[Encoding, Encode], digest: str, split: str, doc_ids: list[str], texts: list[Text]
-) -> tuple[Encoded, int]:
+) -> EncodedUnit:
     """Runs in a worker, which keeps its encoder, and what this remembers, for the next task."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # a task has one processor
     encoding, encode = given
     if digest not in _opened:
         _opened.clear()
         _opened[digest] = encoding.open()
-    return encode(_opened[digest][split], doc_ids, texts)
+    skips = split in encoding.skipping
+    return encode(_opened[digest][split], doc_ids, texts, skips=skips)
 
 
 def _end_of_batch(texts: list[Text], start: int) -> int:

@@ -165,6 +165,18 @@ class DatasetConfig:
         return {name: source.record or self.format for name, source in self.named_sources.items()}
 
     @property
+    def max_skipped(self) -> Mapping[str, int]:
+        """The sources of which documents that cannot be tokenized are left out, and how many may.
+
+        Texts always can.
+        """
+        return {
+            name: source.max_skipped
+            for name, source in self.named_sources.items()
+            if source.on_error == "skip" and self.formats[name].type != "text"
+        }
+
+    @property
     def has_loss_mask(self) -> bool:
         """Whether tokens are told apart into those to be predicted and others."""
         return not all(one.learns_all for one in self.formats.values())

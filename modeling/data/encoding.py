@@ -76,6 +76,19 @@ class Encoded:
         )
 
 
+@dataclass(frozen=True)
+class EncodedUnit:
+    """The documents of a unit as ids, but for those that were left out."""
+
+    encoded: Encoded
+    text_bytes: int
+    """Of the documents that have ids."""
+    skipped: int = 0
+    skipped_bytes: int = 0
+    first_skipped: tuple[str, ...] = ()
+    """What is wrong with some of them, by their names."""
+
+
 class DocumentError(ValueError):
     """A document cannot be encoded; whoever knows its name puts it before the message."""
 
@@ -331,7 +344,8 @@ class PieceEncoder:
         tokens[of_text] = encoded.tokens
         tokens[~of_text] = special
         counts = np.fromiter((piece.counts for piece in pieces), np.uint8, len(pieces))
-        document = np.repeat(np.arange(len(rendered)), [len(parts) for parts in rendered])
+        num_pieces = np.fromiter(map(len, rendered), np.int64, len(rendered))
+        document = np.repeat(np.arange(len(rendered)), num_pieces)
         return Encoded(
             tokens,
             np.bincount(document, lengths, len(rendered)).astype(np.int64),
@@ -359,6 +373,8 @@ class IdsEncoder:
 
     def encode(self, documents: Sequence[bytes]) -> Encoded:
         """Returns the ids of each document, with what begins and ends it."""
+        if not documents:  # NumPy finds no number in no text
+            return Encoded(np.empty(0, self._dtype), np.empty(0, np.int64))
         ids = np.fromstring(b" ".join(documents).decode(), np.int64, sep=" ")
         lengths = np.fromiter(
             (1 + text.count(b" ") for text in documents), np.int64, len(documents)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling.artifacts import needing_space, write_durably
-from modeling.data.encoding import Encoded
+from modeling.data.encoding import EncodedUnit
 from modeling.data.shards import write_shard
 from modeling.data.token_files import Shard
 from modeling.inventory import DamagedArtifactError, file_sha256
@@ -117,13 +117,13 @@ class Ledger:
         """Returns where the shard of a unit is."""
         return self._progress / _UNITS / f"{key}.arrow"
 
-    def commit(self, key: str, encoded: Encoded, text_bytes: int) -> Shard:
+    def commit(self, key: str, unit: EncodedUnit) -> Shard:
         """Writes a shard, and its receipt after it, so that both survive a crash or none counts.
 
         Raises:
             DiskFullError: there is no space for it.
         """
-        attempt = self._attempt(key)
+        attempt, encoded = self._attempt(key), unit.encoded
         with needing_space(f"a shard of {len(encoded.tokens):,} tokens", self._progress):
             try:
                 write_shard(attempt, encoded.tokens, encoded.lengths, encoded.loss_mask)
@@ -131,12 +131,14 @@ class Ledger:
                     file=self._name(key),
                     documents=len(encoded.lengths),
                     tokens=len(encoded.tokens),
-                    text_bytes=text_bytes,
+                    text_bytes=unit.text_bytes,
                     sha256=file_sha256(attempt),
                     key=key,
+                    skipped=unit.skipped,
+                    first_skipped=unit.first_skipped,
                 )
                 attempt.replace(self.path(key))
-                write_durably(self._receipt(key), dataclasses.asdict(shard))
+                write_durably(self._receipt(key), shard.plain())
             finally:
                 for left in (self._progress / _UNITS).glob(f".{key}*"):
                     left.unlink()
@@ -146,7 +148,7 @@ class Ledger:
     def tell(self, split: str, index: int, key: str) -> Shard:
         """Puts the next shard of a split on the stream, for those who read it while it is made."""
         shard = self._shards[key]
-        line = {"split": split} | dataclasses.asdict(shard)
+        line = {"split": split} | shard.plain()
         told = self._told.setdefault(split, [])
         if index < len(told):
             if told[index] != shard:
@@ -199,7 +201,7 @@ class Ledger:
         if not receipt.exists():
             return None
         try:
-            shard = Shard(**json.loads(receipt.read_bytes()))
+            shard = Shard.of(json.loads(receipt.read_bytes()))
             found = file_sha256(path) if path.exists() else "missing"
         except (ValueError, TypeError) as error:
             found, shard = f"unreadable: {error}", None
@@ -232,7 +234,7 @@ class Ledger:
             return None
         shard = dataclasses.replace(shard, file=self._name(key))
         attempt.replace(self.path(key))
-        write_durably(self._receipt(key), dataclasses.asdict(shard))
+        write_durably(self._receipt(key), shard.plain())
         return shard
 
     def _name(self, key: str) -> str:
@@ -246,7 +248,7 @@ class Ledger:
 
 
 def _shard(line: Mapping[str, Any]) -> Shard:
-    return Shard(**{name: value for name, value in line.items() if name != "split"})
+    return Shard.of({name: value for name, value in line.items() if name != "split"})
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

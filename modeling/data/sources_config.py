@@ -119,11 +119,13 @@ class AbstractSource:
     on_error: Literal["fail", "skip"] = dataclasses.field(
         default="fail", metadata=added_later("fail")
     )
-    """Whether a bad record, or a damaged file as a whole, is left out, counted and listed."""
+    """Whether a bad record, or a damaged file as a whole, is left out, counted and listed; and when
+    it is tokenized, a document that has no ids, as its chat template refuses it."""
     max_skipped: Annotated[int, Field(ge=0)] = dataclasses.field(
         default=100, metadata=added_later(100)
     )
-    """How many may be left out before it is an error after all."""
+    """How many may be left out before it is an error after all: of the corpus, and again when it
+    is tokenized."""
     max_document_bytes: Annotated[int, Field(ge=1)] = dataclasses.field(
         default=2**30, metadata=added_later(2**30)
     )

@@ -8,8 +8,10 @@ Who only reads tokens loads nothing of what made them.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -31,6 +33,23 @@ class Shard:
     """Of the file as written."""
     key: str
     """Of the unit that the file holds, tokenizer and policy included."""
+    skipped: int = 0
+    """Documents of the unit that have no ids, and were left out for it."""
+    first_skipped: tuple[str, ...] = ()
+    """What is wrong with some of them."""
+
+    @classmethod
+    def of(cls, raw: Mapping[str, Any]) -> "Shard":
+        """Returns what `plain` has written."""
+        values = dict(raw)
+        return cls(first_skipped=tuple(values.pop("first_skipped", ())), **values)
+
+    def plain(self) -> dict[str, Any]:
+        """Returns all of it; what was left out, only if anything was."""
+        values = asdict(self)
+        if not self.skipped:
+            del values["skipped"], values["first_skipped"]
+        return values
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,14 @@ class Manifest:
         train = {name: split for name, split in self.splits.items() if name.startswith("train/")}
         return {name: split.text_bytes for name, split in train.items()} if len(train) > 1 else {}
 
+    def plain(self) -> dict[str, Any]:
+        """Returns what stands in the file."""
+        splits = {
+            name: asdict(split) | {"shards": [shard.plain() for shard in split.shards]}
+            for name, split in self.splits.items()
+        }
+        return {"format": FORMAT} | asdict(self) | {"splits": splits}
+
     @classmethod
     def read(cls, directory: Path) -> "Manifest":
         """Reads the manifest of a built tokenized corpus."""
@@ -80,7 +107,7 @@ class Manifest:
             name: SplitManifest(
                 **split
                 | {
-                    "shards": tuple(Shard(**shard) for shard in split["shards"]),
+                    "shards": tuple(Shard.of(shard) for shard in split["shards"]),
                     "token_leaves": tuple(split["token_leaves"]),
                     "document_lengths": tuple(split["document_lengths"]),
                 }

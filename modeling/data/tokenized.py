@@ -13,7 +13,8 @@ from there. All files are the same whoever encoded, in which order, after how ma
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ import numpy as np
 from modeling import canonical
 from modeling.artifacts import ArtifactStore, Built, Workspace, link_or_copy, write_durably
 from modeling.data import corpus
-from modeling.data.compute import Encoding, Keyed, encoded_by_ray, encoded_here
+from modeling.data.compute import SHOWN_SKIPPED, Encoding, Keyed, encoded_by_ray, encoded_here
 from modeling.data.config import Compute, LocalCompute, RayCompute, TokenizationConfig
 from modeling.data.formats_config import Format
 from modeling.data.ledger import FetchEarlier, Ledger, nothing_earlier
 from modeling.data.shards import map_shard, token_dtype
-from modeling.data.splits import file_stem
+from modeling.data.splits import file_stem, source_of
 from modeling.data.token_files import FORMAT, MANIFEST_FILE, Manifest, Shard, SplitManifest
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
 from modeling.data.units import UNIT_BYTES, Unit, cut_units
@@ -54,6 +55,7 @@ def build(
     report: Report = ignore,
     unit_bytes: int = UNIT_BYTES,
     pace: Pace | None = None,
+    max_skipped: Mapping[str, int] | None = None,
 ) -> Built:
     """Encodes every document that no shard holds yet.
 
@@ -68,8 +70,11 @@ def build(
         report: is told how far it is, and what was reused or damaged.
         unit_bytes: bytes of text in a unit, of which each shard has one.
         pace: asked before each unit for the split to go on with; None goes through the corpus once.
+        max_skipped: by name the sources of which documents that have no ids are left out, and how
+            many of each may be.
 
     Raises:
+        ValueError: a document has no ids, or too many of a source have none.
         DiskFullError: there is no space for a shard; those before it are kept.
     """
     splits = corpus.splits(corpus_dir)
@@ -78,7 +83,9 @@ def build(
         if isinstance(document_format, Mapping)
         else dict.fromkeys(splits, document_format)
     )
-    encoding = Encoding.read(config, formats, tokenizer_dir)
+    allowed = max_skipped or {}
+    skipping = [split for split in splits if source_of(split) in allowed]
+    encoding = Encoding.read(config, formats, tokenizer_dir, skipping=skipping)
     tokenizer = load_tokenizer(tokenizer_dir)
     encoders = encoding.encoders(tokenizer)
     policies = {split: encoding.policy(split) for split in splits}
@@ -116,15 +123,18 @@ def build(
     if isinstance(compute, RayCompute):
         results = encoded_by_ray(compute, encoding, unknown_units())
     else:
-        results = encoded_here(encoders, unknown_units())
-    for key, encoded, num_bytes in results:
-        ledger.commit(key, encoded, num_bytes)
-        meter.advance(num_bytes / _MEGABYTE, tokens=len(encoded.tokens))
+        results = encoded_here(encoders, unknown_units(), skipping=encoding.skipping)
+    for key, unit in results:
+        ledger.commit(key, unit)
+        read_bytes = unit.text_bytes + unit.skipped_bytes
+        meter.advance(read_bytes / _MEGABYTE, tokens=len(unit.encoded.tokens))
         for stream in streams.values():
             stream.advance()
+        _require_few_skipped(streams, allowed)
     meter.finish()
     for stream in streams.values():
         stream.end()
+    _require_few_skipped(streams, allowed)
     manifest = Manifest(
         dtype=dtype.name,
         vocab_size=tokenizer.vocab_size,
@@ -142,9 +152,9 @@ def build(
             f"{reuse['documents']:,} documents and {reuse['tokens']:,} tokens "
             f"({reuse['percent']}%), {reuse['from_other_corpora']} of them from other corpora"
         )
-    write_durably(workspace.output / MANIFEST_FILE, {"format": FORMAT} | asdict(manifest))
+    write_durably(workspace.output / MANIFEST_FILE, manifest.plain())
     used = sorted({encoder.name for encoder in encoders.values()})
-    return _built(manifest, ", ".join(used), reuse)
+    return _built(manifest, ", ".join(used), reuse, skipping)
 
 
 class EarlierBuilds:
@@ -171,7 +181,7 @@ class EarlierBuilds:
             if raw["format"] == FORMAT:
                 for split in raw["splits"].values():
                     for shard in split["shards"]:
-                        yield shard["key"], (content_id, Shard(**shard))
+                        yield shard["key"], (content_id, Shard.of(shard))
 
 
 def _paced_units(
@@ -205,7 +215,8 @@ class _Stream:
         self._ledger = ledger
         self._dtype = dtype
         self._unknown = unknown
-        self._shards: list[Shard] = []
+        self.shards: list[Shard] = []
+        """Those that can be read by now."""
         self._token_hasher = MerkleHasher()
         self._offset_hasher = MerkleHasher()
         self._mask_hasher = MerkleHasher() if has_loss_mask else None
@@ -218,13 +229,13 @@ class _Stream:
 
     def advance(self) -> None:
         """Takes in the shards up to the first that is not committed yet."""
-        while len(self._shards) < len(self.keys):
-            key = self.keys[len(self._shards)]
+        while len(self.shards) < len(self.keys):
+            key = self.keys[len(self.shards)]
             if not self._ledger.has(key):
                 return
-            shard = self._ledger.tell(self._split, len(self._shards), key)
+            shard = self._ledger.tell(self._split, len(self.shards), key)
             self._fold(shard, self._ledger.path(key))
-            self._shards.append(replace(shard, file=self._file(len(self._shards))))
+            self.shards.append(replace(shard, file=self._file(len(self.shards))))
         if self._has_ended and not self._is_told:
             self._ledger.complete(self._split)
             self._is_told = True
@@ -239,12 +250,12 @@ class _Stream:
 
     def manifest(self) -> SplitManifest:
         """Returns what is known when all units are committed."""
-        assert len(self._shards) == len(self.keys)
+        assert len(self.shards) == len(self.keys)
         return SplitManifest(
-            documents=sum(shard.documents for shard in self._shards),
+            documents=sum(shard.documents for shard in self.shards),
             tokens=self.num_tokens,
-            text_bytes=sum(shard.text_bytes for shard in self._shards),
-            shards=tuple(self._shards),
+            text_bytes=sum(shard.text_bytes for shard in self.shards),
+            shards=tuple(self.shards),
             token_leaves=tuple(leaf.hex() for leaf in self._token_hasher.leaves),
             tokens_root=self._token_hasher.root(),
             offsets_root=self._offset_hasher.root(),
@@ -269,7 +280,7 @@ class _Stream:
             self._mask_hasher.update(mask.data)
         self.num_tokens += len(tokens)
         lengths = np.diff(offsets)
-        self._longest = max(self._longest, int(lengths.max()))
+        self._longest = max(self._longest, int(lengths.max(initial=0)))
         binned = np.bincount(np.frexp(np.maximum(lengths, 1))[1] - 1, minlength=len(self._lengths))
         binned[: len(self._lengths)] += self._lengths
         self._lengths = binned
@@ -303,7 +314,26 @@ def _reuse(ledger: Ledger, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _built(manifest: Manifest, encoder: str, reuse: dict[str, Any]) -> Built:
+def _require_few_skipped(streams: "Mapping[str, _Stream]", allowed: Mapping[str, int]) -> None:
+    """Refuses to leave out more documents of a source than it lets be left out."""
+    for source, most in allowed.items():
+        shards = [
+            shard
+            for split, stream in streams.items()
+            if source_of(split) == source
+            for shard in stream.shards
+            if shard.skipped
+        ]
+        if (count := sum(shard.skipped for shard in shards)) > most:
+            raise ValueError(
+                f"{shards[-1].first_skipped[-1]} With this, {count} documents have no ids, more "
+                f"than `source.max_skipped` ({most}) lets be left out."
+            )
+
+
+def _built(
+    manifest: Manifest, encoder: str, reuse: dict[str, Any], skipping: Sequence[str]
+) -> Built:
     leaves = {}
     facts: dict[str, Any] = {
         "dtype": manifest.dtype,
@@ -328,6 +358,12 @@ def _built(manifest: Manifest, encoder: str, reuse: dict[str, Any]) -> Built:
         if split.unknown_tokens is not None:
             share = split.unknown_tokens / max(split.tokens, 1)
             facts[name]["unknown_percent"] = round(100 * share, 4)
+        if name in skipping:
+            facts[name]["skipped"] = sum(shard.skipped for shard in split.shards)
+    if skipping:
+        told = (told for split in manifest.splits.values() for shard in split.shards
+                for told in shard.first_skipped)  # fmt: skip
+        facts["first_skipped"] = list(islice(told, SHOWN_SKIPPED))
     identity = {
         "dtype": manifest.dtype,
         "vocab_size": manifest.vocab_size,

@@ -9,13 +9,14 @@ import pytest
 import haliax as hax
 from haliax import Axis
 from modeling import canonical, recipes
+from modeling.artifacts import Workspace
 from modeling.data import cache, compute, corpus, token_files, tokenized, tokenizer
-from modeling.data.config import TokenCacheConfig, TokenizationConfig
+from modeling.data.config import DatasetConfig, TokenCacheConfig, TokenizationConfig
 from modeling.data.formats_config import ChatFormat, IdsFormat
 from modeling.data.shards import map_shard
 from modeling.data.sources_config import FilesSource, ValidationConfig
 from modeling.data.tokenizers_config import BpeTokenizerConfig, PassthroughTokenizerConfig
-from modeling.experiment import ConfigError, load_dataset
+from modeling.experiment import ConfigError, load_dataset, validate
 from modeling.models.config import Gpt2Config
 from modeling.models.lm import LmExample, build_model, next_token_loss
 
@@ -150,6 +151,100 @@ def test_an_id_beyond_the_vocabulary_is_named_by_file_and_line(tmp_path, make_wo
     records = [{"input_ids": [1, 2]}, {"input_ids": [3, 50]}]
     with pytest.raises(ValueError, match=r"records\.jsonl#2.* id 50, number 2 of the document"):
         build_chain(records, IdsFormat(type="ids"), config, 16, tmp_path, make_workspace)
+
+
+PICKY = "{% if messages[0].role == 'bad' %}{{ raise_exception('no turns') }}{% endif %}" + TEMPLATE
+CHATS = BpeTokenizerConfig(
+    type="bpe", vocab_size=300, special_tokens=("<|im_start|>", "<|im_end|>")
+)
+BAD_CHAT = {"messages": [{"role": "bad", "content": "nothing that is an answer"}]}
+
+
+@pytest.fixture
+def with_bad_chats(chats, tmp_path, make_workspace):
+    """A chain with and without chats that the template refuses, among others and alone."""
+    for name, records in {"good": chats, "bad": [BAD_CHAT, *chats[:7], *[BAD_CHAT] * 9]}.items():
+        (tmp_path / f"{name}.jsonl").write_text(
+            "".join(json.dumps(record) + "\n" for record in records + chats[7:] * (name == "bad"))
+        )
+    spaces = {name: make_workspace(name) for name in ("good", "bad", "tokenizer")}
+    for name in ("good", "bad"):
+        path = tmp_path / f"{name}.jsonl"
+        source = FilesSource(type="files", paths=(str(path),), format="jsonl")
+        listing = corpus.scan(source, validation=ValidationConfig(fraction=0.0))
+        corpus.build(source, listing, spaces[name], document_format=CHAT)
+    tokenizer.build(CHATS, spaces["good"].output, spaces["tokenizer"])
+    dirs = {name: space.output for name, space in spaces.items()}
+
+    def build(name, space, **options):
+        picky = ChatFormat(type="chat", template=PICKY)
+        inputs = POLICY, dirs[name], dirs["tokenizer"], space
+        return tokenized.build(*inputs, document_format=picky, **options)
+
+    return build
+
+
+def test_documents_that_have_no_ids_are_left_out_counted_and_listed(with_bad_chats, make_workspace):
+    clean = with_bad_chats("good", make_workspace("clean"))
+    space = make_workspace("skipping")
+    for unit_bytes in (1 << 20, 300):  # in one unit, and in units of bad ones alone
+        space = make_workspace(f"skipping-{unit_bytes}")
+        built = with_bad_chats("bad", space, unit_bytes=unit_bytes, max_skipped={"": 10})
+        assert built.content_id == clean.content_id
+        assert built.facts["train"] | {"shards": 0} == clean.facts["train"] | {
+            "shards": 0, "skipped": 10
+        }  # fmt: skip
+        told = "bad.jsonl#1: the chat template fails: no turns"
+        assert built.facts["first_skipped"][0] == told
+        assert len(built.facts["first_skipped"]) == 10
+        for shard in token_files.Manifest.read(space.output).splits["train"].shards:
+            assert len(map_shard(space.output / shard.file, np.dtype(np.uint16),
+                                 with_loss_mask=True).offsets) == shard.documents + 1  # fmt: skip
+        cached = cache.build(
+            TokenCacheConfig(length=32, packing="documents"),
+            space.output,
+            make_workspace(f"cache-{unit_bytes}"),
+            tokenized_id=built.content_id,
+            tokenizer_id="0" * 64,
+        )
+        assert cached.facts["train"]["documents"] == 12
+    (space.output / token_files.MANIFEST_FILE).unlink()
+    again = with_bad_chats(
+        "bad", Workspace(space.progress, make_workspace("again").output),
+        unit_bytes=300, max_skipped={"": 10},
+    )  # fmt: skip
+    assert again.facts["reused"]["percent"] == 100
+    assert again.facts | {"reused": 0} == built.facts | {"reused": 0}
+
+
+def test_more_documents_without_ids_than_may_be_left_out_are_an_error(
+    with_bad_chats, make_workspace
+):
+    with pytest.raises(ValueError, match=r"^bad\.jsonl#1: the chat template fails: no turns$"):
+        with_bad_chats("bad", make_workspace("strict"))
+    for unit_bytes in (1 << 20, 300):
+        space = make_workspace(f"few-{unit_bytes}")
+        for _ in range(2):  # also when it goes on after the shards that it has
+            with pytest.raises(ValueError, match=r"bad\.jsonl#1\d: .* `source\.max_skipped` \(9\)"):
+                with_bad_chats("bad", space, unit_bytes=unit_bytes, max_skipped={"": 9})
+        with pytest.raises(ValueError, match=r"^bad\.jsonl#1: the chat template fails"):
+            with_bad_chats("bad", space, unit_bytes=unit_bytes)
+
+
+def test_what_may_be_left_out_is_part_of_the_recipe_where_anything_may_be():
+    files = {"type": "files", "paths": ["x"], "format": "jsonl"}
+    rest = {"tokenizer": {"type": "bpe", "vocab_size": 300}, "sequence_lengths": [16]}
+    skip = {"on_error": "skip", "max_skipped": 7}
+
+    def dataset(source, **fields):
+        return validate(DatasetConfig, rest | {"source": source} | fields, "d.yaml")
+
+    texts = [dataset(files), dataset(files | skip)]
+    chats = [dataset(one.source, format=CHAT) for one in texts]
+    assert [one.max_skipped for one in (*texts, *chats)] == [{}, {}, {}, {"": 7}]
+    params = [recipes.tokenized_params(one) for one in (*texts, *chats)]
+    assert params[0] == params[1]
+    assert params[3] == params[2] | {"on_error_skip": [""]}
 
 
 MIXED = """

@@ -68,14 +68,15 @@ def test_a_long_document_has_the_ids_of_the_library(bos, eos, chain, monkeypatch
     monkeypatch.setattr(encoding, "pieces", lambda text: pieces.pieces(text, 100))
     data = [text.encode() for text in texts]
     data[1] = memoryview(data[1])
-    encoded, num_bytes = compute.encode_unit(encoder, ["a", "b", "c", "d"], data)
+    unit = compute.encode_unit(encoder, ["a", "b", "c", "d"], data)
+    encoded = unit.encoded
     expected = [
         [*[0] * bos, *tokenizer.backend.encode(text, add_special_tokens=False).ids, *[0] * eos]
         for text in texts
     ]
     ends = np.cumsum(encoded.lengths)[:-1]
     assert [part.tolist() for part in np.split(encoded.tokens, ends)] == expected
-    assert num_bytes == sum(map(len, data))
+    assert unit.text_bytes == sum(map(len, data))
 
 
 @pytest.mark.slow

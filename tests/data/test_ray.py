@@ -107,7 +107,7 @@ def test_a_killed_worker_costs_nothing_but_time(
     marker = tmp_path / "died"
     encode_unit = compute.encode_unit
 
-    def dies_once(encoder, doc_ids, texts):
+    def dies_once(encoder, doc_ids, texts, **options):
         if "05.txt" in " ".join(doc_ids):
             try:
                 marker.touch(exist_ok=False)
@@ -115,7 +115,7 @@ def test_a_killed_worker_costs_nothing_but_time(
                 pass
             else:
                 os.kill(os.getpid(), signal.SIGKILL)
-        return encode_unit(encoder, doc_ids, texts)
+        return encode_unit(encoder, doc_ids, texts, **options)
 
     def with_a_death(compute_config, encoding, units):
         return compute.encoded_by_ray(compute_config, encoding, units, encode=dies_once)
@@ -131,7 +131,7 @@ def test_a_killed_worker_costs_nothing_but_time(
 def test_a_unit_that_kills_every_worker_is_named(chain, encoding, cluster, monkeypatch):
     monkeypatch.setattr(compute, "_LIVES", 2)
 
-    def dies(encoder, doc_ids, texts):
+    def dies(encoder, doc_ids, texts, **options):
         os.kill(os.getpid(), signal.SIGKILL)
 
     units = units_of(chain)[:1]
@@ -140,7 +140,7 @@ def test_a_unit_that_kills_every_worker_is_named(chain, encoding, cluster, monke
 
 
 def test_what_is_wrong_with_a_document_is_said_as_it_is_here(chain, encoding, cluster):
-    def refuses(encoder, doc_ids, texts):
+    def refuses(encoder, doc_ids, texts, **options):
         raise ValueError(f"{doc_ids[0]}: has no ids")
 
     with pytest.raises(ValueError, match=r"^doc-\d\d\.txt: has no ids$"):
