@@ -22,6 +22,7 @@ import tokenize
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -44,8 +45,8 @@ from modeling.data.sources_config import (
     RegexFilter,
     Source,
 )
+from modeling.data.tables import bounded, inflated_bytes, parquet_batches
 
-ROWS_AT_ONCE = 1024
 _PIECE_BYTES = 1024 * 1024
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
 _BLANK = " \t\r\n"
@@ -185,12 +186,7 @@ def table_documents(
         shown: what errors begin with.
     """
     number = 0
-    pieces = (
-        batch.slice(start, ROWS_AT_ONCE)
-        for batch in batches
-        for start in range(0, batch.num_rows, ROWS_AT_ONCE)
-    )
-    for batch in pieces:
+    for batch in chain.from_iterable(map(bounded, batches)):
         for record in _rows(batch, reading):
             number += 1
             where = f"{shown}, row {number}"
@@ -218,6 +214,11 @@ def columns_of(schema: pa.Schema, reading: Reading, where: str) -> list[str]:
                 hint = "source.filters` or `source.id_field"
             raise BadContentError(
                 f"{where}: no column {field!r} (found {schema.names}); set `{hint}`.",
+                reason="field",
+            )
+        if schema.names.count(field) > 1:
+            raise BadContentError(
+                f"{where}: {schema.names.count(field)} columns are named {field!r}; keep one.",
                 reason="field",
             )
     if records.is_text:
@@ -327,24 +328,35 @@ def _parquet(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents
     # digested in a pass of its own.
     from pyarrow.parquet import ParquetFile
 
-    with file.open() as handle, ParquetFile(handle) as opened:
+    with (
+        file.open() as handle,
+        file.open() as headers,
+        ParquetFile(handle, pre_buffer=False, buffer_size=_PIECE_BYTES) as opened,
+    ):
         columns = columns_of(opened.schema_arrow, reading, file.shown)
-        size = handle.seek(0, io.SEEK_END)
+        size = headers.seek(0, io.SEEK_END)
         inflated = sum(
             opened.metadata.row_group(index).total_byte_size
             for index in range(opened.metadata.num_row_groups)
         )
         require_moderate(file, size, inflated, stored.max_expansion)
-        batches = opened.iter_batches(ROWS_AT_ONCE, columns=columns)
+        batches = parquet_batches(opened, headers, columns)
         yield from table_documents(batches, reading, file.document_path, file.shown)
 
 
 def _arrow(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
     with file.open() as handle:
+        size = handle.seek(0, io.SEEK_END)
+        require_moderate(file, size, inflated_bytes(handle), stored.max_expansion)
         is_file = handle.read(6) == b"ARROW1"
         handle.seek(0)
-        with pa.ipc.open_file(handle) if is_file else pa.ipc.open_stream(handle) as opened:
-            columns_of(opened.schema, reading, file.shown)
+        open_it = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        with open_it(handle) as opened:
+            columns = columns_of(opened.schema, reading, file.shown)
+            wanted = [opened.schema.get_field_index(name) for name in columns]
+        handle.seek(0)
+        # Other columns are not even read.
+        with open_it(handle, options=pa.ipc.IpcReadOptions(included_fields=wanted)) as opened:
             batches: Iterable[pa.RecordBatch] = (
                 (opened.get_batch(index) for index in range(opened.num_record_batches))
                 if isinstance(opened, pa.ipc.RecordBatchFileReader)

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 
 from modeling import canonical
-from modeling.data.formats import ROWS_AT_ONCE, Documents, Reading, columns_of, table_documents
+from modeling.data.formats import Documents, Reading, columns_of, table_documents
 from modeling.data.sources import SourceError
 from modeling.data.sources_config import (
     HuggingFaceSource,
@@ -19,6 +19,7 @@ from modeling.data.sources_config import (
     Validation,
     ValidationSplit,
 )
+from modeling.data.tables import FEW_ROWS
 
 DatasetSource = HuggingFaceSource | SavedDatasetSource
 
@@ -68,7 +69,7 @@ def _batches(
     try:
         dataset: Any = _opened(source, split, shown)
         columns = None
-        for table in dataset.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+        for table in dataset.with_format("arrow").iter(batch_size=FEW_ROWS):
             columns = columns or columns_of(table.schema, reading, shown)
             yield from table.select(columns).to_batches()
     except SourceError:

@@ -141,17 +141,13 @@ class SourceReader:
         if file.size == 0 and not isinstance(self._source, PyStdlibSource | PackageSource):
             self._skip(BadContentError(f"{found.shown}: empty.", reason="empty file"))
             return
-        if self._source.on_error == "skip" and self._is_faulty(found):
+        if self._source.on_error == "skip" and self._is_faulty(file, found):
             # Only what was listed is left out, and not what was cut short meanwhile.
             self._require_unchanged(found, file)
             return
-        num_bytes = 0
         with self._opened(found) as stored:
             try:
-                for document in self._kept(self._read(found, stored), file.held_out):
-                    num_bytes += len(document.content)
-                    require_moderate(found, file.size, num_bytes, self._source.max_expansion)
-                    yield document
+                yield from self._kept(self._read(file, found, stored), file.held_out)
             except UndecodableError as error:
                 if not isinstance(self._source, PyStdlibSource | PackageSource):
                     raise
@@ -206,11 +202,11 @@ class SourceReader:
         self._skip(BadContentError(told, reason="duplicate id"))
         return False
 
-    def _is_faulty(self, found: FoundFile) -> bool:
+    def _is_faulty(self, file: SourceFile, found: FoundFile) -> bool:
         """Whether a file is damaged, and left out for it; it is read through to see that."""
         with self._opened(found) as stored:
             try:
-                for _ in self._read(found, stored):
+                for _ in self._read(file, found, stored):
                     pass
             except BadContentError as error:
                 self._skip(error)
@@ -238,8 +234,14 @@ class SourceReader:
             stored.drain()
         _require_unchanged(found, file, stored)
 
-    def _read(self, found: FoundFile, stored: StoredFile) -> Documents:
-        return read_documents(self._source, found, stored, self._reading, self._format)
+    def _read(self, file: SourceFile, found: FoundFile, stored: StoredFile) -> Documents:
+        """Yields what is in a file, as long as it is not far more than the file's own bytes."""
+        num_bytes = 0
+        for document in read_documents(self._source, found, stored, self._reading, self._format):
+            if isinstance(document.content, bytes):
+                num_bytes += len(document.content)
+                require_moderate(found, file.size, num_bytes, self._source.max_expansion)
+            yield document
 
 
 def _require_unchanged(found: FoundFile, file: SourceFile, stored: StoredFile) -> None:

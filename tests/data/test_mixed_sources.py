@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from modeling import canonical, recipes
 from modeling.artifacts import ArtifactStore, DiskFullError, Recipe
-from modeling.data import cache, corpus, tokenized, tokenizer
+from modeling.data import cache, corpus, formats, tokenized, tokenizer
 from modeling.data.config import DatasetConfig, TokenCacheConfig, TokenizationConfig
 from modeling.data.digests import DigestMemo
 from modeling.data.reading import is_held_out
@@ -470,6 +470,55 @@ class TestBombs:
         parquet.write_table(pa.table({"text": words}), tmp_path / "a.parquet")
         with pytest.raises(SourceError, match=r"a\.parquet: \d+ stored .*over 100 times"):
             build(files(tmp_path / "a.parquet", format="parquet"), make_workspace("c"))
+
+    @pytest.mark.parametrize("kind", ["file", "stream"])
+    @pytest.mark.parametrize("codec", ["zstd", "lz4"])
+    def test_compressed_buffers_are_bombs_before_they_are_decompressed(
+        self, kind, codec, tmp_path, make_workspace, monkeypatch
+    ):
+        table = pa.table({"text": ["x" * 1_000_000] * 5, "other": ["y" * 9_000_000] * 5})
+        options = pa.ipc.IpcWriteOptions(compression=codec)
+        new = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+        with new(str(tmp_path / "bomb"), table.schema, options=options) as writer:
+            writer.write_table(table, max_chunksize=2)
+        (tmp_path / "fine").write_bytes(b"")
+        with new(str(tmp_path / "fine"), table.schema, options=options) as writer:
+            writer.write_table(pa.table({"text": ["fine"], "other": ["fine"]}))
+        with monkeypatch.context() as patch:
+            patch.setattr(formats, "table_documents", None)  # no row is asked for
+            with pytest.raises(SourceError, match=r"bomb: \d+ stored bytes hold 500\d{5} bytes"):
+                build(files(tmp_path / "bomb", format="arrow"), make_workspace("c"))
+        workspace = make_workspace("d")
+        built = build(files(tmp_path, format="arrow", on_error="skip"), workspace)
+        assert built.facts["skipped"] == {"empty": 0, "expands too much": 1}
+        assert texts_of(workspace) == ["fine"]
+        workspace = make_workspace("e")
+        build(files(tmp_path, format="arrow", max_expansion=10_000), workspace)
+        assert sorted(map(len, texts_of(workspace))) == [4, *[1_000_000] * 5]
+
+    @pytest.mark.parametrize("kind", ["parquet", "arrow"])
+    def test_no_more_is_decoded_of_a_repeated_text_than_stops_the_bomb(
+        self, kind, tmp_path, make_workspace
+    ):
+        text = pa.DictionaryArray.from_arrays(
+            pa.array(np.zeros(20_000, np.int32)), pa.array(["x" * 2_000_000])
+        )  # 40 GB
+        table = pa.table({"text": text, "id": pa.array(np.arange(20_000))})
+        if kind == "parquet":
+            parquet.write_table(table, tmp_path / "bomb", compression="zstd")
+        else:
+            with pa.ipc.new_file(str(tmp_path / "bomb"), table.schema) as writer:
+                writer.write_table(table)
+        (tmp_path / "fine").write_bytes((tmp_path / "bomb").read_bytes()[:0])
+        for fields in ({}, {"id_field": "id"}):
+            source = files(tmp_path / "bomb", format=kind, **fields)
+            peak = pa.total_allocated_bytes()
+            with pytest.raises(SourceError, match=r"bomb: \d+ stored .*over 100 times"):
+                build(source, make_workspace(f"{kind}-{len(fields)}"))
+            assert pa.total_allocated_bytes() - peak < 10_000_000
+        skipping = files(tmp_path, format=kind, on_error="skip")
+        with pytest.raises(SourceError, match=r"none to train on.*'expands too much': 1"):
+            build(skipping, make_workspace("d"))
 
     def test_a_bomb_can_be_left_out(self, tmp_path, make_workspace):
         (tmp_path / "bomb.gz").write_bytes(gzip.compress(b"\n" * 5_000_000))
