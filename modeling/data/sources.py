@@ -135,7 +135,7 @@ class FoundFile:
             yield
         except SourceError:
             raise
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001
             # Of whatever type: each kind of store has its own for not being reached.
             told = str(error).replace(self.location, self.shown).rstrip(".")
             # Of a URL the error itself, which may quote its secrets, is not shown.
@@ -413,7 +413,7 @@ def _require_utf8(logical_path: str, location: str) -> None:
         logical_path.encode()
     except UnicodeEncodeError as error:
         raise SourceError(
-            f"{without_secrets(location)!a}: its name is not UTF-8; rename the file."
+            f"{public_url(location)!a}: its name is not UTF-8; rename the file."
         ) from error
 
 
@@ -444,7 +444,7 @@ def _kind(fs: Any, path: str, shown: str) -> str | None:
         return fs.info(path)["type"]
     except FileNotFoundError:
         return None
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001
         # Of whatever type: each kind of store has its own for not being reached.
         told = str(error).replace(path, shown)
         raise StorageError(f"{shown}: cannot be listed: {type(error).__name__}: {told}") from None
