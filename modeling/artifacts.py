@@ -291,8 +291,11 @@ class ArtifactStore:
             output.mkdir()
             elsewhere = self._elsewhere(recipe.id, numerics_id, report)
             space = Workspace(progress, output, self._remote_progress(work), elsewhere)
-            built = build(space)
-            artifact = self.publish(recipe, output, built, numerics=numerics, provenance=provenance)
+            with needing_space(f"files of {recipe.kind} {recipe.id[:12]}", work):
+                built = build(space)
+                artifact = self.publish(
+                    recipe, output, built, numerics=numerics, provenance=provenance
+                )
             faults.reach("after-record", recipe.kind)
             self.clear_work(recipe.id, numerics_id)
             return artifact, True
@@ -893,6 +896,8 @@ def needing_space(what: str, where: Path) -> Iterator[None]:
     """
     try:
         yield
+    except DiskFullError:
+        raise
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

@@ -42,7 +42,11 @@ _TASKS_A_WORKER = 2
 
 
 class WorkersLostError(RuntimeError):
-    """A unit has cost the lives of all the workers that tried it."""
+    """A cluster has lost a unit for good: the workers that tried it, or what they gave back."""
+
+
+class ClusterError(RuntimeError):
+    """There is no cluster where one was said to be."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +214,11 @@ def encoded_by_ray(
             while len(keys) >= workers * _TASKS_A_WORKER:
                 yield _first_finished(ray, keys)
             texts = [bytes(text) for text in unit.texts]
-            keys[task.remote(given, encoding.digest, unit.split, unit.doc_ids, texts)] = key
+            try:
+                given_unit = task.remote(given, encoding.digest, unit.split, unit.doc_ids, texts)
+            except ray.exceptions.RayError as error:
+                raise _lost(ray, key, error) from error
+            keys[given_unit] = key
         while keys:
             yield _first_finished(ray, keys)
 
@@ -239,7 +247,14 @@ def ray_cluster(compute: RayCompute) -> Iterator[Any]:
             "include_dashboard": False,
             "_node_ip_address": "127.0.0.1",
         }
-    ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
+    try:
+        ray.init(**where, log_to_driver=False, logging_level=logging.WARNING)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        raise ClusterError(
+            f"compute.address: no Ray cluster can be joined at {compute.address!r}, or started "
+            f"here if that is None ({type(error).__name__}: {error}). Correct the address, or "
+            f"leave it out to start a cluster on this machine."
+        ) from error
     try:
         yield ray
     finally:
@@ -253,12 +268,44 @@ def _first_finished(ray: Any, keys: dict[Any, str]) -> Result:
         encoded = ray.get(done)
     except ray.exceptions.RayTaskError as error:
         raise error.cause from error
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError) as error:
-        raise WorkersLostError(
-            f"unit {key[:12]}: {_LIVES} workers died while encoding it ({error}). Look for their "
-            f"reasons (memory?) in Ray's logs; what was committed is kept, so run again."
-        ) from error
+    except ray.exceptions.RayError as error:
+        raise _lost(ray, key, error) from error
     return key, encoded
+
+
+def _lost(ray: Any, key: str, error: Exception) -> WorkersLostError:
+    return WorkersLostError(
+        f"unit {key[:12]}: {_what_was_lost(ray, error)} ({type(error).__name__}: {error}). What "
+        f"was committed is kept, so run again."
+    )
+
+
+def _what_was_lost(ray: Any, error: Exception) -> str:
+    """Returns what an error of Ray's means here, and what to do about it."""
+    errors = ray.exceptions
+    match error:
+        case errors.OutOfMemoryError():
+            return (
+                f"{_LIVES} workers were ended while encoding it, as their machine had no memory "
+                f"left; lower `compute.max_workers`, or `unit_bytes` of the dataset"
+            )
+        case errors.WorkerCrashedError() | errors.NodeDiedError() | errors.LocalRayletDiedError():
+            return (
+                f"{_LIVES} workers died while encoding it; look for their reasons (memory?) in "
+                f"Ray's logs"
+            )
+        case errors.ObjectLostError():
+            return (
+                "its texts or ids were lost with the machine that held them, and could not be made "
+                "again; look for its reason in Ray's logs"
+            )
+        case errors.ObjectStoreFullError() | errors.OutOfDiskError():
+            return (
+                "Ray has no room for its texts or ids; lower `compute.max_workers`, or give Ray "
+                "more memory or disk (`--object-store-memory`, `--temp-dir`)"
+            )
+        case _:
+            return "Ray could not encode it"
 
 
 _opened: dict[str, dict[str, DocumentEncoder]] = {}

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from modeling.data.sources import FoundFile
+from modeling.data.sources import FoundFile, StorageError
 
 _REST_NS = 2 * 10**9
 _WRITTEN_EVERY_S = 1.0
@@ -61,14 +61,15 @@ class DigestSession:
             return None
         if (stamp := file.stamp()) is None:
             return None
-        return (
-            self._connected()
-            .execute(
-                "SELECT size, sha256 FROM file WHERE location = ? AND stamp = ?",
-                (file.location, stamp),
+        with self._told():
+            return (
+                self._connected()
+                .execute(
+                    "SELECT size, sha256 FROM file WHERE location = ? AND stamp = ?",
+                    (file.location, stamp),
+                )
+                .fetchone()
             )
-            .fetchone()
-        )
 
     def keep(self, file: FoundFile, stamp_before: str | None, size: int, sha256: str) -> None:
         """Remembers what was read of a file, unless it may have changed meanwhile.
@@ -88,10 +89,21 @@ class DigestSession:
     def write(self) -> None:
         """Writes what is new."""
         if self._new:
-            with self._connected() as database:
+            with self._told(), self._connected() as database:
                 database.executemany("INSERT OR REPLACE INTO file VALUES (?, ?, ?, ?)", self._new)
         self._new.clear()
         self._written = time.monotonic()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Raises what is wrong with the database by its name."""
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            raise StorageError(
+                f"{self._path}: the memory of digests cannot be used: {error}. If it is damaged, "
+                f"delete it: files are then digested anew."
+            ) from error
 
     def _connected(self) -> sqlite3.Connection:
         if self._database is None:

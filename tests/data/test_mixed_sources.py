@@ -25,7 +25,7 @@ from modeling.data import cache, corpus, formats, tokenized, tokenizer
 from modeling.data.config import DatasetConfig, TokenCacheConfig, TokenizationConfig
 from modeling.data.digests import DigestMemo
 from modeling.data.reading import is_held_out
-from modeling.data.sources import FoundFile, SourceError, find_files
+from modeling.data.sources import FoundFile, SourceError, StorageError, find_files
 from modeling.data.sources_config import (
     DuplicatesFilter,
     FilesSource,
@@ -641,6 +641,17 @@ class TestMemo:
         for _ in range(2):
             corpus.scan(files(tmp_path / "a.txt"), validation=HALF, memo=memo)
         assert opened == ["a.txt", "a.txt"]
+
+    def test_a_damaged_memory_is_told_with_its_remedy(self, tmp_path):
+        path = tmp_path / "x"
+        path.write_text("x")
+        memo = DigestMemo(tmp_path / "digests.sqlite")
+        corpus.scan(files(path), validation=HALF, memo=memo)
+        (tmp_path / "digests.sqlite").write_bytes(b"SQLite format 3\0" + b"noise" * 999)
+        with pytest.raises(StorageError, match=r"digests\.sqlite: .*delete it: files are"):
+            corpus.scan(files(path), validation=HALF, memo=memo)
+        (tmp_path / "digests.sqlite").unlink()
+        corpus.scan(files(path), validation=HALF, memo=memo)
 
     def test_only_files_with_a_stamp_are_remembered(self, tmp_path, memo, monkeypatch):
         import fsspec

@@ -139,6 +139,90 @@ def test_a_unit_that_kills_every_worker_is_named(chain, encoding, cluster, monke
         list(compute.encoded_by_ray(RAY, encoding, units, encode=dies))
 
 
+AT_ADDRESS = """
+import pathlib, sys
+from modeling.artifacts import Workspace
+from modeling.data import tokenized
+from modeling.data.config import RayCompute, TokenizationConfig
+corpus_dir, tokenizer_dir, root, address = sys.argv[1:]
+space = Workspace(pathlib.Path(root) / "progress", pathlib.Path(root) / "output")
+inputs = TokenizationConfig(), pathlib.Path(corpus_dir), pathlib.Path(tokenizer_dir), space
+built = tokenized.build(
+    *inputs, unit_bytes=4000, compute=RayCompute(type="ray", address=address, max_workers=2)
+)
+print(built.content_id)
+"""
+
+
+def test_a_cluster_that_runs_elsewhere_makes_the_same_bytes_and_is_left_running(
+    chain, make_workspace, tmp_path, cluster
+):
+    workspace = make_workspace("there")
+    address = cluster.get_runtime_context().gcs_address
+    inputs = chain.corpus_dir, chain.tokenizer_dir, tmp_path / "there", address
+    done = subprocess.run(
+        [sys.executable, "-c", AT_ADDRESS, *map(str, inputs)],
+        check=False, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == chain.tokenized.content_id
+    assert files_of(workspace.output) == files_of(chain.tokenized_dir)
+    assert cluster.get(cluster.put("it goes on")) == "it goes on"
+
+
+def test_an_address_that_nobody_answers_at_is_named(monkeypatch):
+    import ray
+
+    def refuses(**where):
+        assert where["address"] == "127.0.0.1:1"
+        raise ConnectionError("ray is not there")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", refuses)
+    there = RayCompute(type="ray", address="127.0.0.1:1")
+    told = r"compute\.address: .*'127\.0\.0\.1:1'.*not there"
+    with pytest.raises(compute.ClusterError, match=told), compute.ray_cluster(there):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("error", "meaning"),
+    [
+        ("OutOfMemoryError", r"no memory left; lower `compute\.max_workers`"),
+        ("WorkerCrashedError", "workers died while encoding it"),
+        ("ObjectReconstructionFailedError", "texts or ids were lost"),
+        ("OwnerDiedError", "texts or ids were lost"),
+        ("ObjectStoreFullError", "Ray has no room"),
+        ("OutOfDiskError", "Ray has no room"),
+        ("RaySystemError", "Ray could not encode it"),
+    ],
+)
+def test_what_a_cluster_loses_is_told_with_the_unit_and_a_remedy(error, meaning):
+    import ray
+
+    kind = getattr(ray.exceptions, error)
+
+    class Lost(kind):
+        def __init__(self):
+            Exception.__init__(self, "as Ray has it")
+
+        def __str__(self):
+            return "as Ray has it"
+
+    class Cluster:
+        exceptions = ray.exceptions
+
+        def wait(self, tasks, num_returns):
+            return tasks[:num_returns], tasks[num_returns:]
+
+        def get(self, task):
+            raise Lost
+
+    told = rf"unit 0123456789ab: .*{meaning}.*as Ray has it.*kept, so run again"
+    with pytest.raises(compute.WorkersLostError, match=told):
+        compute._first_finished(Cluster(), {"task": "0123456789abcdef"})
+
+
 def test_what_is_wrong_with_a_document_is_said_as_it_is_here(chain, encoding, cluster):
     def refuses(encoder, doc_ids, texts, **options):
         raise ValueError(f"{doc_ids[0]}: has no ids")
