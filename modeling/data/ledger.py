@@ -1,7 +1,8 @@
 """The shards of an unfinished tokenized corpus: committed one by one, read while more are made.
 
     units/<key>.arrow     a shard, by the key of its unit (`modeling.data.units`)
-    units/<key>.json      its receipt, written after it: size and SHA-256. Without it nothing counts
+    units/<key>.json      its receipt, written after it, with a digest over both. Without it nothing
+                          counts
     stream.jsonl          first line: dtype, vocab_size, eos_id, and the policy that keys depend on.
                           Then a line for each shard, in the order of its split; a shard is told
                           when all before it are committed. Last of each: {"complete": "train"}
@@ -19,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from modeling import canonical
 from modeling.artifacts import needing_space, write_durably
 from modeling.data.encoding import EncodedUnit
 from modeling.data.shards import write_shard
@@ -27,6 +29,7 @@ from modeling.inventory import DamagedArtifactError, file_sha256
 
 STREAM_FILE = "stream.jsonl"
 _UNITS = "units"
+_RECEIPT = "shard_receipt/1"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +63,13 @@ def committed(progress: Path, split: str) -> Stream | None:
     with contextlib.suppress(FileNotFoundError):
         lines = (progress / STREAM_FILE).read_bytes().split(b"\n")[:-1]  # the last may be half
         if lines:
-            header, *rest = map(json.loads, lines)
-            shards = [_shard(line) for line in rest if line.get("split") == split]
+            try:
+                header, *rest = map(json.loads, lines)
+                shards = [_shard(line) for line in rest if line.get("split") == split]
+            except (ValueError, TypeError, AttributeError) as error:
+                raise DamagedArtifactError(
+                    f"{progress / STREAM_FILE}: damaged ({error}). Run again: it is written anew."
+                ) from error
             complete = any(line.get("complete") == split for line in rest)
             return Stream(
                 tuple(shards), complete, header["dtype"], header["vocab_size"], header["eos_id"]
@@ -138,7 +146,7 @@ class Ledger:
                     first_skipped=unit.first_skipped,
                 )
                 attempt.replace(self.path(key))
-                write_durably(self._receipt(key), shard.plain())
+                self._write_receipt(shard)
             finally:
                 for left in (self._progress / _UNITS).glob(f".{key}*"):
                     left.unlink()
@@ -169,19 +177,19 @@ class Ledger:
     def _open_stream(self, header: Mapping[str, Any]) -> dict[str, list[Shard]]:
         path = self._progress / STREAM_FILE
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        told: dict[str, list[Shard]] = {}
         try:
             found = [json.loads(line) for line in lines]
-        except ValueError as error:
+            kept = [line for line in found[1:] if "split" in line]
+            for line in kept:
+                told.setdefault(line["split"], []).append(_shard(line))
+        except (ValueError, TypeError) as error:
             self._say(f"{path}: damaged ({error}); it is written again.")
-            found = []
-        told: dict[str, list[Shard]] = {}
+            found, kept, told = [], [], {}
         if found[:1] != [dict(header)]:
             path.unlink(missing_ok=True)
             self._append(header)
-            return told
-        kept = [line for line in found if "split" in line]
-        for line in kept:
-            told.setdefault(line["split"], []).append(_shard(line))
+            return {}
         whole = b"".join(_line(line) for line in [header, *kept])
         with path.open("r+b") as stream:  # without half a line, or markers of completion
             stream.truncate(len(whole))
@@ -201,7 +209,13 @@ class Ledger:
         if not receipt.exists():
             return None
         try:
-            shard = Shard.of(json.loads(receipt.read_bytes()))
+            written = json.loads(receipt.read_bytes())
+            if not isinstance(written, dict):
+                raise TypeError(f"a {type(written).__name__}")
+            digest = written.pop("receipt", None)
+            if digest != canonical.digest(_RECEIPT, written):
+                raise ValueError("it is not what was written")
+            shard = Shard.of(written)
             found = file_sha256(path) if path.exists() else "missing"
         except (ValueError, TypeError) as error:
             found, shard = f"unreadable: {error}", None
@@ -234,8 +248,12 @@ class Ledger:
             return None
         shard = dataclasses.replace(shard, file=self._name(key))
         attempt.replace(self.path(key))
-        write_durably(self._receipt(key), shard.plain())
+        self._write_receipt(shard)
         return shard
+
+    def _write_receipt(self, shard: Shard) -> None:
+        digest = canonical.digest(_RECEIPT, shard.plain())
+        write_durably(self._receipt(shard.key), {"receipt": digest} | shard.plain())
 
     def _name(self, key: str) -> str:
         return f"{_UNITS}/{key}.arrow"

@@ -306,6 +306,44 @@ class _Bounded(io.RawIOBase):
         return count
 
 
+class _Streams(io.RawIOBase):
+    """What compressed streams, one after another, hold together.
+
+    The files of `bz2` and `lzma` take a stream whose beginning is damaged for the end, without a
+    word.
+    """
+
+    def __init__(self, stored: io.BufferedIOBase, new: Callable[[], Any]) -> None:
+        self._stored = stored
+        self._new = new
+        self._decompressor = new()
+
+    @classmethod
+    def reader(cls, stored: io.BufferedIOBase, new: Callable[[], Any]) -> io.BufferedReader:
+        return io.BufferedReader(cls(stored, new), _PIECE_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            data = b""
+            if self._decompressor.eof:
+                data = self._decompressor.unused_data.lstrip(b"\0")  # padding
+                while not data and (piece := self._stored.read(_SMALL_PIECE_BYTES)):
+                    data = piece.lstrip(b"\0")
+                if not data:
+                    return 0
+                self._decompressor = self._new()
+            elif self._decompressor.needs_input:
+                data = self._stored.read(_SMALL_PIECE_BYTES)
+                if not data:
+                    raise EOFError("it ends within a compressed stream")
+            if content := self._decompressor.decompress(data, len(buffer)):
+                buffer[: len(content)] = content
+                return len(content)
+
+
 def require_moderate(file: FoundFile, stored: int, content: int, max_expansion: int) -> None:
     """Checks that a file's content has not more than `max_expansion` times its stored bytes.
 
@@ -502,9 +540,9 @@ def _decompressed(stream: Any, head: bytes) -> io.BufferedIOBase:
     if head.startswith(_GZIP):
         return gzip.GzipFile(fileobj=stream)
     if head.startswith(_XZ):
-        return lzma.LZMAFile(stream)
+        return _Streams.reader(stream, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))
     if _BZIP2.match(head):
-        return bz2.BZ2File(stream)
+        return _Streams.reader(stream, bz2.BZ2Decompressor)
     if head.startswith(_ZSTD):
         inflated: Any = pa.CompressedInputStream(pa.PythonFile(stream, mode="r"), "zstd")
         return io.BufferedReader(inflated)

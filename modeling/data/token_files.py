@@ -46,7 +46,7 @@ class Shard:
 
     def plain(self) -> dict[str, Any]:
         """Returns all of it; what was left out, only if anything was."""
-        values = asdict(self)
+        values = asdict(self) | {"first_skipped": list(self.first_skipped)}
         if not self.skipped:
             del values["skipped"], values["first_skipped"]
         return values

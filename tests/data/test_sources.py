@@ -89,6 +89,21 @@ def test_streams_one_after_another_are_one_file(suffix, tmp_path, make_workspace
 
 
 @pytest.mark.parametrize("suffix", COMPRESSIONS)
+def test_nothing_behind_a_stream_is_taken_for_its_end(suffix, tmp_path, make_workspace):
+    whole = COMPRESSIONS[suffix](b"first")
+    damaged = bytearray(COMPRESSIONS[suffix](b"second"))
+    damaged[1] ^= 0xFF
+    config = source(tmp_path / "a.txt")
+    for index, behind in enumerate([b"noise", b"x", bytes(damaged), whole[:3], whole[:-1]]):
+        (tmp_path / "a.txt").write_bytes(whole + behind)
+        with pytest.raises(SourceError, match=r"a\.txt: damaged, or not text"):
+            build(config, make_workspace(f"c{index}"))
+    if suffix in (".gz", ".xz"):  # which may be padded
+        (tmp_path / "a.txt").write_bytes(whole + b"\0" * 8 + whole + b"\0" * 4)
+        assert texts_of(config, make_workspace("padded")) == ["firstfirst"]
+
+
+@pytest.mark.parametrize("suffix", COMPRESSIONS)
 def test_a_truncated_file_is_an_error_that_names_it(suffix, tmp_path, make_workspace):
     path = tmp_path / f"a.jsonl{suffix}"
     path.write_bytes(COMPRESSIONS[suffix](LINES)[:-20])

@@ -263,7 +263,7 @@ def test_a_build_killed_before_publication_encodes_nothing_again(chain, make_wor
     assert {path.name: path.stat().st_ino for path in first.output.glob("*.arrow")} == inodes
 
 
-@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "receipt"])
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "receipt", "count", "list"])
 def test_a_damaged_committed_shard_is_named_and_made_again(damage, chain, make_workspace):
     workspace = make_workspace("damaged")
     build(chain, workspace)
@@ -281,6 +281,13 @@ def test_a_damaged_committed_shard_is_named_and_made_again(damage, chain, make_w
             path.unlink()
         case "receipt":
             path.with_suffix(".json").write_text("{")
+        case "count":  # which no byte of the shard says
+            receipt = path.with_suffix(".json")
+            text = receipt.read_text()
+            receipt.write_text(re.sub(r'("text_bytes": ?)\d+', r"\g<1>5", text))
+            assert receipt.read_text() != text
+        case "list":
+            path.with_suffix(".json").write_text("[]")
     for file in workspace.output.iterdir():
         file.unlink()
     reports = []
@@ -291,7 +298,9 @@ def test_a_damaged_committed_shard_is_named_and_made_again(damage, chain, make_w
     assert files_of(workspace.output) == files_of(chain.tokenized_dir)
 
 
-@pytest.mark.parametrize("rest", [b"", b'{"split": "tr', b"nonsense\n"])
+@pytest.mark.parametrize(
+    "rest", [b"", b'{"split": "tr', b"nonsense\n", b"7\n", b'{"split": "train"}\n']
+)
 def test_a_damaged_stream_is_written_again(rest, chain, make_workspace):
     workspace = make_workspace("stream")
     build(chain, workspace)
