@@ -45,7 +45,7 @@ from modeling.data.sources_config import (
     RegexFilter,
     Source,
 )
-from modeling.data.tables import bounded, inflated_bytes, parquet_batches
+from modeling.data.tables import bounded, checked, inflated_bytes, parquet_batches
 
 _PIECE_BYTES = 1024 * 1024
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
@@ -191,6 +191,10 @@ def table_documents(
             number += 1
             where = f"{shown}, row {number}"
             doc_id = f"{path}#{number}"
+            if isinstance(record, UnicodeDecodeError):
+                told = f"{where}: not UTF-8: {record}; repair it, or leave the row out."
+                yield Found(doc_id, UndecodableError(told), _NO_FIELDS)
+                continue
             if not isinstance(record, bytes):
                 yield reading.found(doc_id, record, where)
                 continue
@@ -362,7 +366,9 @@ def _arrow(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
                 if isinstance(opened, pa.ipc.RecordBatchFileReader)
                 else opened
             )
-            yield from table_documents(batches, reading, file.document_path, file.shown)
+            yield from table_documents(
+                map(checked, batches), reading, file.document_path, file.shown
+            )
 
 
 _READERS: dict[str, Callable[[FoundFile, StoredFile, Reading], Documents]] = {
@@ -384,9 +390,18 @@ def _require_texts(records: RecordReader, where: str) -> None:
 
 
 def _rows(batch: pa.RecordBatch, reading: Reading) -> list[Any]:
-    """Returns the bytes of each text that is all that is read of its row; else rows as records."""
+    """Returns the bytes of each text that is all that is read of its row; else rows as records.
+
+    In place of a record whose strings are not UTF-8 stands the error.
+    """
     if not reading.text_alone:
-        return batch.to_pylist()
+        try:
+            return batch.to_pylist()
+        except UnicodeDecodeError as error:
+            if batch.num_rows == 1:
+                return [error]
+            rows = (batch.slice(row, 1) for row in range(batch.num_rows))
+            return [record for row in rows for record in _rows(row, reading)]
     column = batch.column(reading.records.fields[0])
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()

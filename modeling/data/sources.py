@@ -428,10 +428,10 @@ def _package_files(package: str) -> Iterator[FoundFile]:
 
 def _matching_files(pattern: str) -> Iterator[FoundFile]:
     """Yields what a path or pattern stands for, each of its alternatives matching something."""
-    fixed = fsspec.url_to_fs(pattern)[1].split("{")[0].rpartition("/")[0]
+    fixed = _file_system(pattern)[1].split("{")[0].rpartition("/")[0]
     alternatives = _alternatives(pattern)
     for alternative in alternatives:
-        fs, path = fsspec.url_to_fs(alternative)
+        fs, path = _file_system(alternative)
         base, paths = _matches(fs, path, public_url(alternative))
         if len(alternatives) > 1 and len(fixed) < len(base):
             base = fixed
@@ -443,6 +443,17 @@ def _matching_files(pattern: str) -> Iterator[FoundFile]:
                 logical_path = re.split(r"[?#]", logical_path)[0]
             _require_utf8(logical_path, location)
             yield FoundFile(logical_path, location)
+
+
+def _file_system(pattern: str) -> tuple[Any, str]:
+    """Returns what holds a path or pattern, and how it calls that."""
+    try:
+        return fsspec.url_to_fs(pattern)
+    except (ValueError, ImportError) as error:
+        raise SourceError(
+            f"{public_url(pattern)}: no file system is known for it ({error}); correct "
+            f"`source.paths`, or install what it needs."
+        ) from error
 
 
 def _require_utf8(logical_path: str, location: str) -> None:

@@ -10,6 +10,8 @@ from modeling.canonical import NOT_IDENTITY, added_later
 from modeling.data.formats_config import Format
 from modeling.fields import STRICT, RegularExpression, is_commit, type_or
 
+Place = Annotated[str, Field(min_length=1)]
+"""A path, pattern or URL; an empty one would be the whole directory that a process is in."""
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -77,7 +79,7 @@ class ValidationFiles:
     """Holds out whole files, which are read like those of the source; all others are trained on."""
 
     type: Literal["files"]
-    paths: Annotated[tuple[str, ...], Field(min_length=1)] = dataclasses.field(
+    paths: Annotated[tuple[Place, ...], Field(min_length=1)] = dataclasses.field(
         metadata=NOT_IDENTITY
     )
     """Whether or not the source's own paths name them too; the listing says which they are."""
@@ -166,7 +168,7 @@ class FilesSource(AbstractSource):
     """Files of documents, by paths, globs or URLs."""
 
     type: Literal["files"]
-    paths: Annotated[tuple[str, ...], Field(min_length=1)] = dataclasses.field(
+    paths: Annotated[tuple[Place, ...], Field(min_length=1)] = dataclasses.field(
         metadata=NOT_IDENTITY
     )
     """Files, directories, globs, `{a,b}`, `{00..17}`, fsspec URLs; their listing is what counts."""
@@ -193,7 +195,7 @@ class HuggingFaceSource(AbstractSource):
     """`owner/name` on the hub."""
     revision: str | None = None
     """The commit of `id` in 40 hex digits; a branch or tag could move."""
-    path: str | None = dataclasses.field(default=None, metadata=NOT_IDENTITY)
+    path: Place | None = dataclasses.field(default=None, metadata=NOT_IDENTITY)
     """A local directory of data files instead of `id`; its files' listing is what counts."""
     name: str | None = None
     """The configuration, where the dataset has several."""
@@ -225,7 +227,7 @@ class SavedDatasetSource(AbstractSource):
     """What `datasets` has saved with `save_to_disk`."""
 
     type: Literal["saved_dataset"]
-    path: str = dataclasses.field(metadata=NOT_IDENTITY)
+    path: Place = dataclasses.field(metadata=NOT_IDENTITY)
     """The directory; its files' listing is what counts."""
     split: str | None = None
     """Where several are saved."""

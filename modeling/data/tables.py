@@ -32,6 +32,7 @@ FEW_ROWS = 64
 _BYTES_AT_ONCE = 64 * 1024 * 1024
 _PIECE_BYTES = 1024 * 1024
 _TEXTS = (pa.string(), pa.large_string(), pa.binary(), pa.large_binary())
+_AS_BYTES = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
 _MAGIC = b"ARROW1"
 _DICTIONARY, _RECORDS = 2, 3
 """Kinds of messages."""
@@ -57,6 +58,20 @@ def bounded(batch: pa.RecordBatch) -> Iterator[pa.RecordBatch]:
         stop = max(min(fits, start + ROWS_AT_ONCE), start + 1)
         yield batch.slice(start, stop - start)
         start = stop
+
+
+def checked(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Returns a batch that was read as it lies in a file, if nothing in it leads out of it.
+
+    Whether texts are UTF-8 is left to whoever reads them, row by row.
+
+    Raises:
+        pa.ArrowInvalid: an offset or index is out of bounds.
+    """
+    for column in batch.columns:
+        plain = _AS_BYTES.get(column.type)
+        (column if plain is None else column.view(plain)).validate(full=True)
+    return batch
 
 
 def parquet_batches(

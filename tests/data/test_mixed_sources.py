@@ -151,6 +151,7 @@ class TestSeveralSources:
             ({"source": one, "sources": {"web": one}}, "either `source`"),
             ({"sources": {"Web": one}}, r"sources\.Web"),
             ({"sources": {"w": one | {"id_field": "id"}}}, r"sources\.w: its documents are texts"),
+            ({"source": {"type": "files", "paths": [""]}}, r"paths.*at least 1 character"),
             ({"source": one, "validation": {"type": "split"}}, "goes with datasets"),
             ({"source": one, "validation": {"type": "file"}}, "validation"),
             ({"source": {"type": "pystdlib"}, "validation": {"type": "files", "paths": ["x"]}},

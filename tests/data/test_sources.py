@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -25,6 +26,7 @@ from modeling.urls import public_url
 TEXTS = [f"document {i}, naïve 日本語\nsecond line\n" * (i + 1) for i in range(30)]
 LINES = "".join(json.dumps({"text": text}) + "\n" for text in TEXTS).encode()
 HALF = ValidationConfig(fraction=0.5)
+ALL_TRAIN = ValidationConfig(fraction=0.0)
 COMPRESSIONS = {
     ".gz": partial(gzip.compress, mtime=0),
     ".bz2": bz2.compress,
@@ -224,6 +226,18 @@ def test_a_directory_that_cannot_be_listed_is_not_an_empty_one(pattern, tmp_path
         find_files(source(f"{tmp_path}{pattern}"))
 
 
+def test_names_that_cannot_be_read_are_told(tmp_path):
+    (tmp_path / "x").write_text("x")
+    (tmp_path / "x").rename(tmp_path / "\udcff.txt")  # the byte 0xFF
+    for path, complaint in [
+        (tmp_path, r"udcff\.txt': its name is not UTF-8; rename"),
+        ("nothing://x", "nothing://x: no file system is known for it .*correct `source.paths`"),
+        (f"{tmp_path}/a\0b", "cannot be listed: ValueError: embedded null byte"),
+    ]:
+        with pytest.raises(SourceError, match=complaint):
+            find_files(source(path))
+
+
 def test_pipes_and_links_to_directories_are_no_files(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "deep").mkdir()
@@ -243,6 +257,42 @@ def write_table(path: Path, kind: str, table: pa.Table) -> None:
 
 
 TABLES = ["parquet", "arrow file", "arrow stream"]
+
+
+def strings_of(offsets: list[int], data: bytes) -> pa.Array:
+    bounds = pa.py_buffer(np.array(offsets, np.int32))
+    return pa.Array.from_buffers(pa.string(), len(offsets) - 1, [None, bounds, pa.py_buffer(data)])
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        strings_of([0, 900, 5], b"hello"),
+        strings_of([0, -900, 5], b"hello"),
+        pa.DictionaryArray.from_arrays(pa.array([0, 7], pa.int32()), pa.array(["x"]), safe=False),
+        pa.DictionaryArray.from_arrays(pa.array([0, -7], pa.int32()), pa.array(["x"]), safe=False),
+    ],
+)
+def test_offsets_that_lead_out_of_a_file_are_damage(column, tmp_path, make_workspace):
+    write_table(tmp_path / "t", "arrow file", pa.table({"text": column}))
+    with pytest.raises(SourceError, match="t: damaged, or not arrow: "):
+        build(source(tmp_path / "t", format="arrow"), make_workspace("c"))
+
+
+@pytest.mark.parametrize("kind", TABLES)
+def test_a_row_that_is_not_utf_8_is_named_and_can_be_left_out(kind, tmp_path, make_workspace):
+    strings = strings_of([0, 1, 2, 4], b"a\xffbc")
+    fine = pa.array(["x", "y", "z"])
+    for index, columns in enumerate([{"text": strings}, {"text": fine, "id": strings}]):
+        path = tmp_path / f"{index}"
+        write_table(path, kind, pa.table(columns))
+        fields = {"format": kind.split()[0]} | ({"id_field": "id"} if index else {})
+        with pytest.raises(SourceError, match=rf"/{index}, row 2: not UTF-8"):
+            build(source(path, **fields), make_workspace(f"a{index}"))
+        workspace = make_workspace(f"b{index}")
+        built = build(source(path, on_error="skip", **fields), workspace, ALL_TRAIN)
+        assert built.facts["skipped"] == {"empty": 0, "undecodable": 1}
+        assert len(list(corpus.documents(workspace.output))) == 2
 
 
 @pytest.mark.parametrize("kind", TABLES)
