@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int64
 
 if TYPE_CHECKING:
@@ -118,6 +117,8 @@ def inflated_bytes(handle: Any) -> int:
 
 def _bytes_of_rows(column: pa.Array) -> Int64[np.ndarray, " rows"] | None:
     """Returns about how many bytes each row of a column has as a value, if that is known."""
+    import pyarrow.compute as pc  # imported here: few sources need it
+
     kind = column.type
     if pa.types.is_dictionary(kind):
         of_values = _bytes_of_rows(column.dictionary)
