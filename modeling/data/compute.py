@@ -131,7 +131,7 @@ def encode_unit(
         ValueError: a document has no ids, and is not to be left out; the message names it.
     """
     parts, start, good_until = [], 0, 0
-    skipped: list[str] = []
+    skipped: list[tuple[int, str]] = []
     num_skipped = skipped_bytes = 0
     while start < len(texts):
         stop = good_until if good_until > start else _end_of_batch(texts, start)
@@ -141,16 +141,15 @@ def encode_unit(
             else:
                 parts.append(encoder.encode([bytes(text) for text in texts[start:stop]]))
         except DocumentError as error:
-            told = f"{doc_ids[start + error.index]}: {error}"
             if not skips:
-                raise ValueError(told) from error
+                raise ValueError(f"{doc_ids[start + error.index]}: {error}") from error
             if error.index:  # those before it first
                 good_until = start + error.index
                 continue
             num_skipped += 1
             skipped_bytes += len(texts[start])
             if len(skipped) < SHOWN_SKIPPED:
-                skipped.append(told[:_SHOWN_CHARACTERS])
+                skipped.append((start, str(error)[:_SHOWN_CHARACTERS]))
             stop = start + 1
         start = stop
     if not parts:

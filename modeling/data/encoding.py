@@ -85,8 +85,8 @@ class EncodedUnit:
     """Of the documents that have ids."""
     skipped: int = 0
     skipped_bytes: int = 0
-    first_skipped: tuple[str, ...] = ()
-    """What is wrong with some of them, by their names."""
+    first_skipped: tuple[tuple[int, str], ...] = ()
+    """The place of some of those that were left out, and what is wrong."""
 
 
 class DocumentError(ValueError):

@@ -35,18 +35,20 @@ class Shard:
     """Of the unit that the file holds, tokenizer and policy included."""
     skipped: int = 0
     """Documents of the unit that have no ids, and were left out for it."""
-    first_skipped: tuple[str, ...] = ()
-    """What is wrong with some of them."""
+    first_skipped: tuple[tuple[int, str], ...] = ()
+    """The place in the unit of some of them, and what is wrong: a unit that has the same texts
+    under other names has the same shard."""
 
     @classmethod
     def of(cls, raw: Mapping[str, Any]) -> "Shard":
         """Returns what `plain` has written."""
         values = dict(raw)
-        return cls(first_skipped=tuple(values.pop("first_skipped", ())), **values)
+        first_skipped = tuple((place, told) for place, told in values.pop("first_skipped", ()))
+        return cls(first_skipped=first_skipped, **values)
 
     def plain(self) -> dict[str, Any]:
         """Returns all of it; what was left out, only if anything was."""
-        values = asdict(self) | {"first_skipped": list(self.first_skipped)}
+        values = asdict(self) | {"first_skipped": [list(pair) for pair in self.first_skipped]}
         if not self.skipped:
             del values["skipped"], values["first_skipped"]
         return values

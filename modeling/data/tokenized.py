@@ -14,7 +14,7 @@ from there. All files are the same whoever encoded, in which order, after how ma
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def build(
         under_way = set()
         for unit in units:
             key = unit.key(policies[unit.split])
-            streams[unit.split].keys.append(key)
+            streams[unit.split].expect(key, unit.doc_ids)
             if ledger.find(key) is not None:
                 meter.skip(unit.num_bytes / _MEGABYTE)
                 streams[unit.split].advance()
@@ -154,7 +154,11 @@ def build(
         )
     write_durably(workspace.output / MANIFEST_FILE, manifest.plain())
     used = sorted({encoder.name for encoder in encoders.values()})
-    return _built(manifest, ", ".join(used), reuse, skipping)
+    first_skipped = None
+    if skipping:
+        told = chain.from_iterable(stream.told for stream in streams.values())
+        first_skipped = list(islice(told, SHOWN_SKIPPED))
+    return _built(manifest, ", ".join(used), reuse, first_skipped)
 
 
 class EarlierBuilds:
@@ -209,14 +213,16 @@ class _Stream:
     def __init__(
         self, split: str, ledger: Ledger, dtype: np.dtype, has_loss_mask: bool, unknown: int | None
     ) -> None:
-        self.keys: list[str] = []
-        """Of all units that the documents read so far make."""
+        self._keys: list[str] = []
+        self._doc_ids: dict[int, list[str]] = {}
+        self.told: list[str] = []
+        """What is wrong with documents that were left out."""
+        self.num_skipped = 0
         self._split = split
         self._ledger = ledger
         self._dtype = dtype
         self._unknown = unknown
-        self.shards: list[Shard] = []
-        """Those that can be read by now."""
+        self._shards: list[Shard] = []
         self._token_hasher = MerkleHasher()
         self._offset_hasher = MerkleHasher()
         self._mask_hasher = MerkleHasher() if has_loss_mask else None
@@ -227,15 +233,23 @@ class _Stream:
         self._lengths = np.zeros(1, np.int64)
         self._num_unknown = 0
 
+    def expect(self, key: str, doc_ids: list[str]) -> None:
+        """Knows of the next unit that the documents make."""
+        self._doc_ids[len(self._keys)] = doc_ids
+        self._keys.append(key)
+
     def advance(self) -> None:
         """Takes in the shards up to the first that is not committed yet."""
-        while len(self.shards) < len(self.keys):
-            key = self.keys[len(self.shards)]
+        while len(self._shards) < len(self._keys):
+            key = self._keys[len(self._shards)]
             if not self._ledger.has(key):
                 return
-            shard = self._ledger.tell(self._split, len(self.shards), key)
+            shard = self._ledger.tell(self._split, len(self._shards), key)
             self._fold(shard, self._ledger.path(key))
-            self.shards.append(replace(shard, file=self._file(len(self.shards))))
+            doc_ids = self._doc_ids.pop(len(self._shards))
+            self.told += [f"{doc_ids[place]}: {told}" for place, told in shard.first_skipped]
+            self.num_skipped += shard.skipped
+            self._shards.append(replace(shard, file=self._file(len(self._shards))))
         if self._has_ended and not self._is_told:
             self._ledger.complete(self._split)
             self._is_told = True
@@ -250,12 +264,12 @@ class _Stream:
 
     def manifest(self) -> SplitManifest:
         """Returns what is known when all units are committed."""
-        assert len(self.shards) == len(self.keys)
+        assert len(self._shards) == len(self._keys)
         return SplitManifest(
-            documents=sum(shard.documents for shard in self.shards),
+            documents=sum(shard.documents for shard in self._shards),
             tokens=self.num_tokens,
-            text_bytes=sum(shard.text_bytes for shard in self.shards),
-            shards=tuple(self.shards),
+            text_bytes=sum(shard.text_bytes for shard in self._shards),
+            shards=tuple(self._shards),
             token_leaves=tuple(leaf.hex() for leaf in self._token_hasher.leaves),
             tokens_root=self._token_hasher.root(),
             offsets_root=self._offset_hasher.root(),
@@ -317,22 +331,18 @@ def _reuse(ledger: Ledger, manifest: Manifest) -> dict[str, Any]:
 def _require_few_skipped(streams: "Mapping[str, _Stream]", allowed: Mapping[str, int]) -> None:
     """Refuses to leave out more documents of a source than it lets be left out."""
     for source, most in allowed.items():
-        shards = [
-            shard
-            for split, stream in streams.items()
-            if source_of(split) == source
-            for shard in stream.shards
-            if shard.skipped
-        ]
-        if (count := sum(shard.skipped for shard in shards)) > most:
+        found = [stream for split, stream in streams.items() if source_of(split) == source]
+        count = sum(stream.num_skipped for stream in found)
+        if count > most:
+            last = next(stream for stream in reversed(found) if stream.told).told[-1]
             raise ValueError(
-                f"{shards[-1].first_skipped[-1]} With this, {count} documents have no ids, more "
-                f"than `source.max_skipped` ({most}) lets be left out."
+                f"{last} With this, {count} documents have no ids, more than `source.max_skipped` "
+                f"({most}) lets be left out."
             )
 
 
 def _built(
-    manifest: Manifest, encoder: str, reuse: dict[str, Any], skipping: Sequence[str]
+    manifest: Manifest, encoder: str, reuse: dict[str, Any], first_skipped: list[str] | None
 ) -> Built:
     leaves = {}
     facts: dict[str, Any] = {
@@ -358,12 +368,10 @@ def _built(
         if split.unknown_tokens is not None:
             share = split.unknown_tokens / max(split.tokens, 1)
             facts[name]["unknown_percent"] = round(100 * share, 4)
-        if name in skipping:
+        if first_skipped is not None:
             facts[name]["skipped"] = sum(shard.skipped for shard in split.shards)
-    if skipping:
-        told = (told for split in manifest.splits.values() for shard in split.shards
-                for told in shard.first_skipped)  # fmt: skip
-        facts["first_skipped"] = list(islice(told, SHOWN_SKIPPED))
+    if first_skipped is not None:
+        facts["first_skipped"] = first_skipped
     identity = {
         "dtype": manifest.dtype,
         "vocab_size": manifest.vocab_size,
