@@ -296,7 +296,7 @@ class ArtifactStore:
                 artifact = self.publish(
                     recipe, output, built, numerics=numerics, provenance=provenance
                 )
-            faults.reach("after-record", recipe.kind)
+                faults.reach("after-record", recipe.kind)
             self.clear_work(recipe.id, numerics_id)
             return artifact, True
 
