@@ -257,19 +257,26 @@ def _messages(handle: Any, size: int) -> Iterator[int]:
         if not length:
             return
         message = _Table.root(_read(handle, start, length))
-        place = start + length + message.number("<q", 3)
+        place = start + length + _size(message.number("<q", 3))
 
 
 def _header(handle: Any, place: int) -> tuple[int, int]:
     """Returns where the metadata of a message begins, and its bytes: 0 at the end of a stream."""
     first, second = struct.unpack("<ii", _read(handle, place, 8).ljust(8, b"\0"))
-    return (place + 8, second) if first == -1 else (place + 4, first)
+    return (place + 8, _size(second)) if first == -1 else (place + 4, _size(first))
+
+
+def _size(number: int) -> int:
+    """Returns a number of bytes, which is none if it is negative."""
+    if number < 0:
+        raise ValueError(f"a size is {number}")
+    return number
 
 
 def _message_bytes(handle: Any, place: int) -> int:
     """Returns how many bytes the body of a message has once it is decompressed."""
     start, length = _header(handle, place)
-    if length <= 0:
+    if not length:
         return 0
     message = _Table.root(_read(handle, start, length))
     kind = message.number("<B", 1)
@@ -279,10 +286,10 @@ def _message_bytes(handle: Any, place: int) -> int:
     batch = batch.table(1) if kind == _DICTIONARY else batch
     buffers = batch.structs("<qq", 2)
     if batch.field(3) is None:  # not compressed
-        return sum(size for _, size in buffers)
+        return sum(_size(size) for _, size in buffers)
     total = 0
     for offset, size in buffers:
         if size:
             inflated = _number("<q", _read(handle, start + length + offset, 8), 0)
-            total += size - 8 if inflated == -1 else inflated
+            total += _size(size - 8 if inflated == -1 else inflated)
     return total
