@@ -240,8 +240,9 @@ def test_what_may_be_left_out_is_part_of_the_recipe_where_anything_may_be():
     def dataset(source, **fields):
         return validate(DatasetConfig, rest | {"source": source} | fields, "d.yaml")
 
-    texts = [dataset(files), dataset(files | skip)]
-    chats = [dataset(one.source, format=CHAT) for one in texts]
+    sources = (files, files | skip)
+    texts = [dataset(source) for source in sources]
+    chats = [dataset(source, format={"type": "chat", "template": TEMPLATE}) for source in sources]
     assert [one.max_skipped for one in (*texts, *chats)] == [{}, {}, {}, {"": 7}]
     params = [recipes.tokenized_params(one) for one in (*texts, *chats)]
     assert params[0] == params[1]

@@ -42,7 +42,7 @@ def test_pieces_are_all_rows_and_few_bytes(name, start, count, monkeypatch):
     pieces = list(tables.bounded(batch))
     rows = [row for piece in pieces for row in piece.to_pylist()]
     assert rows == BATCH.select([name]).to_pylist()[start : start + count]
-    for piece, after in zip(pieces, [*pieces[1:], None], strict=True):
+    for piece, after in zip(pieces, [*pieces, None][1:], strict=True):
         held = sum(map(value_bytes, piece.column(0).to_pylist()))
         assert held <= 1000 or piece.num_rows == 1
         if after is not None and piece.num_rows < 20:
@@ -108,4 +108,4 @@ def test_of_a_parquet_file_as_many_rows_are_decoded_as_are_few_bytes(tmp_path, m
     found = [text for batch in batches for text in batch.column("text").to_pylist()]
     assert found == [text for texts in groups.values() for text in texts]
     assert all(batch.nbytes <= 110_000 for batch in batches)
-    assert max(batch.num_rows for batch in batches) >= 900
+    assert len(batches) < 150
