@@ -21,7 +21,7 @@ from modeling.hf.pretrained import load_pretrained
 from modeling.models.attention import library_attention
 from modeling.models.config import MODEL_PRESETS, LlamaConfig
 from modeling.models.llama import LlamaLmHeadModel, rotary_angles, rotated
-from modeling.models.lm import LanguageModel, token_losses
+from modeling.models.lm import LanguageModel, LmExample, next_token_loss, token_losses
 from modeling.training.accounting import ModelShape
 
 torch = pytest.importorskip("torch", reason="the `parity` extra is not installed")
@@ -103,6 +103,29 @@ def test_the_reference_is_transformers_in_float64(saved):
     np.testing.assert_allclose(
         reference.logits(directory, rows), expected.logits.numpy(), rtol=0, atol=1e-5
     )
+
+
+def test_gradients_are_those_of_transformers(saved):
+    theirs, directory = saved
+    rows = some_rows()
+    theirs.zero_grad()
+    loss = theirs(torch.from_numpy(rows), labels=torch.from_numpy(rows)).loss
+    loss.backward()
+
+    @eqx.filter_jit
+    @partial(eqx.filter_value_and_grad)
+    def ours(model):
+        total, weight = next_token_loss(model, LmExample.causal(ids_of(rows)))
+        return total / weight
+
+    value, gradient = ours(load_pretrained(directory))
+    assert float(value) == pytest.approx(loss.item(), abs=1e-5)
+    found = architectures.to_tensors(gradient)
+    for name, parameter in theirs.named_parameters():
+        if name in found:  # a tied head is the embedding's
+            wanted = parameter.grad.numpy()
+            close = 1e-5 * max(1.0, float(np.abs(wanted).max()))
+            np.testing.assert_allclose(found[name], wanted, rtol=0, atol=close, err_msg=name)
 
 
 @pytest.fixture(scope="module")
