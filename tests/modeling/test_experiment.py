@@ -254,7 +254,7 @@ class TestCodeVersions:
     @pytest.mark.parametrize(
         ("change", "stale"),
         [
-            ("dataset.source.paths=[elsewhere/*.txt]", {"raw_corpus"}),
+            ("dataset.source.paths=[elsewhere/*.txt]", set()),
             ("dataset.validation.fraction=0.5", {"raw_corpus"}),
             ("dataset.tokenizer.vocab_size=301", {"tokenizer"}),
             ("dataset.tokenization.append_eos=false", {"tokenized_corpus"}),
