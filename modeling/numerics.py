@@ -165,8 +165,12 @@ def trainer_fields(known: Mapping[str, Any]) -> dict[str, Any]:
     elif known["platform"] == "gpu":
         fields["deterministic"] = set(GPU_FLAGS) <= set(flags)
     if "mesh" in known:
-        names = ("processes", "axis_resources", "parameter_axis_resources")
-        fields |= {name: known[name] for name in names} | {"mesh": dict(known["mesh"])}
+        fields |= {"mesh": dict(known["mesh"]), "processes": known["processes"]}
+        for name in ("axis_resources", "parameter_axis_resources"):
+            fields[name] = {
+                logical: physical if isinstance(physical, str) else tuple(physical)
+                for logical, physical in known[name].items()
+            }
     return fields
 
 
