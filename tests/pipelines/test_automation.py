@@ -176,8 +176,15 @@ class TestRerun:
         """What the daemon asks for, run as it runs it."""
         with changed.instance() as instance:
             defs = changed.defs(VOCABULARY)
-            cursor = dg.evaluate_automation_conditions(changed.defs(), instance=instance).cursor
-            found = dg.evaluate_automation_conditions(defs, instance=instance, cursor=cursor)
+            cursor = None
+            for tick in (changed.defs(), defs):
+                found = dg.evaluate_automation_conditions(
+                    tick,
+                    instance=instance,
+                    asset_selection=dg.AssetSelection.all(),
+                    cursor=cursor,
+                )
+                cursor = found.cursor
             graph = defs.resolve_asset_graph()
             asked = [key for key in graph.toposorted_asset_keys if found.get_num_requested(key)]
         models = ["tiny/checkpoint", "tiny/eval_report", "tiny/hf_model"]
