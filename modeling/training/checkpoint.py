@@ -1,7 +1,7 @@
 """One checkpoint: a directory that either verifies to the last byte or does not count.
 
     step-000123.<random>/             a new directory per attempt; the state after 123 updates
-      arrays/<leaf path>/zarr.json    one zarr v3 array a leaf, written by TensorStore:
+      arrays/<leaf path>/zarr.json    one zarr v3 array a leaf, as TensorStore reads and writes it:
       arrays/<leaf path>/c.0.1        little-endian bytes ++ crc32c, uncompressed, chunk = shard
       losses.json, ...                other files that belong to the state
       manifest.json                   every leaf: path, dtype, shape, axis names, SHA-256 of its
@@ -25,23 +25,19 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import tensorstore
-
 from modeling import faults
-from modeling.inventory import file_sha256
-from modeling.notes import json_bytes, write_whole
+from modeling.notes import json_bytes, sync_directory, write_whole
 from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import (
     ARRAYS,
     COMMIT,
-    CRC_BYTES,
     MANIFEST,
     PARTS,
     CheckpointError,
@@ -50,15 +46,15 @@ from modeling.training.manifest import (
     LeafRecord,
     Manifest,
     array_sha256,
-    cells,
     chunk_from_json,
     to_json,
 )
-from modeling.training.reading import (
-    crc32c,
-    read_chunks,
-    read_manifest,
-    require_chunks,
+from modeling.training.reading import in_threads, read_chunks, read_manifest, require_chunks
+from modeling.training.writing import (
+    leaf_sha256,
+    metadata_record,
+    write_chunk,
+    write_metadata,
 )
 
 
@@ -86,11 +82,11 @@ def write(
     writers = writers or Writers()
     directory.mkdir(parents=True, exist_ok=writers.count > 1)
     faults.reach("before-write", step)
-    # TensorStore takes the arrays by reference, so half of them go first to give faults a middle.
+    # Half of the arrays go first to give faults a middle.
     half = len(leaves) // 2
-    chunks = _write_arrays(directory, leaves[:half])
+    chunks = _write_arrays(directory, leaves[:half], writers)
     faults.reach("during-write", step)
-    chunks |= _write_arrays(directory, leaves[half:])
+    chunks |= _write_arrays(directory, leaves[half:], writers)
     records = _leaf_records(directory, leaves, chunks, writers)
     if writers.index:
         writers.wait_for(directory / COMMIT)
@@ -173,77 +169,26 @@ def _commit(directory: Path, promised: str) -> None:
         handle.flush()
         os.fsync(handle.fileno())
     attempt.replace(directory / COMMIT)
-    _sync(directory)
-    _sync(directory.parent)
+    sync_directory(directory)
+    sync_directory(directory.parent)
 
 
 _Chunks = dict[str, list[ChunkRecord]]
 
 
-def _write_arrays(directory: Path, leaves: Sequence[HostLeaf]) -> _Chunks:
+def _write_arrays(directory: Path, leaves: Sequence[HostLeaf], writers: Writers) -> _Chunks:
     """Writes this process's chunks and returns their records, by leaf."""
-    # Several processes may make one array; whoever comes first does.
-    stores = [tensorstore.open(_spec(directory, leaf), create=True, open=True) for leaf in leaves]
-    writes = []
-    for leaf, opening in zip(leaves, stores, strict=True):
-        store = _done(opening)
-        for start, chunk in leaf.chunks.items():
-            if chunk.size:
-                part = store[cells(start, chunk.shape)]
-                writes.append(part.write(chunk, can_reference_source_data_indefinitely=True))
-    files = {leaf.path: _chunk_files(leaf) for leaf in leaves}  # digests, while others write
-    for pending in writes:
-        _done(pending)
-    return {
-        path: [ChunkRecord(file, start, crc32c(directory, file)) for start, file in of_leaf.items()]
-        for path, of_leaf in files.items()
-    }
-
-
-def _done(pending: Any) -> Any:
-    """Returns the result of TensorStore's; raises an error of the operating system as such."""
-    try:
-        return pending.result()
-    except ValueError as error:
-        match = re.search(r"os_error_code='(\d+)'", str(error))
-        if match is None:
-            raise
-        raise OSError(int(match[1]), str(error)) from error
-
-
-def _spec(directory: Path, leaf: HostLeaf) -> dict[str, Any]:
-    return {
-        "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{directory}/{ARRAYS}/{leaf.path}/"},
-        "metadata": {
-            "shape": list(leaf.shape),
-            "data_type": leaf.dtype.name,
-            "chunk_grid": {
-                "name": "regular",
-                # A chunk must have a size even where the array has none.
-                "configuration": {"chunk_shape": [max(n, 1) for n in leaf.chunk_shape]},
-            },
-            # Files side by side: each further directory would cost a sync of its own.
-            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},
-            "codecs": [
-                {"name": "bytes", "configuration": {"endian": "little"}},
-                {"name": "crc32c"},
-            ],
-        },
-        # Otherwise a chunk of zeros is stored by *removing* its file, just as a lost one looks.
-        "store_data_equal_to_fill_value": True,
-    }
-
-
-def _chunk_files(leaf: HostLeaf) -> dict[tuple[int, ...], FileRecord]:
-    """Returns the file of each chunk as it has to be, by where the chunk begins."""
-    files = {}
-    for start, chunk in sorted(leaf.chunks.items()):
-        if chunk.size:
-            cells = (a // n for a, n in zip(start, leaf.chunk_shape, strict=True))
-            path = f"{ARRAYS}/{leaf.path}/" + ".".join(["c", *map(str, cells)])
-            files[start] = FileRecord(path, chunk.nbytes + CRC_BYTES, array_sha256(chunk))
-    return files
+    for leaf in leaves:
+        # Several processes may hold chunks of one array.
+        (directory / ARRAYS / leaf.path).mkdir(parents=True, exist_ok=True)
+    if not writers.index:
+        in_threads(partial(write_metadata, directory), leaves)
+    own = [(leaf, start) for leaf in leaves for start, chunk in leaf.chunks.items() if chunk.size]
+    written = in_threads(lambda one: write_chunk(directory, *one), own)
+    chunks: _Chunks = {leaf.path: [] for leaf in leaves}
+    for (leaf, _), record in zip(own, written, strict=True):
+        chunks[leaf.path].append(record)
+    return chunks
 
 
 def _leaf_records(
@@ -252,20 +197,24 @@ def _leaf_records(
     """Returns to the first process the records of whole arrays, whoever holds their chunks."""
     told = {path: [dataclasses.asdict(chunk) for chunk in chunks] for path, chunks in mine.items()}
     parts = writers.exchanged(directory, "chunks", told)
-    records, whole = [], {}
+    records: list[LeafRecord] = []
+    own: list[tuple[HostLeaf, LeafRecord]] = []
+    whole: dict[str, str] = {}
     for number, leaf in enumerate(leaves):
         holders = [index for index, part in enumerate(parts) if part[leaf.path]] or [0]
         chunks = [chunk_from_json(chunk) for index in holders for chunk in parts[index][leaf.path]]
         chunks.sort(key=lambda chunk: chunk.start)
         record = LeafRecord(
             leaf.path, leaf.dtype.name, leaf.shape, leaf.axes, "", leaf.chunk_shape,
-            _file_record(directory, f"{ARRAYS}/{leaf.path}/zarr.json"), tuple(chunks),
+            metadata_record(leaf), tuple(chunks),
         )  # fmt: skip
         records.append(record)
         if holders == [writers.index]:
-            whole[leaf.path] = _digest_in_memory(leaf, record)
+            own.append((leaf, record))
         elif len(holders) > 1 and number % writers.count == writers.index:
             whole[leaf.path] = _digest_read_back(directory, record)
+    in_memory = in_threads(lambda one: _digest_in_memory(*one), own)
+    whole |= {record.path: found for (_, record), found in zip(own, in_memory, strict=True)}
     told_digests = writers.gathered(directory, "digests", whole)
     if writers.index:
         return []
@@ -274,9 +223,7 @@ def _leaf_records(
 
 
 def _digest_in_memory(leaf: HostLeaf, record: LeafRecord) -> str:
-    if len(record.chunks) == 1:
-        return record.chunks[0].file.sha256
-    return array_sha256(leaf.assemble())
+    return record.chunks[0].file.sha256 if len(record.chunks) == 1 else leaf_sha256(leaf)
 
 
 def _digest_read_back(directory: Path, record: LeafRecord) -> str:
@@ -286,20 +233,7 @@ def _digest_read_back(directory: Path, record: LeafRecord) -> str:
     return array_sha256(whole)
 
 
-def _file_record(directory: Path, name: str) -> FileRecord:
-    path = directory / name
-    return FileRecord(name, path.stat().st_size, file_sha256(path))
-
-
 def _sync_directories(root: Path) -> None:
     """Makes the names durable; the files were synced as they were written."""
     for parent, _, _ in os.walk(root):
-        _sync(Path(parent))
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync_directory(Path(parent))

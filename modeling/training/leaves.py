@@ -91,7 +91,9 @@ _Keep = Callable[[str, tuple[int, ...], np.ndarray], np.ndarray]
 
 def _host_leaves(tree: Any, keep: _Keep) -> list[HostLeaf]:
     for _, array, _ in named_leaves(tree):
-        array.copy_to_host_async()
+        for shard in _own_shards(array):
+            # Asked of the array as a whole, a device would copy it again for the shard.
+            shard.data.copy_to_host_async()
     return [_host_leaf(*leaf, keep) for leaf in named_leaves(tree)]
 
 
@@ -102,11 +104,15 @@ def _host_leaf(path: str, array: jax.Array, axes: tuple[str, ...] | None, keep: 
         )
     chunk_shape = array.sharding.shard_shape(array.shape)
     chunks = {}
-    for shard in array.addressable_shards:
-        if shard.replica_id == 0:
-            start = tuple(index.start or 0 for index in shard.index)
-            chunks[start] = keep(path, start, np.asarray(shard.data))
+    for shard in _own_shards(array):
+        start = tuple(index.start or 0 for index in shard.index)
+        chunks[start] = keep(path, start, np.asarray(shard.data))
     return HostLeaf(path, np.dtype(array.dtype), array.shape, axes, chunk_shape, chunks)
+
+
+def _own_shards(array: jax.Array) -> list[Any]:
+    """Returns the shards that this process writes: of equal ones, one process has the first."""
+    return [shard for shard in array.addressable_shards if shard.replica_id == 0]
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

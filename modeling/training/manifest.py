@@ -8,7 +8,7 @@ mesh nor the chunks. `parameters` is the same over the model's leaves alone.
 import dataclasses
 import difflib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,8 @@ MANIFEST, COMMIT, ARRAYS, PARTS = "manifest.json", "COMMIT", "arrays", "parts"
 """Names within a checkpoint's directory."""
 FORMAT = "levanter.checkpoint/2"
 CRC_BYTES = 4
+PIECE_BYTES = 1 << 20
+"""What is digested, written or read at a time: it stays in a processor's cache."""
 MODEL_PREFIX = "model."
 AVERAGES_PREFIX = "averages."
 
@@ -179,6 +181,13 @@ def array_sha256(array: np.ndarray) -> str:
     """Returns the digest, in hex, of an array's row-major bytes."""
     # bfloat16 has no buffer format, so the bytes are viewed as such.
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
+
+
+def pieces(array: np.ndarray) -> Iterator[np.ndarray]:
+    """Yields the bytes of a row-major array in order, `PIECE_BYTES` at a time."""
+    whole = array.reshape(-1).view(np.uint8)
+    for start in range(0, len(whole), PIECE_BYTES):
+        yield whole[start : start + PIECE_BYTES]
 
 
 def cells(start: Sequence[int], shape: Sequence[int]) -> tuple[slice, ...]:

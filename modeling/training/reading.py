@@ -10,10 +10,12 @@ import hashlib
 import io
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import tensorstore
@@ -24,6 +26,7 @@ from modeling.training.manifest import (
     CRC_BYTES,
     FORMAT,
     MANIFEST,
+    PIECE_BYTES,
     CheckpointError,
     ChunkRecord,
     DamagedCheckpointError,
@@ -33,11 +36,25 @@ from modeling.training.manifest import (
     array_sha256,
     cells,
     from_json,
+    pieces,
 )
 from modeling.training.pins import step_of
 
-_PIECE_BYTES = 1 << 20
 _ALIGNMENT = 64
+WORKERS = 4
+"""Threads that digest and write, or read: few, for the steps go on beside them."""
+AHEAD_BYTES = 1 << 30
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Returns the results in order; raises the first error once no thread works any more."""
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="arrays") as pool:
+        try:
+            return list(pool.map(work, items))
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -123,11 +140,13 @@ def verify(
         CheckpointError: names the first file that is missing, changed or out of place.
     """
     manifest = inspect(directory)
-    for leaf in manifest.leaves:
-        for chunk in leaf.chunks:
-            in_memory = (held or {}).get((leaf.path, chunk.start))
-            if not _is_on_disk(directory, chunk, in_memory):
-                raise _changed(directory, chunk)
+
+    def look(where: tuple[LeafRecord, ChunkRecord]) -> None:
+        leaf, chunk = where
+        if not _is_on_disk(directory, chunk, (held or {}).get((leaf.path, chunk.start))):
+            raise _changed(directory, chunk)
+
+    in_threads(look, [(leaf, chunk) for leaf in manifest.leaves for chunk in leaf.chunks])
     return manifest
 
 
@@ -159,8 +178,10 @@ def read_leaf(directory: Path, leaf: LeafRecord) -> np.ndarray:
         CheckpointError: names the file that is missing, changed or out of place.
     """
     _check_file(directory, leaf.metadata)
-    whole = read_chunks(directory, leaf)
-    if array_sha256(whole) != leaf.sha256:
+    # Where chunks are whole rows their bytes follow one another: digested as they come.
+    digest = hashlib.sha256() if leaf.chunk_shape[1:] == leaf.shape[1:] else None
+    whole = read_chunks(directory, leaf, digest)
+    if (array_sha256(whole) if digest is None else digest.hexdigest()) != leaf.sha256:
         require_chunks(directory, leaf, whole)
         raise DamagedCheckpointError(
             f"{directory / MANIFEST}: the digest of `{leaf.path}` is not its chunks'."
@@ -168,11 +189,40 @@ def read_leaf(directory: Path, leaf: LeafRecord) -> np.ndarray:
     return whole
 
 
-def read_chunks(directory: Path, leaf: LeafRecord) -> np.ndarray:
+def read_leaves(directory: Path, leaves: Sequence[LeafRecord]) -> Generator[np.ndarray, None, None]:
+    """Yields each array as `read_leaf` gives it, in order, while the next ones are being read.
+
+    No more than `AHEAD_BYTES` are read before they are asked for, but one array always.
+    """
+    waiting, coming = deque(leaves), deque[tuple[int, Future[np.ndarray]]]()
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="arrays") as pool:
+        try:
+            while waiting or coming:
+                ahead = sum(size for size, _ in coming)
+                while waiting and (not coming or ahead + _num_bytes(waiting[0]) <= AHEAD_BYTES):
+                    leaf = waiting.popleft()
+                    ahead += _num_bytes(leaf)
+                    coming.append((_num_bytes(leaf), pool.submit(read_leaf, directory, leaf)))
+                yield coming.popleft()[1].result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _num_bytes(leaf: LeafRecord) -> int:
+    return sum(chunk.file.size for chunk in leaf.chunks)
+
+
+def read_chunks(directory: Path, leaf: LeafRecord, digest: Any = None) -> np.ndarray:
     """Returns one array, whole, its digest unchecked; all its chunks are there.
 
     The files are read as what they are, bytes: TensorStore would need twice the CPU time, for a
-    checksum that says less than the digest.
+    checksum that says less than the digest. They are not mapped, for then a disk that fails would
+    end the process, where an error makes it fall back to an older checkpoint.
+
+    Args:
+        directory: of the checkpoint.
+        leaf: from its manifest.
+        digest: of `hashlib`; takes the bytes of the chunks in order.
     """
     _require_covered(directory, leaf)
     whole = _empty(leaf.shape, tensorstore.dtype(leaf.dtype).numpy_dtype)
@@ -180,8 +230,10 @@ def read_chunks(directory: Path, leaf: LeafRecord) -> np.ndarray:
         part = whole[(*cells(chunk.start, leaf.chunk_shape), ...)]
         target = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
         with _opened(directory, chunk) as file:
-            for piece in _pieces(target):
+            for piece in pieces(target):
                 _read_into(file, piece)
+                if digest is not None:
+                    digest.update(piece.data)
         if target is not part:
             part[...] = target
     return whole
@@ -193,14 +245,6 @@ def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
-
-
-def crc32c(directory: Path, file: FileRecord) -> str:
-    """Returns the checksum at the end of a chunk's file of the right size, unchecked, in hex."""
-    require_size(directory, file)
-    with (directory / file.path).open("rb") as handle:
-        handle.seek(-CRC_BYTES, os.SEEK_END)
-        return handle.read().hex()
 
 
 @contextlib.contextmanager
@@ -216,11 +260,11 @@ def _opened(directory: Path, chunk: ChunkRecord) -> Iterator[io.FileIO]:
 def _is_on_disk(directory: Path, chunk: ChunkRecord, in_memory: np.ndarray | None) -> bool:
     """Whether a chunk's file holds what is in memory, or else what its digest says."""
     size = chunk.file.size - CRC_BYTES
-    buffer = np.empty(min(size, _PIECE_BYTES), np.uint8)
+    buffer = np.empty(min(size, PIECE_BYTES), np.uint8)
     expected = None if in_memory is None else in_memory.reshape(-1).view(np.uint8)
     digest = hashlib.sha256()
     with _opened(directory, chunk) as file:
-        for start in range(0, size, _PIECE_BYTES):
+        for start in range(0, size, PIECE_BYTES):
             piece = buffer[: size - start]
             _read_into(file, piece)
             if expected is None:
@@ -228,13 +272,6 @@ def _is_on_disk(directory: Path, chunk: ChunkRecord, in_memory: np.ndarray | Non
             elif not np.array_equal(piece, expected[start : start + len(piece)]):
                 return False
     return expected is not None or digest.hexdigest() == chunk.file.sha256
-
-
-def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
-    """Yields the bytes of an array in order: small pieces, which stay in the processor's cache."""
-    whole = array.reshape(-1).view(np.uint8)
-    for start in range(0, len(whole), _PIECE_BYTES):
-        yield whole[start : start + _PIECE_BYTES]
 
 
 def _read_into(file: io.FileIO, piece: np.ndarray) -> None:

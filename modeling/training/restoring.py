@@ -1,10 +1,11 @@
 """Brings the arrays of a checkpoint back into a tree: onto any mesh, all of them or some.
 
 A *template* says what is wanted: a tree of arrays or of `ShapeDtypeStruct`s, in whose places the
-checkpoint's arrays are put. Every process reads whole arrays, one at a time, and keeps its part, so
-neither the mesh nor the number of processes need be those of the writer.
+checkpoint's arrays are put. Every process reads whole arrays, a few at a time, and keeps its part,
+so neither the mesh nor the number of processes need be those of the writer.
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,7 +25,7 @@ from modeling.training.manifest import (
     LeafRecord,
     likeness,
 )
-from modeling.training.reading import read_leaf, read_manifest
+from modeling.training.reading import read_leaves, read_manifest
 
 Tree = TypeVar("Tree")
 
@@ -104,12 +105,14 @@ def _restore(
         name = leaf_name(path)
         if not is_array(leaf) or name not in saved:
             return leaf
-        whole = read_leaf(directory, saved[name])
+        whole = next(arrays)
         if mesh is None:
             return jnp.asarray(whole)
         return jax.make_array_from_callback(leaf.shape, shardings[name], lambda index: whole[index])
 
-    return jax.tree_util.tree_map_with_path(read, template, is_leaf=is_named)
+    in_order = [saved[path] for path, _, _ in named_leaves(template) if path in saved]
+    with contextlib.closing(read_leaves(directory, in_order)) as arrays:
+        return jax.tree_util.tree_map_with_path(read, template, is_leaf=is_named)
 
 
 def _choice(directory: Path, only: Sequence[str], known: set[str]) -> Callable[[str], bool]:

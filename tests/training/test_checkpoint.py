@@ -488,7 +488,7 @@ def test_a_failed_save_is_raised_by_the_next_look_and_leaves_nothing(tmp_path, m
 
 
 def test_what_the_operating_system_refuses_to_write_is_told_as_such(tmp_path):
-    """TensorStore tells it as a `ValueError`; the limit is a full disk's double."""
+    """The limit is a full disk's double."""
     state = {"w": jnp.ones((512, 512))}
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
