@@ -129,7 +129,8 @@ class Ledger:
         line = {"began": self._began, "resumed_from": resumed_from}
         self._before = time_spent([*self._earlier, line])
         self._earlier = []
-        self._append(line, sync=True)
+        self._append(line)
+        self.sync()
 
     @contextlib.contextmanager
     def spending(self, cause: str) -> Iterator[None]:
@@ -166,15 +167,21 @@ class Ledger:
         self._stepping_since += seconds
         self.add(cause, seconds)
 
-    def write(self, step: int, *, sync: bool = False) -> None:
+    def write(self, step: int) -> None:
         """Puts on record what time went into since the last line; `step` updates are made."""
         if self._stepping_since is not None:
             self._pause()
             self._stepping_since = self._now()
         now = self._now()
         self.add("other", max(now - self._written_at - sum(self._spent.values()), 0.0))
-        self._append({"until": now, "step": step, "spent": self._spent}, sync=sync)
+        self._append({"until": now, "step": step, "spent": self._spent})
         self._spent, self._written_at, self._step = {}, now, step
+
+    def sync(self) -> None:
+        """Makes what is on record durable; may come from any thread."""
+        if self._path is not None:
+            with self._path.open("rb") as file:
+                os.fsync(file.fileno())
 
     @property
     def time(self) -> "TimeSpent":
@@ -193,7 +200,8 @@ class Ledger:
         traceback: TracebackType | None,
     ) -> None:
         if self._step is not None:
-            self.write(self._step, sync=True)
+            self.write(self._step)
+            self.sync()
 
     @property
     def elapsed_s(self) -> float:
@@ -208,14 +216,12 @@ class Ledger:
             self.add("steps", self._now() - self._stepping_since)
             self._stepping_since = None
 
-    def _append(self, line: dict[str, Any], *, sync: bool) -> None:
+    def _append(self, line: dict[str, Any]) -> None:
         if self._path is None:
             return
         handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             os.write(handle, json.dumps(line).encode() + b"\n")
-            if sync:
-                os.fsync(handle)
         finally:
             os.close(handle)
 

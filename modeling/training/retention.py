@@ -27,6 +27,7 @@ import numpy as np
 
 from modeling import faults
 from modeling.artifacts import Progress, needing_space
+from modeling.notes import make_directory
 from modeling.training import checkpoint
 from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import COMMIT, CheckpointError, DamagedCheckpointError, Manifest
@@ -60,6 +61,7 @@ class Checkpoints:
         *,
         keep: int,
         executor: ThreadPoolExecutor,
+        sender: ThreadPoolExecutor,
         crew: Crew | None,
         remote: RemoteCheckpoints | None,
         may_begin_anew: bool,
@@ -76,7 +78,9 @@ class Checkpoints:
         self._damaged: dict[Path, str] = {}
         """What is wrong with each."""
         self._fetched: set[str] = set()
+        self._sender = sender
         self._pending: Future[None] | None = None
+        self._sending: Future[None] | None = None
 
     def newest(self) -> Path | None:
         """Returns the verified checkpoint of the highest step; damaged ones are told aloud."""
@@ -231,7 +235,8 @@ class Checkpoints:
     ) -> None:
         """Writes, reads back and retires older ones, all in the background.
 
-        Waits for the previous save first, and raises what it raised.
+        Waits until the previous save is on disk first, and raises what it raised. To a remote store
+        one is sent at a time, beside the next save; not before it is there may another one be sent.
 
         Args:
             leaves: a snapshot of the state, or what takes it, called in the writing thread.
@@ -243,7 +248,7 @@ class Checkpoints:
             check: called before, in the same thread; what it raises is raised instead of a save.
             is_permanent: pins it.
         """
-        self.wait()
+        self.wait_for_disk()
         # New for each attempt, and known to every process without asking.
         attempt = hashlib.sha256(f"{self._launch} {step}".encode()).hexdigest()[:12]
         path = self._directory / attempt_name(step, attempt)
@@ -263,24 +268,46 @@ class Checkpoints:
             self._manifests[path] = verify(path, _held(state)) if self._is_first else written
             self._verified.add(path)
             if self._is_first:
-                if self._remote is not None:
-                    self._remote.send(path)
-                    self._remote.retire(self._keep, step, is_pinned=self._is_pinned)
+                self._send(path, step)
                 self._retire(step)
             done(path)
 
         self._pending = self._executor.submit(write)
 
-    def wait(self) -> None:
+    def _send(self, path: Path, step: int) -> None:
+        """Begins to send a verified checkpoint; it stays here as long, for it is the newest."""
+        remote = self._remote
+        if remote is None:
+            return
+
+        def send() -> None:
+            remote.send(path)
+            remote.retire(self._keep, step, is_pinned=self._is_pinned)
+
+        if self._sending is not None:
+            self._sending.result()
+        self._sending = self._sender.submit(send)
+
+    def wait_for_disk(self) -> None:
         """Waits until the last save is on disk and verified; raises what went wrong with it."""
         pending, self._pending = self._pending, None
         if pending is not None:
             pending.result()
 
+    def wait(self) -> None:
+        """Waits until the last save is wherever it has to be; raises what went wrong with it."""
+        self.wait_for_disk()
+        sending, self._sending = self._sending, None
+        if sending is not None:
+            sending.result()
+
     def raise_failure(self) -> None:
         """Raises what went wrong with the last save, if that is known; waits for nothing."""
         if self._pending is not None and self._pending.done():
-            self.wait()
+            self.wait_for_disk()
+        sending = self._sending
+        if sending is not None and sending.done():
+            sending.result()
 
     @property
     def is_writing(self) -> bool:
@@ -357,16 +384,17 @@ def open_checkpoints(
         raise ValueError(
             f"keep: {keep} checkpoints would leave none to fall back to; keep at least 2."
         )
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     with contextlib.ExitStack() as stack:
         if crew is None or crew.is_first:
             stack.enter_context(_locked(directory))
             for leftover in directory.glob(f"{FETCHING}*"):
                 shutil.rmtree(leftover)
+        sender = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="sending"))
         executor = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="checkpoint"))
         there = None if remote is None else RemoteCheckpoints(remote)
         checkpoints = Checkpoints(
-            directory, keep=keep, executor=executor, crew=crew, remote=there,
+            directory, keep=keep, executor=executor, sender=sender, crew=crew, remote=there,
             may_begin_anew=may_begin_anew,
         )  # fmt: skip
         yield checkpoints

@@ -662,7 +662,7 @@ class _Run:
         """Copies the state, whose memory the next update takes over, behind this update."""
         with self._ledger.spending("checkpoint"):
             # Two copies of the state would not fit where one just does.
-            self._checkpoints.wait()
+            self._checkpoints.wait_for_disk()
             unflatten = self._plan.blueprint.unflatten
             if self._has_room_for_a_copy:
                 self._held = update, partial(fetched, unflatten(self._copies(arrays)))
@@ -688,7 +688,7 @@ class _Run:
         with self._ledger.spending("checkpoint"):
             self._begin_save(update, leaves)
         self._keep_programs()
-        self._ledger.write(update, sync=True)
+        self._ledger.write(update)
 
     def _save_is_timely(self) -> bool:
         # One clock counts, for no two agree; and the step does not wait for a disk that is slow.
@@ -709,10 +709,15 @@ class _Run:
             }
             | ({"numerics_before": self.numerics_before} if self.numerics_before else {}),
             files=self._files(),
-            done=lambda path: self._written.append((update, path)),
+            done=partial(self._note_written, update),
             check=partial(_require_finite_state, update),
             is_permanent=self._schedule.is_permanent(update),
         )
+
+    def _note_written(self, update: int, path: Path) -> None:
+        """Comes from the thread that writes: the steps do not wait for a disk."""
+        self._ledger.sync()
+        self._written.append((update, path))
 
     def _files(self) -> dict[str, dict[str, Any]]:
         files = {history.LOSSES: history.to_json(self.losses)}

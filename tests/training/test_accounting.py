@@ -71,7 +71,7 @@ def test_every_second_of_a_run_is_accounted_for(tmp_path, clock):
             clock.spend(ledger, "evaluation", 3)
             clock.now += 7
             clock.spend(ledger, "checkpoint", 4)
-            ledger.write(2, sync=True)
+            ledger.write(2)
         clock.now += 0.5
     spent = read_ledger(tmp_path / "time.jsonl")
     expected = {"restore": 2, "compile": 10, "steps": 31, "loader": 1, "evaluation": 3,
@@ -166,7 +166,7 @@ def test_each_line_is_on_its_way_to_disk_as_soon_as_it_is_written(tmp_path, cloc
     ledger.write(1)
     assert len(path.read_text().splitlines()) == 2
     assert len(synced) == 1
-    ledger.write(2, sync=True)
+    ledger.sync()
     assert len(synced) == 2
 
 

@@ -1,7 +1,10 @@
 """Checkpoints on object stores: whole and verified there, or they do not count."""
 
+import concurrent.futures
 import logging
 import sys
+import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -21,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 import driver
 from bucket import Bucket, register
-from test_checkpoint import assert_same_bits, make_state, save, save_all
+from test_checkpoint import assert_same_bits, make_state, save, save_all, save_one
 from test_trainer import Recorder
 
 register()
@@ -122,6 +125,43 @@ def test_one_that_was_cut_off_on_its_way_does_not_count(url, tmp_path, monkeypat
         save_all(there, [2])
     assert steps_there(url) == [2, 1]
     assert len({path.split("/step-")[1].split("/")[0] for path in files_there(url, 2)[1]}) == 1
+
+
+def test_the_next_save_does_not_wait_until_one_is_sent(tmp_path, monkeypatch):
+    """One is sent at a time: a slow store has no queue, and what is being sent stays."""
+    url, may_go, begun = f"memory://{uuid.uuid4().hex}", threading.Event(), []
+    send = RemoteCheckpoints.send
+
+    def slow(self, directory):
+        begun.append(directory.name)
+        assert may_go.wait(60)
+        assert (directory / "COMMIT").exists()
+        send(self, directory)
+
+    monkeypatch.setattr(RemoteCheckpoints, "send", slow)
+    with open_checkpoints(tmp_path, keep=2, remote=url) as here:
+        save_one(here, 1)
+        save_one(here, 2)  # returns, although the first is not there yet
+        deadline = time.monotonic() + 60
+        while not any(tmp_path.glob("step-000002.*/COMMIT")):
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        assert (steps_there(url), len(begun)) == ([], 1)
+        may_go.set()
+        save_one(here, 3)
+    assert steps_there(url) == [3, 2]
+
+
+def test_what_cannot_be_sent_is_told_at_the_next_look(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEVANTER_FAULT", "during-send@1:EIO")
+    url, told = f"memory://{uuid.uuid4().hex}", r"Input/output error"
+    at_the_end = pytest.raises(OSError, match=told)
+    with at_the_end, open_checkpoints(tmp_path, keep=2, remote=url) as here:
+        save_one(here, 1)
+        here.wait_for_disk()
+        concurrent.futures.wait([here._sending])
+        with pytest.raises(OSError, match=told):
+            here.raise_failure()
 
 
 def test_what_arrives_as_something_else_is_refused_by_name(tmp_path, monkeypatch):
