@@ -58,6 +58,7 @@ from modeling.notes import (
     Note,
     is_attempt,
     json_bytes,
+    make_directory,
     sealed_bytes,
     sync_directory,
     sync_tree,
@@ -738,7 +739,7 @@ class ArtifactStore:
         if self.is_local:
             sync_tree(output)
             faults.reach("before-store", kind)
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            make_directory(Path(target).parent)
             self._place(output, Path(target))
             sync_directory(Path(target).parent)
         else:

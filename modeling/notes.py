@@ -42,7 +42,7 @@ class Note:
 
     def create(self, content: bytes) -> bool:
         """Writes it unless it is there; returns whether it says `content` now."""
-        self._filesystem.makedirs(self.path.rpartition("/")[0], exist_ok=True)
+        self._make_directory()
         try:
             if self._is_local:
                 _create_whole(Path(self.path), content)
@@ -54,11 +54,18 @@ class Note:
 
     def replace(self, content: bytes) -> None:
         """Writes it, there or not."""
-        self._filesystem.makedirs(self.path.rpartition("/")[0], exist_ok=True)
+        self._make_directory()
         if self._is_local:
             write_whole(Path(self.path), content)
         else:
             self._filesystem.pipe_file(self.path, content)
+
+    def _make_directory(self) -> None:
+        parent = self.path.rpartition("/")[0]
+        if self._is_local:
+            make_directory(Path(parent))
+        else:
+            self._filesystem.makedirs(parent, exist_ok=True)
 
     def remove(self) -> None:
         """Removes it if it is there."""
@@ -135,6 +142,14 @@ def _attempt(path: Path, content: bytes) -> Iterator[Path]:
         yield attempt
     finally:
         attempt.unlink(missing_ok=True)
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory unless it is there, with those above it, all of them durable."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for made in missing:
+        sync_directory(made.parent)
 
 
 def sync_directory(path: Path) -> None:

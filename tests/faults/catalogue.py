@@ -38,6 +38,7 @@ CATALOGUE: dict[str, dict[str, tuple[str, ...]]] = {
     "Killed with SIGKILL": {
         **{f"at `{point}`": ("training",) for point in faults.TRAINING},
         "at a random moment": ("training",),
+        **{f"at `{point}`": (BUCKET,) for point in faults.SENDING},
         **{
             f"at `{point}`": {
                 "before-store": (STORE,),
@@ -48,6 +49,7 @@ CATALOGUE: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "A file": dict.fromkeys(FILE_DAMAGES, (STEP, *KINDS)),
     "Machine and surroundings": {
+        "power goes": (STEP, STORE),
         "full disk": (STEP, STORE),
         "I/O error at any point": (STEP, STORE),
         "read-only directory": (STEP, STORE),

@@ -22,3 +22,10 @@ def harm(damage: str, path: Path, *, sibling: Path, older: Path) -> None:
         case _:
             raise ValueError(damage)
     assert not path.exists() or path.read_bytes() != data, f"{path}: nothing was harmed"
+
+
+def likest(path: Path, others: list[Path]) -> Path:
+    """Returns of the other files the one that is most easily taken for `path`: of its size."""
+    size, data = path.stat().st_size, path.read_bytes()
+    candidates = [other for other in others if other != path and other.read_bytes() != data]
+    return min(candidates, key=lambda other: (abs(other.stat().st_size - size), str(other)))

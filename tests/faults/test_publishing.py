@@ -16,12 +16,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from modeling import faults
 from modeling.artifacts import ArtifactStore
 from modeling.collection import garbage
 from modeling.inventory import INVENTORY, DamagedArtifactError, verify_files
+from modeling.training import checkpoint
+from modeling.training.leaves import HostLeaf
+from modeling.training.pins import attempt_name
+from modeling.training.reading import verify
+from modeling.training.remote import RemoteCheckpoints
 from modeling.upkeep import check
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -30,6 +36,7 @@ import publisher
 from catalogue import BUCKET, CATALOGUE, FILE_DAMAGES, KINDS, STORE, trial
 from damage import harm
 from machine import as_nobody, small_disk
+from power import power_may_go
 
 bucket.register()
 KILLS = [
@@ -51,10 +58,16 @@ class Publisher:
 
     def killed(self, store, kind, fault):
         order = {"store": store.url, "scratch": str(store.scratch), "kind": kind, "fault": fault}
+        assert self._code(order) == -9, f"not killed at {fault}"
+
+    def killed_sending(self, checkpoint, url, visit):
+        order = {"checkpoint": str(checkpoint), "url": url, "visit": visit}
+        assert self._code(order) == -9, f"not killed after file {visit}"
+
+    def _code(self, order):
         self._process.stdin.write(json.dumps(order) + "\n")
         self._process.stdin.flush()
-        code = int(self._process.stdout.readline())
-        assert code == -9, f"not killed at {fault}: {code}"
+        return int(self._process.stdout.readline())
 
     def close(self):
         self._process.stdin.close()
@@ -97,6 +110,63 @@ def test_a_publisher_that_is_killed_leaves_no_trace(tmp_path, processes, expecte
             is_found = store.find(publisher.recipe(kind)) is not None
             assert is_found == (point == "after-record")
             assert_whole(store, kind, expected[kind])
+
+
+def made_checkpoint(directory, step):
+    """Writes a step checkpoint of two arrays, without JAX."""
+    path = directory / attempt_name(step, "0" * 12)
+    draw, leaves = np.random.default_rng(step), []
+    for name in ("up", "down"):
+        array = draw.normal(size=(4, 3))
+        leaves.append(HostLeaf(name, array.dtype, array.shape, None, (4, 3), {(0, 0): array}))
+    checkpoint.write(path, leaves, step=step, cursor={}, config={}, files={})
+    return path
+
+
+def test_a_sender_killed_after_any_file_leaves_what_counts_whole(tmp_path, processes):
+    """Of a checkpoint on its way to the store; it is sent again by whoever goes on."""
+    older, newer = (made_checkpoint(tmp_path, step) for step in (1, 2))
+    there = RemoteCheckpoints(f"bucket://{tmp_path}/bucket")
+    there.send(older)
+    num_files = sum(path.is_file() for path in newer.rglob("*"))
+    assert num_files == 6, "two arrays, their metadata, manifest and commit"
+    for visit in range(1, num_files):
+        with trial("at `during-send`", BUCKET):
+            processes.killed_sending(newer, there.url, visit)
+            assert there.names() == [older.name]
+            fetched = there.fetch(older.name, fresh(tmp_path / f"before-{visit}"))
+            assert fetched == verify(older)
+            there.send(newer)
+            assert there.names() == [newer.name, older.name]
+            fetched = there.fetch(newer.name, fresh(tmp_path / f"after-{visit}"))
+            assert fetched == verify(newer)
+        shutil.rmtree(tmp_path / "bucket" / newer.name)
+
+
+def fresh(directory):
+    directory.mkdir()
+    return directory
+
+
+def test_whenever_the_power_goes_what_is_on_record_is_whole(tmp_path, expected):
+    store, promised = new_store(STORE, tmp_path), ["tokenizer"]
+    publisher.publish(store, "tokenizer")
+    with power_may_go(Path(store.root), told=lambda: tuple(promised)) as moments:
+        publisher.publish(store, "raw_corpus")
+        promised.append("raw_corpus")
+    assert len(moments) > 10
+    for number, moment in enumerate(moments):
+        for left in (moment.nothing_more_kept, moment.names_kept):
+            with trial("power goes", STORE):
+                root = left(tmp_path / f"{number}-{left.__name__}")
+                shutil.rmtree(root / "leases", ignore_errors=True)  # nobody has survived
+                found = ArtifactStore(str(root))
+                for kind in ("tokenizer", "raw_corpus"):
+                    if found.find(publisher.recipe(kind)) is not None:
+                        found.local(kind, expected[kind])  # reads every byte
+                    else:
+                        assert kind not in moment.told
+                assert_whole(found, "raw_corpus", expected["raw_corpus"])
 
 
 @pytest.mark.slow

@@ -24,23 +24,25 @@ from modeling.training.retention import open_checkpoints
 
 sys.path.insert(0, str(Path(__file__).parent))
 from catalogue import FILE_DAMAGES, STEP, trial
-from damage import harm
+from damage import harm, likest
 from machine import as_nobody, small_disk
+from power import power_may_go
 
 
 def state(step):
     draw = np.random.default_rng(step)
     return {
         "up": jnp.asarray(draw.normal(size=(8, 4)), jnp.float32),
+        "down": jnp.asarray(draw.normal(size=(8, 4)), jnp.float32),
         "half": jnp.asarray(draw.normal(size=5), jnp.bfloat16),
         "step": jnp.asarray(step, jnp.int32),
     }
 
 
-def save(directory, *steps):
+def save(directory, *steps, keep=3):
     """Saves each step and returns its content id."""
     ids = {}
-    with open_checkpoints(directory, keep=3) as held:
+    with open_checkpoints(directory, keep=keep) as held:
         for step in steps:
             held.save(
                 snapshot(state(step)), step=step, cursor={"rows": step}, config={},
@@ -83,7 +85,7 @@ def test_each_damage_to_each_file_is_named_and_the_one_before_is_taken(
         for path in of_step(kept, 2).rglob("*")
         if path.is_file()
     )
-    assert len(names) == 9, "three arrays, their metadata, losses, manifest and commit"
+    assert len(names) == 11, "four arrays, their metadata, losses, manifest and commit"
     for name in names:
         old = of_step(kept, 1) / name
         if (
@@ -94,17 +96,40 @@ def test_each_damage_to_each_file_is_named_and_the_one_before_is_taken(
         directory = tmp_path / name.replace("/", "-")
         shutil.copytree(kept, directory)
         harmed = of_step(directory, 2)
-        sibling = harmed / next(other for other in names if other != name)
+        sibling = likest(harmed / name, [harmed / other for other in names])
         caplog.clear()
         with trial(damage, STEP), caplog.at_level(logging.INFO):
             harm(damage, harmed / name, sibling=sibling, older=old)
             with pytest.raises(CheckpointError) as told:
                 verify(harmed)
-            assert name in str(told.value) or sibling.name in str(told.value)
+            places = [name, *([sibling.relative_to(harmed)] if "sibling" in damage else [])]
+            assert any(str(place) in str(told.value) for place in places)
             with pytest.raises(CheckpointError):
                 restore(harmed, state(0)) if name != "losses.json" else verify(harmed)
             assert newest(directory) == (1, ids[1])
             assert str(harmed) in caplog.text
+
+
+def test_whenever_the_power_goes_what_counts_is_whole_and_what_was_promised_counts(
+    tmp_path, intact
+):
+    """Also what is being retired, and whatever of it is on disk already."""
+    directory, (kept, ids) = tmp_path / "run", intact
+    shutil.copytree(kept, directory)
+    ids = dict(ids)
+    with power_may_go(directory, told=lambda: set(ids)) as moments:
+        ids |= save(directory, 3)
+        ids |= save(directory, 4, keep=2)
+    assert len(moments) > 40, "each file, and each directory"
+    for number, moment in enumerate(moments):
+        for left in (moment.nothing_more_kept, moment.names_kept):
+            with trial("power goes", STEP):
+                run = left(tmp_path / f"{number}-{left.__name__}")
+                counting = [path for path in run.glob("step-*") if (path / "COMMIT").exists()]
+                found = {one.step: one.content_id for one in map(verify, counting)}
+                assert found.items() <= ids.items()
+                assert max(found) >= max(moment.told)
+                assert len(found) >= 2, "one to fall back to"
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS"])
