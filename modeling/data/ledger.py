@@ -8,6 +8,7 @@
                           when all before it are committed. Last of each: {"complete": "train"}
 
 A retry digests the shards that have receipts, names and makes again what is damaged, and goes on.
+Where the store is remote, its `work` has `units` too, receipts last, for another machine to go on.
 Units are committed in any order, by several workers at once. Whoever wants to read tokens while
 they are made calls `committed`, again and again: what it has returned once never changes.
 """
@@ -20,12 +21,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import fsspec
+
 from modeling import canonical
 from modeling.artifacts import needing_space, write_durably
 from modeling.data.encoding import EncodedUnit
 from modeling.data.shards import write_shard
 from modeling.data.token_files import Shard
 from modeling.inventory import DamagedArtifactError, file_sha256
+from modeling.notes import json_bytes
 
 STREAM_FILE = "stream.jsonl"
 _UNITS = "units"
@@ -77,6 +81,47 @@ def committed(progress: Path, split: str) -> Stream | None:
     return None
 
 
+class SharedUnits:
+    """The committed units of a build on an object store, where other machines find them."""
+
+    def __init__(self, url: str) -> None:
+        """Lists what is at `url`, the progress of a build that nobody else works on meanwhile."""
+        filesystem, root = fsspec.url_to_fs(f"{url.rstrip('/')}/{_UNITS}", use_listings_cache=False)
+        self._filesystem: Any = filesystem
+        self._root = str(root).rstrip("/")
+        names = (str(path).rpartition("/")[2] for path in filesystem.glob(f"{self._root}/*.json"))
+        self._keys = {name.removesuffix(".json") for name in names}
+
+    def __contains__(self, key: str) -> bool:
+        """Whether a unit is there, as far as its receipt says."""
+        return key in self._keys
+
+    def send(self, shard: Shard, path: Path) -> None:
+        """Copies a committed shard, and its receipt after it."""
+        self._filesystem.makedirs(self._root, exist_ok=True)
+        self._filesystem.put_file(str(path), f"{self._root}/{shard.key}.arrow")
+        self._filesystem.pipe_file(f"{self._root}/{shard.key}.json", json_bytes(_to_receipt(shard)))
+        self._keys.add(shard.key)
+
+    def forget(self, key: str) -> None:
+        """Knows that a unit is not there, or no good, so that it is sent when it is made."""
+        self._keys.discard(key)
+
+    def fetch(self, key: str, target: Path) -> Shard | None:
+        """Puts the shard with `key` at `target`, unchecked, and returns its receipt.
+
+        Raises:
+            FileNotFoundError: the shard, or its receipt, is gone.
+            ValueError: the receipt is not what was written.
+            TypeError: it is none.
+        """
+        if key not in self._keys:
+            return None
+        receipt = self._filesystem.cat_file(f"{self._root}/{key}.json")
+        self._filesystem.get_file(f"{self._root}/{key}.arrow", str(target))
+        return _of_receipt(receipt)
+
+
 class Ledger:
     """Commits shards and finds them again."""
 
@@ -86,6 +131,7 @@ class Ledger:
         header: Mapping[str, Any],
         fetch_earlier: FetchEarlier,
         say: Callable[[str], None],
+        shared: SharedUnits | None = None,
     ) -> None:
         """Opens what an earlier attempt has left in `progress`.
 
@@ -93,10 +139,12 @@ class Ledger:
             header: the first line of the stream; progress of another header is started anew.
             fetch_earlier: looks for shards that are not in `progress`.
             say: is told of damaged shards.
+            shared: where other machines look for what is committed, and this one first.
         """
         self._progress = progress
         self._fetch_earlier = fetch_earlier
         self._say = say
+        self._shared = shared
         self._shards: dict[str, Shard] = {}
         self.from_earlier: set[str] = set()
         """Keys of the units that were taken from other builds."""
@@ -109,6 +157,9 @@ class Ledger:
         """Returns the shard of a unit if it is there, with every byte checked once."""
         if key not in self._shards:
             if (shard := self._left_by_an_attempt(key)) is not None:
+                self.from_progress.add(key)
+                self._share(shard)
+            elif (shard := self._left_elsewhere(key)) is not None:
                 self.from_progress.add(key)
             elif (shard := self._made_by_another_build(key)) is not None:
                 self.from_earlier.add(key)
@@ -151,7 +202,12 @@ class Ledger:
                 for left in (self._progress / _UNITS).glob(f".{key}*"):
                     left.unlink()
         self._shards[key] = shard
+        self._share(shard)
         return shard
+
+    def _share(self, shard: Shard) -> None:
+        if self._shared is not None and shard.key not in self._shared:
+            self._shared.send(shard, self.path(shard.key))
 
     def tell(self, split: str, index: int, key: str) -> Shard:
         """Puts the next shard of a split on the stream, for those who read it while it is made."""
@@ -209,13 +265,7 @@ class Ledger:
         if not receipt.exists():
             return None
         try:
-            written = json.loads(receipt.read_bytes())
-            if not isinstance(written, dict):
-                raise TypeError(f"a {type(written).__name__}")
-            digest = written.pop("receipt", None)
-            if digest != canonical.digest(_RECEIPT, written):
-                raise ValueError("it is not what was written")
-            shard = Shard.of(written)
+            shard = _of_receipt(receipt.read_bytes())
             found = file_sha256(path) if path.exists() else "missing"
         except (ValueError, TypeError) as error:
             found, shard = f"unreadable: {error}", None
@@ -229,20 +279,35 @@ class Ledger:
         path.unlink(missing_ok=True)
         return None
 
+    def _left_elsewhere(self, key: str) -> Shard | None:
+        if self._shared is None:
+            return None
+        shard = self._fetched(key, self._shared.fetch, "committed by another machine")
+        if shard is None:
+            self._shared.forget(key)
+        return shard
+
     def _made_by_another_build(self, key: str) -> Shard | None:
+        return self._fetched(key, self._fetch_earlier, "of an earlier tokenized corpus")
+
+    def _fetched(self, key: str, fetch: FetchEarlier, whose: str) -> Shard | None:
+        """Commits a shard that is elsewhere, if it is there and whole; says so if it is not."""
         attempt = self._attempt(key)
         attempt.unlink(missing_ok=True)
         try:
-            shard = self._fetch_earlier(key, attempt)
+            shard = fetch(key, attempt)
         except FileNotFoundError as error:
-            self._say(f"{error.filename} of an earlier tokenized corpus is missing.")
+            self._say(f"{error.filename or error} {whose} is missing.")
+            return None
+        except (ValueError, TypeError) as error:
+            self._say(f"the receipt of {key[:12]} {whose} is damaged ({error}).")
             return None
         if shard is None:
             return None
         if (found := file_sha256(attempt)) != shard.sha256:
             self._say(
-                f"{shard.file} of an earlier tokenized corpus: damaged "
-                f"({_difference(found, shard)}); its documents are encoded again."
+                f"{shard.file} {whose}: damaged ({_difference(found, shard)}); its documents are "
+                f"encoded again."
             )
             attempt.unlink()
             return None
@@ -252,8 +317,7 @@ class Ledger:
         return shard
 
     def _write_receipt(self, shard: Shard) -> None:
-        digest = canonical.digest(_RECEIPT, shard.plain())
-        write_durably(self._receipt(shard.key), {"receipt": digest} | shard.plain())
+        write_durably(self._receipt(shard.key), _to_receipt(shard))
 
     def _name(self, key: str) -> str:
         return f"{_UNITS}/{key}.arrow"
@@ -267,6 +331,26 @@ class Ledger:
 
 def _shard(line: Mapping[str, Any]) -> Shard:
     return Shard.of({name: value for name, value in line.items() if name != "split"})
+
+
+def _to_receipt(shard: Shard) -> dict[str, Any]:
+    return {"receipt": canonical.digest(_RECEIPT, shard.plain())} | shard.plain()
+
+
+def _of_receipt(receipt: bytes) -> Shard:
+    """Returns the shard that a receipt is about.
+
+    Raises:
+        ValueError: it is not what was written.
+        TypeError: it is no receipt.
+    """
+    written = json.loads(receipt)
+    if not isinstance(written, dict):
+        raise TypeError(f"a {type(written).__name__}")
+    digest = written.pop("receipt", None)
+    if digest != canonical.digest(_RECEIPT, written):
+        raise ValueError("it is not what was written")
+    return Shard.of(written)
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

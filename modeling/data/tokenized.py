@@ -26,7 +26,7 @@ from modeling.data import corpus
 from modeling.data.compute import SHOWN_SKIPPED, Encoding, Keyed, encoded_by_ray, encoded_here
 from modeling.data.config import Compute, LocalCompute, RayCompute, TokenizationConfig
 from modeling.data.formats_config import Format
-from modeling.data.ledger import FetchEarlier, Ledger, nothing_earlier
+from modeling.data.ledger import FetchEarlier, Ledger, SharedUnits, nothing_earlier
 from modeling.data.shards import map_shard, token_dtype
 from modeling.data.splits import file_stem, source_of
 from modeling.data.token_files import FORMAT, MANIFEST_FILE, Manifest, Shard, SplitManifest
@@ -96,7 +96,8 @@ def build(
         "eos_id": tokenizer.eos_id,
         "policy": canonical.digest("stream/1", [encoding.digest, unit_bytes]),
     }
-    ledger = Ledger(workspace.progress, header, fetch_earlier, report)
+    shared = None if workspace.remote is None else SharedUnits(workspace.remote)
+    ledger = Ledger(workspace.progress, header, fetch_earlier, report, shared)
     streams = {
         split: _Stream(split, ledger, dtype, encoding.has_loss_mask, unknown_id(tokenizer))
         for split in splits

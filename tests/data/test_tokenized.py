@@ -8,6 +8,7 @@ import uuid
 from itertools import pairwise
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -261,6 +262,54 @@ def test_a_build_killed_before_publication_encodes_nothing_again(chain, make_wor
     assert again.content_id == chain.tokenized.content_id
     assert again.facts["reused"]["percent"] == 100
     assert {path.name: path.stat().st_ino for path in first.output.glob("*.arrow")} == inodes
+
+
+def test_another_machine_goes_on_from_what_is_in_the_remote_store(
+    chain, make_workspace, monkeypatch
+):
+    def machine(name):
+        made = make_workspace(name)
+        return Workspace(made.progress, made.output, f"memory://{chain.tokenized.content_id}/work")
+
+    class SwitchedOffError(Exception):
+        pass
+
+    encode, left = compute.encode_unit, 3
+
+    def encode_few(*arguments, **options):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise SwitchedOffError
+        return encode(*arguments, **options)
+
+    monkeypatch.setattr(compute, "encode_unit", encode_few)
+    with pytest.raises(SwitchedOffError):
+        build(chain, machine("first"))
+    left, told = 1000, []
+    second = machine("second")
+    built = build(chain, second, report=told.append)
+    num_units = len(list(second.output.glob("*.arrow")))
+    assert built.content_id == chain.tokenized.content_id
+    assert files_of(second.output) == files_of(chain.tokenized_dir)
+    assert built.facts["reused"]["from_this_build"] == 3
+    assert 1000 - left == num_units - 3
+
+    remote = fsspec.filesystem("memory")
+    shards = sorted(remote.glob(f"/{chain.tokenized.content_id}/work/units/*.arrow"))
+    remote.pipe_file(shards[0], b"damaged")
+    remote.rm_file(shards[1])
+    remote.pipe_file(shards[2].replace(".arrow", ".json"), b"{")
+    left = 3
+    third = machine("third")
+    assert build(chain, third, report=told.append).content_id == built.content_id
+    assert left == 0
+    texts = [report for report in told if isinstance(report, str)]
+    assert any("committed by another machine: damaged (SHA-256" in text for text in texts)
+    assert any("committed by another machine is missing" in text for text in texts)
+    assert any("committed by another machine is damaged" in text for text in texts)
+    left = 0  # what was made again has been sent again
+    assert build(chain, machine("fourth")).content_id == built.content_id
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "receipt", "count", "list"])
