@@ -18,6 +18,7 @@ split of their own, which validation by files gives them, have it as a fourth.
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -119,13 +120,22 @@ def documents(directory: Path, split: str | None = None) -> Iterator[Document]:
                 yield Document(doc_id, document_split, text)
 
 
-def texts(directory: Path, split: str) -> Iterator[bytes]:
-    """Yields the UTF-8 text of each document of one split, in order."""
+def texts(directory: Path, split: str) -> Iterator[memoryview]:
+    """Yields the UTF-8 text of each document of one split, in order, uncopied."""
     for batch in record_batches(directory):
-        contents = batch.column("text").cast(pa.large_binary()).to_pylist()
-        for text_split, text in zip(batch.column("split").to_pylist(), contents, strict=True):
+        splits = batch.column("split").to_pylist()
+        for text_split, text in zip(splits, texts_of(batch), strict=True):
             if _matches(text_split, split):
                 yield text
+
+
+def texts_of(batch: pa.RecordBatch) -> Iterator[memoryview]:
+    """Yields the UTF-8 text of each document of a record batch, in the batch's own memory."""
+    column = batch.column("text").cast(pa.large_binary())
+    _, offsets, data = column.buffers()
+    bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
+    view = memoryview(data if data is not None else b"")
+    return (view[start:stop] for start, stop in pairwise(bounds.tolist()))
 
 
 def num_documents(directory: Path, split: str) -> int:

@@ -9,9 +9,9 @@ Any other tokenizer goes through the library as it is, and an artifact's facts s
 
 import json
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, islice
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -24,7 +24,7 @@ from modeling.data.config import TokenizationConfig
 from modeling.data.formats_config import ChatFormat, Format, IdsFormat, SupervisedFormat, TextFormat
 from modeling.data.joint import JointEncoder
 from modeling.data.patterns import pattern_of, splitter
-from modeling.data.pieces import pieces
+from modeling.data.pieces import AT_SPACES, parts_at_spaces, pieces
 from modeling.data.pretokens import SEPARATOR
 from modeling.data.records import COMPLETION, PROMPT
 from modeling.data.shards import token_dtype
@@ -36,6 +36,8 @@ _SEPARATOR_WORD = bytes([SEPARATOR])
 _MAX_KNOWN_WORDS = 1 << 18
 _MAX_KNOWN_IDS = 1 << 24
 _MAX_TEXT_BYTES = (1 << 31) - 1
+_LIBRARY_PIECE_BYTES = 1 << 18
+_LIBRARY_PIECES = 16  # at once, for the library's threads
 
 
 @dataclass(frozen=True)
@@ -134,6 +136,15 @@ class LibraryEncoder:
         self._tokenizer = tokenizer
         self._dtype = dtype
 
+    def encode_pieces(self, text: bytes | memoryview) -> Iterator[Integer[np.ndarray, "_"]]:
+        """Yields the ids of a long text, of one stretch after another; at once if it has to be."""
+        if not parts_at_spaces(self._tokenizer.backend):
+            yield self.encode([bytes(text)]).tokens
+            return
+        cut = pieces(text, _LIBRARY_PIECE_BYTES, AT_SPACES)
+        while some := list(islice(cut, _LIBRARY_PIECES)):
+            yield self.encode(some).tokens
+
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         """Returns the ids of UTF-8 texts, none added and none recognized as special."""
         ids = self._tokenizer.encode_batch([text.decode() for text in texts])
@@ -155,6 +166,10 @@ class WordEncoder:
         self._library = LibraryEncoder(tokenizer, dtype)
         self._dtype = dtype
         self._forget()
+
+    def encode_pieces(self, text: bytes | memoryview) -> Iterator[Integer[np.ndarray, "_"]]:
+        """Yields the ids of a long text, of one stretch after another."""
+        return (self.encode([piece]).tokens for piece in pieces(text))
 
     def encode(self, texts: Sequence[bytes]) -> Encoded:
         """Returns the ids of UTF-8 texts, none added and none recognized as special."""
@@ -240,12 +255,9 @@ class TextEncoder:
     def encode_long(self, document: bytes | memoryview) -> Encoded:
         """Returns the ids of one UTF-8 text, using little memory beside it and them.
 
-        Where each word is encoded by itself, this goes piece by piece; the library takes a text
-        whole, since it does not say where another tokenizer's ids part.
+        It goes piece by piece where it is known that ids part there (`modeling.data.pieces`).
         """
-        if not isinstance(self._encoder, WordEncoder):
-            return self.encode([bytes(document)])
-        parts = deque(self._encoder.encode([piece]).tokens for piece in pieces(document))
+        parts = deque(self._encoder.encode_pieces(document))
         for end in (0, -1):  # bounds look at the first and the last id
             length = np.array([len(parts[end])])
             bounds = self._bounds.only(bos=end == 0, eos=end == -1)

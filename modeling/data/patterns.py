@@ -1,5 +1,6 @@
 """The patterns that split text into pre-tokens: as the library knows them, and on whole arrays."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,6 +13,11 @@ from modeling.data.tokenizers_config import Pattern
 _SPELLS = {"type": "ByteLevel", "add_prefix_space": False}
 _SPLITS = {"type": "Split", "behavior": "Isolated", "invert": False}
 _REGEX: dict[Pattern, str] = {"llama3": LLAMA3, "o200k": O200K}
+_OTHER_REGEX = {
+    # GPT-2's, spelled out (Radford et al. 2019), and Qwen2's, which has digits one by one.
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"),
+}
 
 
 def splitter(pattern: Pattern) -> Splitter | CasedSplitter:
@@ -45,6 +51,27 @@ def pattern_of(setup: Mapping[str, Any]) -> Pattern | None:
         regex = first["pattern"].get("Regex")
         return next((name for name, known in _REGEX.items() if known == regex), None)
     return None
+
+
+def longest_word(setup: Mapping[str, Any]) -> float:
+    """Returns the bytes beyond which a pre-tokenizer that spells bytes, as JSON, cuts words."""
+    steps = setup.get("pretokenizers", [setup])
+    lengths = [step["length"] for step in steps if step["type"] == "FixedLength"]
+    return min(lengths, default=math.inf)
+
+
+def splits_at_spaces(step: Mapping[str, Any]) -> bool:
+    """Whether letters end a pre-token where a space follows, by a pattern of which that is known.
+
+    Args:
+        step: a pre-tokenizer, as JSON.
+    """
+    if step["type"] == "ByteLevel":
+        return step["use_regex"]
+    return _has(step, _SPLITS) and step["pattern"].get("Regex") in {
+        *_REGEX.values(),
+        *_OTHER_REGEX,
+    }
 
 
 def _has(step: Mapping[str, Any], expected: Mapping[str, Any]) -> bool:

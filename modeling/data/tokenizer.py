@@ -27,6 +27,7 @@ from tokenizers import decoders, models
 from modeling import canonical
 from modeling.artifacts import Built, Workspace, write_durably
 from modeling.data import corpus, pretrained
+from modeling.data.pieces import pieces
 from modeling.data.splits import TRAIN
 from modeling.data.tokenizers_config import (
     BpeTokenizerConfig,
@@ -52,6 +53,8 @@ PROBE_FILE = "probe.json"
 TEMPLATE_FILE = "chat_template.jinja"
 PASSTHROUGH_FILE = "passthrough.json"
 _TRAIN_BATCH_DOCUMENTS = 256
+_TRAIN_BATCH_BYTES = 1 << 22
+_TRAIN_PIECE_BYTES = 1 << 19  # the library holds 256 of them at once
 
 PROBE_TEXTS = (
     "",
@@ -302,14 +305,22 @@ def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:
 
 
 def _training_texts(corpus_dir: Path, report: Report) -> Iterator[list[str]]:
+    """Yields the text to learn from, a few megabytes at a time.
+
+    Documents are cut where pre-tokens part, by any of our patterns, so that one of any length takes
+    little memory and gives the same words.
+    """
     total = corpus.num_documents(corpus_dir, TRAIN)
     meter = Meter(report, "tokenizer", total, "documents")
     batch: list[str] = []
-    for document in corpus.documents(corpus_dir, TRAIN):
-        batch.append(document.text)
-        if len(batch) == _TRAIN_BATCH_DOCUMENTS:
-            yield batch
-            batch = []
+    num_bytes = 0
+    for document in corpus.texts(corpus_dir, TRAIN):
+        for piece in pieces(document, _TRAIN_PIECE_BYTES):
+            batch.append(piece.decode())
+            num_bytes += len(piece)
+            if num_bytes >= _TRAIN_BATCH_BYTES or len(batch) == _TRAIN_BATCH_DOCUMENTS:
+                yield batch
+                batch, num_bytes = [], 0
         meter.advance(1)
     yield batch
     meter.finish()

@@ -20,10 +20,11 @@ import hashlib
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+
+from modeling.data import corpus
 
 UNIT_BYTES = 64 * 1024 * 1024
 _TAIL_BYTES = 256
@@ -126,13 +127,7 @@ class _Cutter:
 
 def _texts(batch: pa.RecordBatch, limit: int) -> Iterator[Text]:
     """Yields each text: one that fills a unit in place, the others copied, since they may wait."""
-    column = batch.column("text").cast(pa.large_binary())
-    _, offsets, data = column.buffers()
-    bounds = np.frombuffer(offsets, np.int64)[column.offset : column.offset + len(column) + 1]
-    view = memoryview(data if data is not None else b"")
-    for start, stop in pairwise(bounds.tolist()):
-        text = view[start:stop]
-        yield text if stop - start >= limit else bytes(text)
+    return (text if len(text) >= limit else bytes(text) for text in corpus.texts_of(batch))
 
 
 def _file_of(doc_id: str) -> str:

@@ -18,6 +18,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from modeling.data import corpus
+from modeling.data import tokenizer as tokenizer_module
 from modeling.data.encoding import WordEncoder, encoder_for
 from modeling.data.pretrained import PretrainedTokenizerError
 from modeling.data.reading import is_held_out
@@ -161,9 +162,15 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_loses_nothing_and_is_encoded_word_by_word(kind, chain, make_workspace):
+def test_every_kind_loses_nothing_and_is_encoded_word_by_word(
+    kind, chain, make_workspace, monkeypatch
+):
     workspace = make_workspace(kind)
     built = build(KINDS[kind], chain.corpus_dir, workspace)
+    monkeypatch.setattr(tokenizer_module, "_TRAIN_PIECE_BYTES", 40)
+    monkeypatch.setattr(tokenizer_module, "_TRAIN_BATCH_BYTES", 1000)
+    by_pieces = build(KINDS[kind], chain.corpus_dir, make_workspace("by-pieces"))
+    assert by_pieces.content_id == built.content_id
     tokenizer = Tokenizer.load(workspace.output)
     assert built.facts["vocab_size"] == tokenizer.vocab_size == KINDS[kind].vocab_size
     lengths = tokenizer.token_byte_lengths()
