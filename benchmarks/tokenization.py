@@ -1,7 +1,12 @@
-"""Tokenization of the standard library: CPU seconds of our encoder and of the library's.
+"""Tokenization of text: CPU seconds of our encoder and of the library's.
 
     python benchmarks/tokenization.py [--rounds 3] [--vocab-size 8192] [--megabytes 8]
                                       [--patterns gpt2 llama3 o200k] [--peers PYTHON]
+                                      [--texts FILE... | --made-up-words]
+
+The text is the standard library's sources; or of files in UTF-8, a document each, and of a single
+one each paragraph; or words of random letters, nearly all of which occur once, which is the worst
+there is for an encoder that remembers words.
 
 Each pattern has a tokenizer of its own. Contenders take turns, each round from a cold start, and
 must agree on every id. CPU seconds are of the whole process, all threads. Prints JSON lines: the
@@ -16,6 +21,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import resource
 import statistics
 import subprocess
@@ -51,6 +57,8 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=8, help="of text, from its start on")
     parser.add_argument("--patterns", nargs="+", choices=PATTERNS, default=PATTERNS)
     parser.add_argument("--peers", type=Path, help="an interpreter with datasets and datatrove")
+    parser.add_argument("--texts", nargs="+", type=Path, help="files to read instead")
+    parser.add_argument("--made-up-words", action="store_true", help="instead of any text")
     arguments = parser.parse_args()
     print_line(
         benchmark="tokenization",
@@ -62,10 +70,8 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
-        source = PyStdlibSource(type="pystdlib")
-        listing = corpus.scan(source, validation=ValidationConfig())
-        corpus.build(source, listing, workspace(root, "all"))
-        write_start(root / "all", fresh(root / "corpus"), arguments.megabytes * 1e6)
+        texts = chosen_texts(arguments, root)
+        write_start(texts, fresh(root / "corpus"), arguments.megabytes * 1e6)
         for pattern in arguments.patterns:
             of_pattern = root / pattern
             of_pattern.mkdir()
@@ -80,7 +86,7 @@ def main() -> None:
 def measure(root: Path, arguments: argparse.Namespace) -> None:
     """Runs every contender in every round; `root` is named as its pattern."""
     num_rounds, interpreter = arguments.rounds, arguments.peers
-    texts = list(corpus.texts(root / "corpus", TRAIN))
+    texts = list(map(bytes, corpus.texts(root / "corpus", TRAIN)))
     peers = [] if interpreter is None else installed_peers(interpreter)
     write_json_lines(root / "peers", texts)
     megabytes = sum(map(len, texts)) / 1e6
@@ -239,12 +245,40 @@ def write_json_lines(directory: Path, texts: list[bytes]) -> None:
         file.writelines(json.dumps({"text": text.decode()}) + "\n" for text in texts)
 
 
-def write_start(whole: Path, directory: Path, num_bytes: float) -> None:
-    """Writes the first documents of a raw corpus, of so many bytes, as one of their own."""
-    texts = list(corpus.texts(whole, TRAIN))
-    ends = np.cumsum(list(map(len, texts)))
-    first = texts[: int(np.searchsorted(ends, num_bytes)) + 1]
-    write_table(directory, ((f"{number}.py", text) for number, text in enumerate(first)))
+def chosen_texts(arguments: argparse.Namespace, root: Path) -> Iterator[bytes]:
+    """Yields the documents that the command line asks for."""
+    if arguments.made_up_words:
+        return made_up_texts()
+    if arguments.texts is None:
+        source = PyStdlibSource(type="pystdlib")
+        listing = corpus.scan(source, validation=ValidationConfig())
+        corpus.build(source, listing, workspace(root, "all"))
+        return map(bytes, corpus.texts(root / "all", TRAIN))
+    if len(arguments.texts) == 1:
+        return iter(arguments.texts[0].read_bytes().split(b"\n\n"))
+    return (path.read_bytes() for path in arguments.texts)
+
+
+def made_up_texts() -> Iterator[bytes]:
+    """Yields documents of 500 words, each of 3 to 12 of the commonest letters."""
+    draw = random.Random(0)
+    while True:
+        lengths = (draw.randint(3, 12) for _ in range(500))
+        yield " ".join("".join(draw.choices("etaoinshrdlu", k=n)) for n in lengths).encode()
+
+
+def write_start(texts: Iterator[bytes], directory: Path, num_bytes: float) -> None:
+    """Writes the first documents, of so many bytes, as a raw corpus."""
+
+    def first() -> Iterator[tuple[str, bytes]]:
+        left = num_bytes
+        for number, text in enumerate(texts):
+            yield f"{number}.txt", text
+            left -= len(text)
+            if left <= 0:
+                return
+
+    write_table(directory, first())
 
 
 def fresh(directory: Path) -> Path:

@@ -16,23 +16,25 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-import tokenizers
 from jaxtyping import Int64, Integer, UInt8
 
 from modeling.data.chat import ChatTemplate, Piece, TemplateProblem
 from modeling.data.config import TokenizationConfig
 from modeling.data.formats_config import ChatFormat, Format, IdsFormat, SupervisedFormat, TextFormat
 from modeling.data.joint import JointEncoder
-from modeling.data.patterns import pattern_of, splitter
+from modeling.data.merging import WordMerger
+from modeling.data.patterns import longest_word, pattern_of, splitter
 from modeling.data.pieces import AT_SPACES, parts_at_spaces, pieces
 from modeling.data.pretokens import SEPARATOR
 from modeling.data.records import COMPLETION, PROMPT
 from modeling.data.shards import token_dtype
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
 from modeling.data.tokenizers_config import Pattern
+from modeling.data.vocabularies import BYTE_SPELLING
 
 TEXT = TextFormat()
 _SEPARATOR_WORD = bytes([SEPARATOR])
+_SPELL = dict(enumerate(BYTE_SPELLING))
 _MAX_KNOWN_WORDS = 1 << 18
 _MAX_KNOWN_IDS = 1 << 24
 _MAX_TEXT_BYTES = (1 << 31) - 1
@@ -160,10 +162,14 @@ class WordEncoder:
 
     def __init__(self, tokenizer: Tokenizer, dtype: np.dtype) -> None:
         """Encodes with `tokenizer`, whose pattern `split_pattern` must know, to ids of `dtype`."""
-        pattern = split_pattern(tokenizer.backend)
+        pattern = split_pattern(tokenizer)
         assert pattern is not None
         self._splitter = splitter(pattern)
         self._library = LibraryEncoder(tokenizer, dtype)
+        setup, is_safe = tokenizer.texts.setup, tokenizer.texts.is_safe
+        self._merger = WordMerger.of(setup["model"]) if is_safe else None
+        self._texts = tokenizer.texts
+        self._longest_word = longest_word(setup["pre_tokenizer"])
         self._dtype = dtype
         self._forget()
 
@@ -195,13 +201,50 @@ class WordEncoder:
             self._forget()
             new = [word for word in words if word not in self._known]
         if new:
-            encoded = self._library.encode(new)
+            encoded = self._encode_new(new)
             first = len(self._known)
             self._known.update(zip(new, range(first, first + len(new)), strict=True))
             self._bounds = np.append(self._bounds, len(self._tokens) + np.cumsum(encoded.lengths))
             self._tokens = np.append(self._tokens, encoded.tokens)
         rows = np.fromiter(map(self._known.__getitem__, words), np.int32, len(words))
         return self._table().take(_array(rows))
+
+    def _encode_new(self, words: list[bytes]) -> Encoded:
+        """Returns the ids of words: of most at once, of others by the model, then the library."""
+        tokens, lengths = np.empty(0, self._dtype), np.zeros(len(words), np.int64)
+        for encode in (self._merged, self._modelled, self._by_library):
+            left = np.flatnonzero(lengths == 0)
+            if not len(left):
+                break
+            found, counts = encode([words[index] for index in left.tolist()])
+            is_left = lengths == 0
+            lengths[left] = counts
+            is_found = np.repeat(is_left, lengths)
+            before, tokens = tokens, np.empty(len(is_found), self._dtype)
+            tokens[is_found], tokens[~is_found] = found, before
+        return Encoded(tokens, lengths)
+
+    def _merged(self, words: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of words by their merges; none of those that are better left."""
+        if self._merger is None:
+            return np.empty(0, self._dtype), np.zeros(len(words), np.int64)
+        return self._merger.encode(words)
+
+    def _modelled(self, words: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the ids of words by the library's model alone; none of those to be cut first."""
+        tokenize = self._texts.for_texts([word.decode() for word in words]).model.tokenize
+        ids = [
+            [token.id for token in tokenize(word.decode("latin-1").translate(_SPELL))]
+            if len(word) <= self._longest_word
+            else []
+            for word in words
+        ]
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), self._dtype, int(lengths.sum())), lengths
+
+    def _by_library(self, words: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        encoded = self._library.encode(words)
+        return encoded.tokens, encoded.lengths
 
     def _table(self) -> pa.ListArray:
         bounds = self._bounds.astype(np.int32)
@@ -221,7 +264,7 @@ class WordEncoder:
 
 def encoder_for(tokenizer: Tokenizer, dtype: np.dtype) -> WordEncoder | LibraryEncoder:
     """Returns the fastest encoder that gives exactly the ids of `tokenizer`."""
-    kind = LibraryEncoder if split_pattern(tokenizer.backend) is None else WordEncoder
+    kind = LibraryEncoder if split_pattern(tokenizer) is None else WordEncoder
     return kind(tokenizer, dtype)
 
 
@@ -529,9 +572,9 @@ def _chat_template(tokenizer: Tokenizer, chat: ChatFormat) -> ChatTemplate:
     )
 
 
-def split_pattern(backend: tokenizers.Tokenizer) -> Pattern | None:
+def split_pattern(tokenizer: Tokenizer) -> Pattern | None:
     """Returns the pattern that pre-tokens are split by, if ids depend on each of them alone."""
-    setup = json.loads(backend.to_str())
+    setup = tokenizer.texts.setup
     model = setup["model"]
     depends_on_words_alone = (
         setup["normalizer"] is None
@@ -539,7 +582,7 @@ def split_pattern(backend: tokenizers.Tokenizer) -> Pattern | None:
         and setup["padding"] is None
         and not model.get("dropout")
         and not model.get("end_of_word_suffix")
-        and backend.encode_special_tokens
+        and tokenizer.backend.encode_special_tokens
         and all(token["special"] for token in setup["added_tokens"])
     )
     return pattern_of(setup["pre_tokenizer"] or {}) if depends_on_words_alone else None

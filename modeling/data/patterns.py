@@ -53,7 +53,7 @@ def pattern_of(setup: Mapping[str, Any]) -> Pattern | None:
     return None
 
 
-def longest_word(setup: Mapping[str, Any]) -> float:
+def longest_word(setup: Mapping[str, Any]) -> int | float:
     """Returns the bytes beyond which a pre-tokenizer that spells bytes, as JSON, cuts words."""
     steps = setup.get("pretokenizers", [setup])
     lengths = [step["length"] for step in steps if step["type"] == "FixedLength"]

@@ -27,8 +27,11 @@ class Unspelled:
     def __init__(self, backend: tokenizers.Tokenizer, special: Mapping[str, int]) -> None:
         """Takes a tokenizer, and the id of each token that no text may spell."""
         setup_json = backend.to_str()
-        model = json.loads(setup_json)["model"]
-        self._is_safe = not any(_may_be_spelled(model, token) for token in special)
+        self.setup: Mapping[str, Any] = json.loads(setup_json)
+        """What the tokenizer is; parsed once, since that takes longer than many a text."""
+        model = self.setup["model"]
+        self.is_safe = not any(_may_be_spelled(model, token) for token in special)
+        """Whether the tokenizer itself gives no text a special token."""
         self._backend = backend
         self._setup_json = setup_json
         self._special = dict(special)
@@ -36,7 +39,7 @@ class Unspelled:
 
     def for_texts(self, texts: Sequence[str]) -> tokenizers.Tokenizer:
         """Returns what gives the ids of these texts, none of them special."""
-        if self._is_safe:
+        if self.is_safe:
             return self._backend
         most = max((text.count(_MARK) for text in texts), default=0)
         mark = _MARK * (1 << most.bit_length())  # few clones, however many marks

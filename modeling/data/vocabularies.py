@@ -76,9 +76,9 @@ def train_wordpiece(
 ) -> tokenizers.Tokenizer:
     """Returns byte-level WordPiece, which knows every byte and so loses nothing."""
     special = [END_OF_TEXT, UNKNOWN, *config.special_tokens]
-    begins = list(_SPELLING)
+    begins = list(BYTE_SPELLING)
     goes_on = [chr(0x10000 + index) for index in range(256)]
-    as_begun = dict(zip(goes_on, _SPELLING, strict=True))
+    as_begun = dict(zip(goes_on, BYTE_SPELLING, strict=True))
     learner = tokenizers.Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     trainer = trainers.BpeTrainer(
@@ -276,8 +276,8 @@ def _byte_spelling() -> str:
     return "".join(chr(byte if byte in plain else next(others)) for byte in range(256))
 
 
-_SPELLING = _byte_spelling()
+BYTE_SPELLING = _byte_spelling()
 
 
 def _spelled(piece: bytes) -> str:
-    return "".join(_SPELLING[byte] for byte in piece)
+    return "".join(BYTE_SPELLING[byte] for byte in piece)

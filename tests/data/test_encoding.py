@@ -10,7 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from modeling.data import corpus, encoding, tokenized
+from modeling.data import corpus, encoding, merging, tokenized
 from modeling.data.config import TokenizationConfig
 from modeling.data.encoding import LibraryEncoder, WordEncoder, encoder_for, split_pattern
 from modeling.data.patterns import pre_tokenizer, splitter
@@ -84,6 +84,10 @@ def encoder_of(backend):
     return encoder_for(Tokenizer(backend, bos_token=None, eos_token=END), U16)
 
 
+def pattern_of(backend):
+    return split_pattern(Tokenizer(backend, bos_token=None, eos_token=END))
+
+
 def assert_same(fast, backend, texts):
     expected = backend.encode_batch_fast(texts, add_special_tokens=False)
     found = fast.encode([text.encode() for text in texts])
@@ -130,6 +134,20 @@ def test_hostile_text_is_split_where_the_library_splits_it(backend, pattern):
         assert split(texts) == expected
 
     check()
+
+
+@pytest.mark.parametrize("ignore_merges", [False, True])
+def test_many_new_words_at_once_get_the_librarys_ids(backend, ignore_merges, monkeypatch):
+    raw = json.loads(backend.to_str())
+    raw["model"]["ignore_merges"] = ignore_merges
+    other = tokenizers.Tokenizer.from_str(json.dumps(raw))
+    fast = encoder_of(other)
+    assert isinstance(fast, WordEncoder)
+    draw = random.Random(5)
+    texts = ["".join(draw.choices(PIECES, k=draw.randint(1, 9))) for _ in range(3000)]
+    assert_same(fast, other, texts)
+    monkeypatch.setattr(merging, "_FEWEST_WORDS_A_BYTE", 0)
+    assert_same(encoder_of(other), other, texts[:300])
 
 
 def test_every_four_kinds_of_character_in_a_row(backend, pattern):
@@ -203,7 +221,7 @@ OTHERS = {
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_tokenizers_go_through_the_library(kind):
     backend = OTHERS[kind]()
-    assert split_pattern(backend) is None
+    assert pattern_of(backend) is None
     encoder = encoder_of(backend)
     assert isinstance(encoder, LibraryEncoder)
     draw = random.Random(4)
@@ -217,13 +235,13 @@ def test_dropout_goes_through_the_library(backend):
     raw["model"]["dropout"] = 0.1
     other = tokenizers.Tokenizer.from_str(json.dumps(raw))
     other.encode_special_tokens = True
-    assert split_pattern(other) is None
+    assert pattern_of(other) is None
 
 
 def test_both_encoders_make_one_tokenized_corpus(chain, make_workspace, tmp_path, monkeypatch):
     fast = make_workspace("fast")
     built = tokenized.build(TokenizationConfig(), chain.corpus_dir, chain.tokenizer_dir, fast)
-    monkeypatch.setattr(encoding, "split_pattern", lambda backend: None)
+    monkeypatch.setattr(encoding, "split_pattern", lambda tokenizer: None)
     slow = make_workspace("slow")
     again = tokenized.build(TokenizationConfig(), chain.corpus_dir, chain.tokenizer_dir, slow)
     assert (built.facts["encoder"], again.facts["encoder"]) == ("distinct words", "library")
