@@ -30,12 +30,13 @@ check: $(VENV)/.dev ## Format, lint, types, import contracts
 soak: $(VENV)/.dev ## Injects every fault and writes the table of them; SOAK_SEEDS=2 for fewer kills
 	rm -f .soak.jsonl
 	SOAK_SEEDS=$(or $(SOAK_SEEDS),20) LEVANTER_TRIALS=$(CURDIR)/.soak.jsonl \
-		$(BIN)/pytest -m "slow or not slow" tests/faults tests/training/test_bitwise.py \
+		$(BIN)/pytest -m "slow or not slow" tests/faults tests/training/test_bitwise.py tests/pipelines/test_products.py \
 		--deselect tests/faults/test_catalogue.py $(ARGS)
 	$(BIN)/python tests/faults/catalogue.py .soak.jsonl docs/reliability.md
 
 slow: $(VENV)/.dev ## Runs the long tests of scale, and of optimizers that take long to compile
-	$(BIN)/pytest -m slow --ignore tests/faults --ignore tests/training/test_bitwise.py $(ARGS)
+	$(BIN)/pytest -m slow --ignore tests/faults --ignore tests/training/test_bitwise.py \
+		--ignore tests/pipelines/test_products.py $(ARGS)
 
 bench: $(VENV)/.dev ## Prints the benchmarks as JSON lines
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
