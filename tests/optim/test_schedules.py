@@ -12,15 +12,15 @@ from modeling.optim.schedules import learning_rate
 PEAK = 3e-3
 
 
-def schedule(**fields):
-    """A schedule as a file would give it, through JSON."""
-    trainer = {"num_train_steps": 1, "train_batch_size": 1}
+def schedule(num_steps, **fields):
+    """The schedule of a run as a file would give it, through JSON."""
+    trainer = {"num_train_steps": num_steps, "train_batch_size": 1}
     raw = {"dataset": "d", "sequence_length": 8, "trainer": trainer}
     return validate(ExperimentConfig, raw | {"optimizer": {"schedule": fields}}, "x").optimizer
 
 
 def rates(num_steps, **fields):
-    at = jax.jit(learning_rate(PEAK, schedule(**fields).schedule, num_steps))
+    at = jax.jit(learning_rate(PEAK, schedule(num_steps, **fields).schedule, num_steps))
     return [float(at(made)) for made in range(num_steps)]
 
 

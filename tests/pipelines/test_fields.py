@@ -48,6 +48,7 @@ RULES = [
     # What is read of a record is the corpus; how it becomes a text is a matter of the tokens.
     (rf"{RECORD}\.(messages|prompt|completion|context)_fields?", CORPUS),
     (rf"{RECORD}\.(field|separator_id|dtype)", CORPUS),
+    (rf"{RECORD}\.type", CORPUS | TOKENS),
     (rf"{RECORD}\.(template|variables|loss|separator)", TOKENS),
     (r"dataset\.(sources?|validation)(\..*)?", CORPUS),
     (r"dataset\.(compute|unit_bytes|description|owners)(\..*)?", NOTHING),
@@ -215,8 +216,8 @@ def versions(config) -> dict[str, str]:
             "tokenizer": recipes.tokenizer_params(config),
             "tokenized_corpus": recipes.tokenized_params(config),
         }
-        for cache in config.sequence_lengths:
-            params["token_cache"] = recipes.cache_params(cache)
+        if config.sequence_lengths:
+            params["token_cache"] = recipes.cache_params(config.sequence_lengths[0])
     else:
         params = {
             "checkpoint": recipes.checkpoint_code_params(config),
@@ -327,11 +328,11 @@ def stale_after(instance, *changes):
 
 CHANGES_NOTHING = (
     "dataset.source.paths=[/elsewhere/*.txt, 'https://user:secret@example.com/x?token=other']",
-    "dataset.source.sha256={a.txt: " + 64 * "0" + "}", "dataset.source.listing_sha256=" + 64 * "1",
+    "dataset.source.sha256={a.txt: " + 64 * "a" + "}", "dataset.source.listing_sha256=" + 64 * "b",
     "dataset.compute=ray", "dataset.unit_bytes=4096", "dataset.description=other",
     "dataset.owners=[team:other]", "description=other", "owners=[team:other]",
     "trainer.log_every_steps=1", "trainer.save_every_steps=5", "trainer.keep=[{every: 3}]",
-    "trainer.data_order.max_epochs=99", "trainer.profile_steps=[2, 3]",
+    "trainer.data_order.max_epochs=99", "trainer.profile_steps=2..3",
 )  # fmt: skip
 
 
@@ -352,9 +353,9 @@ def test_what_changes_no_result_makes_nothing_stale_all_of_it_together(reported)
         ("trainer.seed=5", CHECKPOINT, "trainer.seed 0 -> 5"),
         ("trainer.mesh={data: 1}", CHECKPOINT, "layout.mesh.data"),
         ("sequence_length=64", CHECKPOINT, "has a new dependency on"),
-        ("trainer.mp=params=float32,compute=bfloat16,output=float32", CHECKPOINT | REPORT, "mp "),
+        ("trainer.mp=p=f32,c=bfloat16", CHECKPOINT | REPORT, "mp "),
         ("evaluation.sample_tokens=3", REPORT, "evaluation.sample_tokens 8 -> 3"),
-        ("export.dtype=float16", EXPORT, "export.dtype float32 -> float16"),
+        ("export.dtype=bfloat16", EXPORT, "export.dtype float32 -> bfloat16"),
     ],
 )  # fmt: skip
 def test_a_field_of_a_stage_makes_it_stale_and_what_is_below_follow(
