@@ -290,11 +290,13 @@ def fresh(directory: Path) -> Path:
 def batches(texts: list[bytes]) -> Iterator[list[bytes]]:
     """Yields texts by about four MiB, as the stage takes them."""
     batch: list[bytes] = []
+    size = 0
     for text in texts:
         batch.append(text)
-        if sum(map(len, batch)) >= BATCH_BYTES:
+        size += len(text)
+        if size >= BATCH_BYTES:
             yield batch
-            batch = []
+            batch, size = [], 0
     yield batch
 
 
