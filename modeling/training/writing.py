@@ -7,6 +7,7 @@ word on an array, so that what it could not read is not written.
 """
 
 import contextlib
+import functools
 import hashlib
 import math
 import os
@@ -32,7 +33,7 @@ from modeling.training.manifest import (
 
 def write_metadata(directory: Path, leaf: HostLeaf) -> None:
     """Writes what zarr needs to know of an array, durably; its directory is there."""
-    with _written(directory / metadata_record(leaf).path) as write:
+    with _written(directory / _metadata_path(leaf)) as write:
         write(metadata(leaf))
 
 
@@ -40,13 +41,24 @@ def metadata_record(leaf: HostLeaf) -> FileRecord:
     """Returns the record of what `write_metadata` writes."""
     content = metadata(leaf)
     digest = hashlib.sha256(content).hexdigest()
-    return FileRecord(f"{ARRAYS}/{leaf.path}/zarr.json", len(content), digest)
+    return FileRecord(_metadata_path(leaf), len(content), digest)
+
+
+def _metadata_path(leaf: HostLeaf) -> str:
+    return f"{ARRAYS}/{leaf.path}/zarr.json"
 
 
 def metadata(leaf: HostLeaf) -> bytes:
     """Returns the `zarr.json` of an array, as TensorStore writes it."""
+    return _metadata(tuple(leaf.shape), tuple(leaf.chunk_shape), leaf.dtype.name)
+
+
+# Written and recorded, and the same at every save of a run: TensorStore is asked once.
+@functools.lru_cache(maxsize=4096)
+def _metadata(shape: tuple[int, ...], chunk_shape: tuple[int, ...], data_type: str) -> bytes:
     context = tensorstore.Context()
-    tensorstore.open(_spec(leaf), create=True, context=context).result()
+    spec = _spec(shape, chunk_shape, data_type)
+    tensorstore.open(spec, create=True, context=context).result()
     made = tensorstore.KvStore.open(_MEMORY, context=context).result()
     return made.read("zarr.json").result().value
 
@@ -54,17 +66,17 @@ def metadata(leaf: HostLeaf) -> bytes:
 _MEMORY = {"driver": "memory", "path": "array/"}
 
 
-def _spec(leaf: HostLeaf) -> dict[str, Any]:
+def _spec(shape: tuple[int, ...], chunk_shape: tuple[int, ...], data_type: str) -> dict[str, Any]:
     return {
         "driver": "zarr3",
         "kvstore": _MEMORY,
         "metadata": {
-            "shape": list(leaf.shape),
-            "data_type": leaf.dtype.name,
+            "shape": list(shape),
+            "data_type": data_type,
             "chunk_grid": {
                 "name": "regular",
                 # A chunk must have a size even where the array has none.
-                "configuration": {"chunk_shape": [max(n, 1) for n in leaf.chunk_shape]},
+                "configuration": {"chunk_shape": [max(n, 1) for n in chunk_shape]},
             },
             # Files side by side: each further directory would cost a sync of its own.
             "chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}},

@@ -70,7 +70,10 @@ def test_files_are_those_that_tensorstore_writes_and_digests_those_of_memory(tmp
     (record,) = write(tmp_path / "ours", [leaf], **WITH).leaves
     assert record.sha256 == hashlib.sha256(whole.tobytes()).hexdigest()
     at = {"driver": "file", "path": f"{tmp_path}/theirs/"}
-    spec = writing._spec(leaf) | {"kvstore": at, "store_data_equal_to_fill_value": True}
+    spec = writing._spec(leaf.shape, leaf.chunk_shape, leaf.dtype.name) | {
+        "kvstore": at,
+        "store_data_equal_to_fill_value": True,
+    }
     tensorstore.open(spec, create=True).result().write(whole).result()
     ours, theirs = tmp_path / "ours" / "arrays" / "leaf", tmp_path / "theirs"
     assert {path.name: path.read_bytes() for path in ours.iterdir()} == {
