@@ -1,6 +1,7 @@
 """Hyperparameters of the model architectures, each built by the file of its name. No JAX here."""
 
 import dataclasses
+import math
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Tag
@@ -11,8 +12,37 @@ from modeling.fields import STRICT, Positive, type_or
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+class _Derived:
+    """What follows from the fields of any transformer here; it has none of its own."""
+
+    hidden_dim: int
+    num_layers: int
+    num_heads: int
+    initializer_range: float
+    vocab_pad_multiple: int
+
+    @property
+    def head_size(self) -> int:
+        """Features of a head."""
+        return self.hidden_dim // self.num_heads
+
+    @property
+    def residual_range(self) -> float:
+        """Keeps the variance of the residual stream, a sum of 2 `Layers` branches, from growing."""
+        return self.initializer_range / math.sqrt(2 * self.num_layers)
+
+    def vocab_rows(self, vocab_size: int) -> int:
+        """Returns how many rows the embedding, and a head of its own, of so many ids has."""
+        return -(-vocab_size // self.vocab_pad_multiple) * self.vocab_pad_multiple
+
+    @property
+    def execution(self) -> dict[str, Any]:
+        """How the same sums are computed: what may change bits, and no science."""
+        return {name: getattr(self, name) for name in _EXECUTION}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gpt2Config:
+class Gpt2Config(_Derived):
     """GPT-2 (Radford et al. 2019): pre-LN blocks, learned positions, biases, tied head."""
 
     type: Literal["gpt2"] = "gpt2"
@@ -59,23 +89,9 @@ class Gpt2Config:
                 f"each head takes hidden_dim / num_heads features."
             )
 
-    @property
-    def head_size(self) -> int:
-        """Features of a head."""
-        return self.hidden_dim // self.num_heads
-
-    def vocab_rows(self, vocab_size: int) -> int:
-        """Returns how many rows the embedding of so many ids has."""
-        return _padded(vocab_size, self.vocab_pad_multiple)
-
-    @property
-    def execution(self) -> dict[str, Any]:
-        """How the same sums are computed: what may change bits, and no science."""
-        return {name: getattr(self, name) for name in _EXECUTION}
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LlamaConfig:
+class LlamaConfig(_Derived):
     """Llama (Touvron et al. 2023): RMS norms, rotary positions, gated MLP, shared key heads."""
 
     type: Literal["llama"]
@@ -117,26 +133,8 @@ class LlamaConfig:
                 f"{self.num_kv_heads}; each of these is shared by equally many of the former."
             )
 
-    @property
-    def head_size(self) -> int:
-        """Features of a head."""
-        return self.hidden_dim // self.num_heads
-
-    def vocab_rows(self, vocab_size: int) -> int:
-        """Returns how many rows the embedding, and the head, of so many ids has."""
-        return _padded(vocab_size, self.vocab_pad_multiple)
-
-    @property
-    def execution(self) -> dict[str, Any]:
-        """How the same sums are computed: what may change bits, and no science."""
-        return {name: getattr(self, name) for name in _EXECUTION}
-
 
 _EXECUTION = ("gradient_checkpointing", "unroll_layers", "attention")
-
-
-def _padded(vocab_size: int, multiple: int) -> int:
-    return -(-vocab_size // multiple) * multiple
 
 
 ModelConfig = Annotated[

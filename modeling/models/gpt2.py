@@ -71,7 +71,7 @@ class Gpt2Attention(eqx.Module):
         attn_key, proj_key = jax.random.split(key)
         return cls(
             _linear(Embed, (Qkv, Heads, HeadSize), config.initializer_range, key=attn_key),
-            _linear((Heads, HeadSize), Embed, _residual_range(config), key=proj_key),
+            _linear((Heads, HeadSize), Embed, config.residual_range, key=proj_key),
             config,
         )
 
@@ -116,7 +116,7 @@ class Gpt2Mlp(eqx.Module):
         fc_key, proj_key = jax.random.split(key)
         return cls(
             _linear(axes.Embed, axes.Mlp, config.initializer_range, key=fc_key),
-            _linear(axes.Mlp, axes.Embed, _residual_range(config), key=proj_key),
+            _linear(axes.Mlp, axes.Embed, config.residual_range, key=proj_key),
         )
 
     @named_call
@@ -316,8 +316,3 @@ def _layer_norm(config: Gpt2Config) -> LayerNorm:
 
 def _dropout(x: NamedArray, pdrop: float, *, key: PRNGKeyArray | None) -> NamedArray:
     return hax.nn.dropout(x, pdrop, inference=key is None, key=key)
-
-
-def _residual_range(config: Gpt2Config) -> float:
-    """Keeps the variance of the residual stream, a sum of 2 `Layers` branches, from growing."""
-    return config.initializer_range / math.sqrt(2 * config.num_layers)

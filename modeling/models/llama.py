@@ -78,7 +78,7 @@ class LlamaAttention(eqx.Module):
             _linear(Embed, (Heads, Group, HeadSize), std, key=q_key),
             _linear(Embed, (Heads, HeadSize), std, key=k_key),
             _linear(Embed, (Heads, HeadSize), std, key=v_key),
-            _linear((Heads, Group, HeadSize), Embed, _residual_range(config), key=o_key),
+            _linear((Heads, Group, HeadSize), Embed, config.residual_range, key=o_key),
             config,
         )
 
@@ -112,7 +112,7 @@ class LlamaMlp(eqx.Module):
         return cls(
             _linear(axes.Embed, axes.Mlp, config.initializer_range, key=gate_key),
             _linear(axes.Embed, axes.Mlp, config.initializer_range, key=up_key),
-            _linear(axes.Mlp, axes.Embed, _residual_range(config), key=down_key),
+            _linear(axes.Mlp, axes.Embed, config.residual_range, key=down_key),
         )
 
     @named_call
@@ -262,8 +262,3 @@ def _norm(config: LlamaConfig) -> RmsNorm:
     """Returns a normalization whose mean square is float32 whatever the compute dtype."""
     Embed = axes_of(config).Embed
     return RmsNorm.init(Embed, eps=config.rms_norm_epsilon, use_bias=False, dtype=jnp.float32)
-
-
-def _residual_range(config: LlamaConfig) -> float:
-    """Keeps the variance of the residual stream, a sum of 2 `Layers` branches, from growing."""
-    return config.initializer_range / math.sqrt(2 * config.num_layers)
