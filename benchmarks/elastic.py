@@ -55,7 +55,7 @@ def experiment(sizes: dict[str, int], mode: str, devices: int, optimizer: str) -
     trainer = {"num_train_steps": 10**6, "train_batch_size": sizes["batch"], "mp": "p=f32,c=f32",
                "mesh": {"data": devices}, "reproducibility": mode}  # fmt: skip
     fields = {"dataset": "random", "sequence_length": sizes["length"], "trainer": trainer,
-              "model": {field: sizes[field] for field in MODEL_FIELDS},
+              "model": {field: sizes[field] for field in MODEL_FIELDS if field in sizes},
               "optimizer": {"type": optimizer}}  # fmt: skip
     return validate(ExperimentConfig, fields, "benchmark")
 

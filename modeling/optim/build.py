@@ -35,26 +35,26 @@ from jaxtyping import Array
 from haliax.core import NamedArray
 from modeling.optim.adafactor import scale_by_factored_moments, scale_by_parameter_rms
 from modeling.optim.config import (
-    UNDECAYED,
     AbstractOptimizerConfig,
     AdafactorConfig,
     AdamWConfig,
     LionConfig,
     MuonConfig,
+    SophiaConfig,
     SophiaGConfig,
     SophiaHConfig,
 )
+from modeling.optim.groups import multiplier
 from modeling.optim.parameters import (
     Matrix,
     Parameters,
     by_path,
     decay_mask,
     in_tree,
-    matches,
     matrices,
 )
 from modeling.optim.schedules import Schedule, learning_rate
-from modeling.optim.sophia import SophiaConfig, renewed, scale_by_sophia
+from modeling.optim.sophia import renewed, scale_by_sophia
 
 Stage = tuple[str, optax.GradientTransformation]
 _SOPHIA = "sophia"
@@ -139,17 +139,11 @@ def _multiplied(config: AbstractOptimizerConfig) -> optax.GradientTransformation
         del params
         changed = {}
         for path, step in by_path(steps).items():
-            factor = _multiplier(config, path)
+            factor = multiplier(config, path)
             changed[path] = jax.tree.map(lambda s, factor=factor: s * factor, step)
         return in_tree(steps, changed)
 
     return optax.stateless(update) if config.lr_multipliers else optax.identity()
-
-
-def _multiplier(config: AbstractOptimizerConfig, path: str) -> float:
-    """Returns the product over all patterns that match, which hangs on no order."""
-    found = [m for pattern, m in config.lr_multipliers.items() if matches(path, [pattern])]
-    return math.prod(found, start=1.0)
 
 
 class MuonState(NamedTuple):
@@ -226,39 +220,3 @@ def _sides(
         )
 
     return dimensions(matrix.rows), dimensions(matrix.columns)
-
-
-@dataclasses.dataclass(frozen=True)
-class Groups:
-    """Who is treated how, by path."""
-
-    decayed: tuple[str, ...]
-    undecayed: tuple[str, ...]
-    multiplied: Mapping[str, float]
-    """Multipliers other than 1."""
-
-
-def parameter_groups(config: AbstractOptimizerConfig, params: Any) -> Groups:
-    """Returns what weight decay and multipliers act on.
-
-    Raises:
-        ValueError: a pattern that somebody has written matches no parameter.
-    """
-    paths = sorted(by_path(params))
-    own = [] if config.undecayed == UNDECAYED else list(config.undecayed)
-    for field, patterns in {
-        "undecayed": own,
-        "lr_multipliers": list(config.lr_multipliers),
-    }.items():
-        for pattern in patterns:
-            if not any(matches(path, [pattern]) for path in paths):
-                raise ValueError(
-                    f"optimizer.{field}: {pattern!r} matches no parameter, neither a whole path "
-                    f"nor a whole part of one; the paths are {paths}."
-                )
-    spared = [path for path in paths if matches(path, config.undecayed)]
-    return Groups(
-        tuple(path for path in paths if path not in spared),
-        tuple(spared),
-        {path: m for path in paths if (m := _multiplier(config, path)) != 1.0},
-    )

@@ -7,7 +7,7 @@ update, `1.0` the whole run.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, Tag
 
@@ -240,6 +240,10 @@ class AbstractSophiaConfig(AbstractOptimizerConfig):
     estimate_rows: Positive | Annotated[float, Field(gt=0.0, le=1.0)] = 0.5
     """Rows of the batch that each estimate takes, or their share."""
 
+    def is_due(self, updates_made: Any) -> Any:
+        """Returns whether the next update takes an estimate in; of an array, an array."""
+        return updates_made % self.estimate_every == 0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SophiaHConfig(AbstractSophiaConfig):
@@ -261,6 +265,7 @@ class SophiaGConfig(AbstractSophiaConfig):
     identity_tag: ClassVar[str] = "optim.sophia_g/1"
 
 
+SophiaConfig = SophiaHConfig | SophiaGConfig
 OptimizerConfig = Annotated[
     Annotated[AdamWConfig, Tag("adamw")]
     | Annotated[LionConfig, Tag("lion")]

@@ -22,9 +22,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float32
 
-from modeling.optim.config import SophiaGConfig, SophiaHConfig
-
-SophiaConfig = SophiaHConfig | SophiaGConfig
+from modeling.optim.config import SophiaConfig
 
 
 class SophiaState(NamedTuple):
@@ -72,13 +70,8 @@ def renewed(
             estimate(),
         )
 
-    hessian = jax.lax.cond(is_due(config, updates_made), moved, lambda: state.hessian)
+    hessian = jax.lax.cond(config.is_due(updates_made), moved, lambda: state.hessian)
     return state._replace(hessian=hessian)
-
-
-def is_due(config: SophiaConfig, updates_made: Any) -> Any:
-    """Returns whether the next update takes an estimate in; of an array, an array."""
-    return updates_made % config.estimate_every == 0
 
 
 def _clipped_share(ratios: Any) -> Float32[Array, ""]:

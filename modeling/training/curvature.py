@@ -21,8 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from modeling.models.lm import LmExample, next_token_loss, own_label_loss
-from modeling.optim.config import SophiaHConfig
-from modeling.optim.sophia import SophiaConfig
+from modeling.optim.config import SophiaConfig, SophiaHConfig
 
 AsModel = Callable[[Any], Any]
 """From parameters to a model in the dtype of compute."""

@@ -19,7 +19,7 @@ from jaxtyping import Array
 
 from haliax import Axis
 from modeling.data.rows import Columns, Rows
-from modeling.optim.sophia import SophiaConfig, is_due
+from modeling.optim.config import SophiaConfig
 from modeling.training import curvature, elastic
 from modeling.training.config import TrainerConfig
 from modeling.training.elastic import SHARD_NUMBER, Alone, Sums, as_parts, rows_of_shard
@@ -107,7 +107,7 @@ class ElasticUpdate:
     def __call__(self, arrays: list[Any], rows: Rows) -> Updated:
         """Returns the arrays of the next state, and metrics."""
         config, apply, estimate = self._rule.curvature, self._next_whole, ()
-        if config is not None and is_due(config, self._number(arrays[self._where_step])):
+        if config is not None and config.is_due(self._number(arrays[self._where_step])):
             _, weight, gradients, whole = self._exchange(
                 self._summed(self._estimates, arrays, rows)
             )

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from modeling.optim.build import Groups
+from modeling.optim.groups import Groups
 from modeling.training.program import Memory
 
 

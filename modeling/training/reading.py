@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import tensorstore
 
 from modeling.inventory import file_sha256
 from modeling.training.manifest import (
@@ -224,6 +223,8 @@ def read_chunks(directory: Path, leaf: LeafRecord, digest: Any = None) -> np.nda
         leaf: from its manifest.
         digest: of `hashlib`; takes the bytes of the chunks in order.
     """
+    import tensorstore
+
     _require_covered(directory, leaf)
     whole = _empty(leaf.shape, tensorstore.dtype(leaf.dtype).numpy_dtype)
     for chunk in leaf.chunks:

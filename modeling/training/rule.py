@@ -17,15 +17,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
-from modeling.optim.build import build_optimizer
 from modeling.optim.config import (
     AbstractOptimizerConfig,
     AdamWConfig,
     LionConfig,
+    SophiaConfig,
     SophiaGConfig,
     SophiaHConfig,
 )
-from modeling.optim.sophia import SophiaConfig
 from modeling.training.averages import next_averages
 from modeling.training.config import TrainerConfig
 from modeling.training.state import Blueprint, TrainState, trainable
@@ -65,6 +64,8 @@ class Rule:
         self, blueprint: Blueprint, config: AbstractOptimizerConfig, trainer: TrainerConfig
     ) -> None:
         """Takes states like `blueprint`."""
+        from modeling.optim.build import build_optimizer  # Optax, which takes long to import
+
         self._blueprint = blueprint
         self._trainer = trainer
         self._max_norm = config.max_grad_norm

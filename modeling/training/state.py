@@ -20,7 +20,6 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array, Int32, UInt32
 
-from modeling.optim.build import Optimizer
 from modeling.training.averages import Averages, initial_averages
 from modeling.training.config import TrainerConfig
 from modeling.training.leaves import leaf_shardings, named_leaves
@@ -34,6 +33,8 @@ _QUICK = {"xla_backend_optimization_level": 1}
 2.5 times as much as its first, whose code runs as fast and gives the same bits."""
 BuildModel = Callable[[Any], Any]
 """Takes a key and returns a model with random weights."""
+InitOptimizer = Callable[[Any], Any]
+"""Takes parameters and returns the state of their optimizer."""
 
 
 class TrainState(eqx.Module):
@@ -50,7 +51,7 @@ class TrainState(eqx.Module):
 
 
 def initial_state(
-    build_model: BuildModel, optimizer: Optimizer, trainer: TrainerConfig, key: Any
+    build_model: BuildModel, init_optimizer: InitOptimizer, trainer: TrainerConfig, key: Any
 ) -> TrainState:
     """Returns the state before the first update."""
     model_key, training_key = jax.random.split(key)
@@ -59,7 +60,7 @@ def initial_state(
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         model=model,
-        opt_state=optimizer.init(params),
+        opt_state=init_optimizer(params),
         key=training_key,
         averages=initial_averages(trainer, params),
         spikes=None if trainer.skip_step is None else SpikeHistory.empty(trainer.skip_step),

@@ -26,8 +26,7 @@ from haliax import Axis, NamedArray
 from haliax.partitioning import axis_mapping, shard, sharding_for_axis
 from modeling.data.rows import TOKENS_ALONE, Columns, Rows
 from modeling.models.lm import LmExample
-from modeling.optim.config import OptimizerConfig
-from modeling.optim.sophia import SophiaConfig
+from modeling.optim.config import OptimizerConfig, SophiaConfig
 from modeling.training import curvature
 from modeling.training.config import TrainerConfig
 from modeling.training.elastic_update import ElasticUpdate

@@ -35,7 +35,6 @@ import numpy as np
 from haliax import Axis
 from modeling import faults
 from modeling.artifacts import Built, Workspace, numerics_digest, write_durably
-from modeling.data.cache import TokenCache
 from modeling.data.loader import (
     BatchStream,
     RowsOfBatch,
@@ -46,7 +45,7 @@ from modeling.data.loader import (
 from modeling.experiment import ExperimentConfig
 from modeling.models.lm import build_model
 from modeling.numerics import numerics_class
-from modeling.optim.build import Groups, build_optimizer, parameter_groups
+from modeling.optim.groups import Groups, parameter_groups
 from modeling.training import history
 from modeling.training.accounting import Lap, Ledger, Meter, ModelShape
 from modeling.training.compile_cache import CompileCache
@@ -135,8 +134,11 @@ def train(
     plan = make_plan(experiment, cache)
     order = experiment.trainer.data_order
     loader = TrainLoader(cache, order, plan.batches)
-    if order.max_epochs is not None and isinstance(cache, TokenCache):
-        loader.require_epochs(plan.num_steps, order.max_epochs)
+    if order.max_epochs is not None:
+        from modeling.data.cache import TokenCache  # pyarrow
+
+        if isinstance(cache, TokenCache):
+            loader.require_epochs(plan.num_steps, order.max_epochs)
     keep = experiment.trainer.keep_checkpoints
     directory = checkpoint_directory(workspace, experiment)
     crew = Crew(plan.layout.mesh)
@@ -204,6 +206,8 @@ class Plan:
 
 def make_plan(experiment: ExperimentConfig, cache: TrainingData) -> Plan:
     """Returns the plan of a run; nothing is computed yet."""
+    from modeling.optim.build import build_optimizer  # Optax, which takes long to import
+
     if cache.sequence_length != experiment.sequence_length:
         raise ValueError(
             f"sequence_length: the experiment asks for {experiment.sequence_length}, but the token "
@@ -218,7 +222,7 @@ def make_plan(experiment: ExperimentConfig, cache: TrainingData) -> Plan:
     def make_model(key: Any) -> Any:
         return build_model(experiment.model, Vocab, Pos, key=key)
 
-    make = partial(initial_state, make_model, optimizer, trainer)
+    make = partial(initial_state, make_model, optimizer.init, trainer)
     blueprint = Blueprint.of(make, layout)
     require_known_axes(trainer, {*blueprint.axis_names, "batch", Pos.name})
     params = trainable(blueprint.template.model)[0]

@@ -17,7 +17,6 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-import tensorstore
 
 from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import (
@@ -56,6 +55,8 @@ def metadata(leaf: HostLeaf) -> bytes:
 # Written and recorded, and the same at every save of a run: TensorStore is asked once.
 @functools.lru_cache(maxsize=4096)
 def _metadata(shape: tuple[int, ...], chunk_shape: tuple[int, ...], data_type: str) -> bytes:
+    import tensorstore
+
     context = tensorstore.Context()
     spec = _spec(shape, chunk_shape, data_type)
     tensorstore.open(spec, create=True, context=context).result()

@@ -13,7 +13,7 @@ import haliax as hax
 from haliax import Axis
 from haliax.core import NamedArray
 from haliax.nn import Embedding, Linear, Stacked
-from modeling.optim.build import build_optimizer, parameter_groups
+from modeling.optim.build import build_optimizer
 from modeling.optim.config import (
     UNDECAYED,
     AdafactorConfig,
@@ -24,6 +24,7 @@ from modeling.optim.config import (
     SophiaGConfig,
     SophiaHConfig,
 )
+from modeling.optim.groups import parameter_groups
 from modeling.optim.parameters import decay_mask, matches, matrices, stacked_axes
 from modeling.optim.sophia import renewed
 

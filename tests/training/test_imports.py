@@ -12,6 +12,10 @@ MAKERS = {"tokenizers", "jinja2", "modeling.data.tokenized", "modeling.data.corp
 RARE = {"haliax.einsums", "haliax.fft", "haliax.nn.conv", "haliax.nn.pool", "haliax.poly"}
 
 
+LATER = {"optax", "pyarrow", "tensorstore", "modeling.data.cache"}
+"""What is not needed before a run begins: models are read and pictured without it."""
+
+
 @pytest.fixture(scope="module")
 def loaded() -> set[str]:
     script = """
@@ -25,7 +29,9 @@ json.dump(sorted(sys.modules), sys.stdout)
     return set(json.loads(done.stdout))
 
 
-@pytest.mark.parametrize("needless", [HEAVY, MAKERS, RARE], ids=["heavy", "makers", "rare"])
+@pytest.mark.parametrize(
+    "needless", [HEAVY, MAKERS, RARE, LATER], ids=["heavy", "makers", "rare", "later"]
+)
 def test_a_trainer_loads_nothing_that_training_does_not_need(loaded, needless):
     assert "jax" in loaded
     assert not loaded & needless
