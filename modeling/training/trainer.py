@@ -663,22 +663,32 @@ class _Run:
         return self._meter.lap(tokens, update - first)
 
     def _hold(self, update: int, arrays: list[Any]) -> None:
-        """Copies the state, whose memory the next update takes over, behind this update."""
+        """Copies the state, whose memory the next update takes over."""
         with self._ledger.spending("checkpoint"):
-            # Two copies of the state would not fit where one just does.
+            # Two copies of the state would not fit where one just does, and there is one set of
+            # host memory: what is being written from it must not change.
             self._checkpoints.wait_for_disk()
-            unflatten = self._plan.blueprint.unflatten
-            if self._has_room_for_a_copy:
-                self._held = update, partial(fetched, unflatten(self._copies(arrays)))
-            else:
-                leaves = snapshot(unflatten(arrays), self._host_memory)
+        state = self._plan.blueprint.unflatten
+        if self._copies_on_devices:
+            with self._ledger.spending("checkpoint"):
+                self._held = update, partial(fetched, state(self._copies(arrays)))
+        else:
+            jax.block_until_ready(arrays)  # the time of the update is not the checkpoint's
+            with self._ledger.spending("checkpoint"):
+                leaves = snapshot(state(arrays), self._host_memory)
                 self._held = update, lambda: leaves
         self._saved = update
         self._schedule.begin_interval()
 
     @property
-    def _has_room_for_a_copy(self) -> bool:
-        """Whether devices can hold the state twice; else they wait until it is in host memory."""
+    def _copies_on_devices(self) -> bool:
+        """Whether devices copy the state, behind the update; else it is waited for by the host.
+
+        They have to have room for it. A processor that is the device would gain nothing: its next
+        update waits for the copy all the same, and the copy would be in memory never used before.
+        """
+        if self._devices[0].platform == "cpu":
+            return False
         limit = bytes_limit(self._devices)
         if limit is None or self._memory is None:
             return True

@@ -7,6 +7,7 @@ import logging
 import shutil
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from modeling.artifacts import DiskFullError, Progress
 from modeling.experiment import ConfigError
 from modeling.models.lm import build_model
 from modeling.models.trained import load_model
-from modeling.training import history, retention, trainer
+from modeling.training import checkpoint, history, retention, trainer
 from modeling.training.accounting import read_ledger
 from modeling.training.compile_cache import open_compile_cache
 from modeling.training.continuation import require_same_science, science_of
@@ -497,6 +498,31 @@ def test_saves_by_the_clock_are_temporary_and_change_no_bit(finished, tmp_path, 
     assert left == {3, *saved[-2:]}
     assert saved[-1] == 6
     assert set(pinned(directory)) == {3, 6}
+
+
+@pytest.mark.parametrize("by_devices", [False, True])
+def test_what_is_saved_is_the_state_of_its_step_whoever_copies_it_and_however_slow_the_disk(
+    finished, tmp_path, compile_cache, monkeypatch, by_devices
+):
+    """Updates go on while a save of each is written; the memory that it is written from is one."""
+
+    def slow(*args):
+        time.sleep(0.003)
+        return write_chunk(*args)
+
+    write_chunk = checkpoint.write_chunk
+    monkeypatch.setattr(checkpoint, "write_chunk", slow)
+    monkeypatch.setattr(trainer._Run, "_copies_on_devices", by_devices)
+    fields = {"save_every_steps": 1, "keep_checkpoints": 6}
+    experiment, space = driver.experiment(trainer=fields), driver.workspace(tmp_path)
+    train(experiment, driver.counting_cache(), space, compile_cache=compile_cache)
+    found = trainer.checkpoint_directory(space, experiment).glob("step-*")
+    ids = {(made := verify(path)).step: made.content_id for path in found}
+    others = trainer.checkpoint_directory(finished[0], driver.experiment()).glob("step-*")
+    expected = {(made := verify(path)).step: made.content_id for path in others}
+    assert len(set(ids.values())) == len(ids) == 6
+    assert expected.items() <= ids.items()
+    assert max(expected) == 6
 
 
 def test_a_failing_write_ends_the_run_at_the_next_step(tmp_path, compile_cache, monkeypatch):
