@@ -27,7 +27,7 @@ import numpy as np
 
 from modeling import faults
 from modeling.artifacts import Progress, needing_space
-from modeling.notes import make_directory
+from modeling.notes import make_directory, sync_directory
 from modeling.training import checkpoint
 from modeling.training.leaves import HostLeaf
 from modeling.training.manifest import COMMIT, CheckpointError, DamagedCheckpointError, Manifest
@@ -48,6 +48,8 @@ from modeling.training.saving import PINNED_BY
 
 _log = logging.getLogger(__name__)
 Read = TypeVar("Read")
+_RETIRED = "RETIRED"
+"""What `COMMIT` is called while its checkpoint is being removed."""
 _REFUSED = "refused"
 """What the first process of a crew says if it may neither go on nor begin anew."""
 
@@ -211,7 +213,7 @@ class Checkpoints:
                     path.rename(aside / path.name)
                 else:
                     (path / COMMIT).unlink(missing_ok=True)
-                    shutil.rmtree(path)
+                    _remove_uncommitted(path)
             if self._remote is not None:
                 self._remote.clear(kept)
             for place, by_step in pins.items():
@@ -328,7 +330,7 @@ class Checkpoints:
 
     def _by_step(self) -> list[Path]:
         """All attempts, complete or not, highest step first."""
-        found = [p for p in self._directory.iterdir() if p.is_dir() and step_of(p.name) is not None]
+        found = [p for p in self._directory.iterdir() if _is_attempt(p)]
         return sorted(found, key=lambda p: (_step_of(p), p.name), reverse=True)
 
     def _verifies(self, path: Path) -> bool:
@@ -345,12 +347,14 @@ class Checkpoints:
         """Removes what is older than the newest `keep` verified ones, and attempts that died."""
         kept = 0
         for path in self._by_step():
+            if (path / _RETIRED).exists() and self._is_pinned(_step_of(path)):
+                _give_back(path)  # the process was killed that should have done so
             if kept < self._keep:
                 if self._verifies(path):
                     kept += 1
                 # What is beyond this step is being written by the rest of the crew.
                 elif not (path / COMMIT).exists() and _step_of(path) <= step:
-                    shutil.rmtree(path)
+                    _remove_uncommitted(path)
             elif not self._is_pinned(_step_of(path)):
                 _remove(path, step)
                 self._verified.discard(path)
@@ -447,14 +451,39 @@ def _step_of(path: Path) -> int:
     return step
 
 
+def _is_attempt(path: Path) -> bool:
+    """Whether a path is the directory of a checkpoint, complete or not."""
+    if step_of(path.name) is None or not path.is_dir():
+        return False
+    if path.is_symlink():
+        _log.warning(
+            "%s is a symbolic link and does not count: what it leads to may change or go unseen. "
+            "Put a copy of it in its place.", path,
+        )  # fmt: skip
+        return False
+    return True
+
+
 def _remove(path: Path, step: int) -> None:
     """Removes a checkpoint unless it is pinned, by this very moment."""
     # Without its commit a half-removed checkpoint does not count.
-    commit, removed = path / COMMIT, path / f".{COMMIT}"
+    commit = path / COMMIT
     if commit.exists():
-        commit.rename(removed)
+        commit.rename(path / _RETIRED)
         if is_pinned(path.parent, _step_of(path)):
-            removed.rename(commit)
+            _give_back(path)
             return
     faults.reach("during-retention", step)
+    _remove_uncommitted(path)
+
+
+def _give_back(path: Path) -> None:
+    """Makes a checkpoint count again that was to be removed."""
+    (path / _RETIRED).rename(path / COMMIT)
+    sync_directory(path)
+
+
+def _remove_uncommitted(path: Path) -> None:
+    """Removes an attempt that does not count, and would not if the power went meanwhile."""
+    sync_directory(path)
     shutil.rmtree(path)

@@ -36,7 +36,7 @@ import publisher
 from catalogue import BUCKET, CATALOGUE, FILE_DAMAGES, KINDS, STORE, trial
 from damage import harm
 from machine import as_nobody, small_disk
-from power import power_may_go
+from power import power_may_go, what_may_be_left
 
 bucket.register()
 KILLS = [
@@ -155,18 +155,17 @@ def test_whenever_the_power_goes_what_is_on_record_is_whole(tmp_path, expected):
         publisher.publish(store, "raw_corpus")
         promised.append("raw_corpus")
     assert len(moments) > 10
-    for number, moment in enumerate(moments):
-        for left in (moment.nothing_more_kept, moment.names_kept):
-            with trial("power goes", STORE):
-                root = left(tmp_path / f"{number}-{left.__name__}")
-                shutil.rmtree(root / "leases", ignore_errors=True)  # nobody has survived
-                found = ArtifactStore(str(root))
-                for kind in ("tokenizer", "raw_corpus"):
-                    if found.find(publisher.recipe(kind)) is not None:
-                        found.local(kind, expected[kind])  # reads every byte
-                    else:
-                        assert kind not in moment.told
-                assert_whole(found, "raw_corpus", expected["raw_corpus"])
+    for number, (moment, left) in enumerate(what_may_be_left(moments)):
+        with trial("power goes", STORE):
+            root = left(tmp_path / str(number))
+            shutil.rmtree(root / "leases", ignore_errors=True)  # nobody has survived
+            found = ArtifactStore(str(root))
+            for kind in ("tokenizer", "raw_corpus"):
+                if found.find(publisher.recipe(kind)) is not None:
+                    found.local(kind, expected[kind])  # reads every byte
+                else:
+                    assert kind not in moment.told
+            assert_whole(found, "raw_corpus", expected["raw_corpus"])
 
 
 @pytest.mark.slow

@@ -368,6 +368,23 @@ def test_a_damaged_one_is_told_passed_over_and_never_counted_as_kept(tmp_path, c
         assert steps_on_disk(tmp_path) == [4, 5]
 
 
+def test_a_link_to_a_checkpoint_is_told_never_counted_and_what_it_leads_to_never_removed(
+    tmp_path, caplog
+):
+    run, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    with open_checkpoints(run, keep=2) as checkpoints:
+        save_all(checkpoints, [1, 2, 3])
+    for step, path in zip((2, 3), sorted(run.glob("step-*")), strict=True):
+        path.rename(elsewhere.with_name(f"{step}"))
+        path.symlink_to(elsewhere.with_name(f"{step}"))
+    with open_checkpoints(run, keep=2) as checkpoints:
+        assert checkpoints.newest() is None
+        save_all(checkpoints, [4, 5, 6])
+        checkpoints.clear()
+    assert f"{path} is a symbolic link and does not count" in caplog.text
+    assert [verify(tmp_path / name).step for name in ("2", "3")] == [2, 3]
+
+
 def test_a_checkpoint_under_the_name_of_another_step_is_none(tmp_path, caplog):
     with open_checkpoints(tmp_path, keep=2) as checkpoints:
         save_all(checkpoints, [1, 2])
@@ -683,3 +700,15 @@ def test_a_pin_that_comes_while_its_step_is_being_retired_is_heeded(tmp_path, mo
         monkeypatch.setattr(Path, "rename", rename_and_pin)
         save_all(checkpoints, [3])
     assert steps_on_disk(tmp_path) == [1, 2, 3]
+
+
+def test_a_trainer_killed_while_it_heeds_a_pin_has_its_checkpoint_given_back(tmp_path):
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [1, 2])
+    (pinned_one,) = tmp_path.glob("step-000001.*")
+    (pinned_one / "COMMIT").rename(pinned_one / "RETIRED")
+    mark(tmp_path, 1, "just now")
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [3, 4])
+    assert steps_on_disk(tmp_path) == [1, 3, 4]
+    assert verify(pinned_one).step == 1
