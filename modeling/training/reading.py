@@ -63,10 +63,7 @@ def read_manifest(directory: Path) -> Manifest:
         CheckpointError: there is no commit, the manifest is not the one that was committed, or the
             directory has the name of another step.
     """
-    commit, manifest = directory / COMMIT, directory / MANIFEST
-    for path in (commit, manifest):
-        if not path.is_file():
-            raise DamagedCheckpointError(f"{path} is missing: this checkpoint was never completed.")
+    commit, manifest = _own_file(directory, COMMIT), _own_file(directory, MANIFEST)
     return parse_manifest(manifest.read_bytes(), commit.read_bytes(), str(directory))
 
 
@@ -305,13 +302,27 @@ def _changed(directory: Path, chunk: ChunkRecord) -> DamagedCheckpointError:
 
 def require_size(directory: Path, record: FileRecord) -> None:
     """Raises `CheckpointError` unless a file is there with the size that it was written with."""
-    path = directory / record.path
-    if not path.is_file():
-        raise DamagedCheckpointError(f"{path} is missing.")
+    path = _own_file(directory, record.path)
     if path.stat().st_size != record.size:
         raise DamagedCheckpointError(
             f"{path} has {path.stat().st_size} bytes, but {record.size} were written."
         )
+
+
+def _own_file(directory: Path, name: str) -> Path:
+    """Returns the path of a file that a checkpoint holds itself."""
+    path = directory
+    for part in name.split("/"):
+        path /= part
+        if path.is_symlink():
+            raise DamagedCheckpointError(
+                f"{path} is a symbolic link: what it leads to was not written with this "
+                f"checkpoint, and may change or go without it."
+            )
+    if not path.is_file():
+        why = ": this checkpoint was never completed" if name in (COMMIT, MANIFEST) else ""
+        raise DamagedCheckpointError(f"{path} is missing{why}.")
+    return path
 
 
 def _check_file(directory: Path, record: FileRecord) -> None:

@@ -452,7 +452,9 @@ class _Run:
     def _take_over(self, directory: Path, manifest: Manifest) -> None:
         self.resumed_from = manifest.step
         self.losses = history.read_losses(directory)
-        self.evaluations = history.read_evaluations(directory)
+        # A file that the manifest does not name is none of the checkpoint's.
+        has_evaluations = history.EVALUATIONS in {file.path for file in manifest.files}
+        self.evaluations = history.read_evaluations(directory) if has_evaluations else []
         self._observer.resumed(manifest.step, str(directory))
 
     def _initial_arrays(self) -> list[Any]:

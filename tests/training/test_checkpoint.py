@@ -253,6 +253,19 @@ def test_files_that_changed_places_are_found(tmp_path, intact, name):
         restore(directory, make_state())
 
 
+@pytest.mark.parametrize("name", ["arrays", "arrays/model.up", "arrays/model.up/c.1.0", "COMMIT"])
+@pytest.mark.parametrize("to", ["outside", "a sibling"])
+def test_a_link_to_the_same_bytes_is_none_of_the_checkpoints_own(tmp_path, intact, name, to):
+    directory = tmp_path / "c"
+    shutil.copytree(intact, directory)
+    target = tmp_path / "elsewhere" if to == "outside" else (directory / name).with_name("other")
+    (directory / name).rename(target)
+    (directory / name).symlink_to(target)
+    for read in (verify, lambda directory: restore(directory, make_state())):
+        with pytest.raises(CheckpointError, match=f"{directory / name} is a symbolic link"):
+            read(directory)
+
+
 def test_a_lost_chunk_does_not_read_as_zeros(tmp_path, intact):
     directory = tmp_path / "c"
     shutil.copytree(intact, directory)

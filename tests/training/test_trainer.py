@@ -228,6 +228,17 @@ def test_a_finished_run_trains_no_more(finished):
     verify(again.output)
 
 
+def test_a_file_that_no_manifest_names_is_not_read(finished, compile_cache, tmp_path):
+    own = driver.workspace(tmp_path)
+    shutil.copytree(finished[0].progress / "checkpoints", own.progress / "checkpoints")
+    (directory,) = (own.progress / "checkpoints").iterdir()
+    planted = {"evaluations": [{"step": 6, "losses": {"validation": 0.0}}]}
+    for path in directory.glob("step-*"):
+        (path / history.EVALUATIONS).write_text(json.dumps(planted))
+    built = train(driver.experiment(), driver.counting_cache(), own, compile_cache=compile_cache)
+    assert (built.facts["resumed_from"], "validation_loss" in built.facts) == (6, False)
+
+
 @pytest.mark.parametrize("ended", [True, False], ids=["to be published", "to be gone on with"])
 def test_a_damaged_array_is_told_and_the_run_goes_on_from_the_one_before_or_not_at_all(
     finished, compile_cache, tmp_path, caplog, ended
