@@ -1,6 +1,7 @@
 """Corpora for benchmarks to read, written as the stages would: of given texts, of random ids."""
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -20,12 +21,16 @@ Documents = tuple[np.ndarray, np.ndarray]
 """Tokens end to end, and the length of each document."""
 
 
-def random_documents(num_tokens: int, shard_tokens: int) -> Iterator[Documents]:
-    """Yields shards of documents of log-normal length: median 270, mean 450 tokens, each closed."""
+def random_documents(
+    num_tokens: int, shard_tokens: int, mean_tokens: int = 450
+) -> Iterator[Documents]:
+    """Yields shards of documents, each closed, of log-normal length: the median is 0.6 means."""
     draw = np.random.default_rng(0)
     written = 0
     while written < num_tokens:
-        lengths = np.minimum(draw.lognormal(5.6, 1.0, shard_tokens // 450), 1e6).astype(np.int64)
+        location = 5.6 + math.log(mean_tokens / 450)
+        drawn = draw.lognormal(location, 1.0, shard_tokens // mean_tokens)
+        lengths = np.minimum(drawn, 1e6).astype(np.int64)
         lengths += 1
         tokens = draw.integers(EOS + 1, VOCAB_SIZE, int(lengths.sum()), np.uint16)
         tokens[np.cumsum(lengths) - 1] = EOS

@@ -4,8 +4,9 @@
 
 Contenders take turns and read the same rows of the same synthetic tokens: the training loader
 with its data order, the cache given the rows, a NumPy memory map (the limit), and `datasets`.
-Packed rows are others, put together of documents, and come with segments and masks. Last the loader
-as the trainer draws from it, which computes for 2 ms between two batches: what it waits.
+Packed rows are others, put together of documents of 450 or 60 tokens on average, and come with
+segments and masks. Last the loader as the trainer draws from it, which computes for 2 ms between
+two batches: what it waits.
 Prints JSON lines: the machine, then each contender's median over the rounds.
 """
 
@@ -16,17 +17,17 @@ import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 
 import datasets
 import numpy as np
-from corpora import random_documents, write_tokenized
+from corpora import Documents, random_documents, write_tokenized
 
 from modeling.artifacts import Workspace
 from modeling.data import cache
-from modeling.data.config import TokenCacheConfig
+from modeling.data.config import Packing, TokenCacheConfig
 from modeling.data.loader import TrainLoader
 from modeling.data.order import RowOrder
 from modeling.training.config import DataOrderConfig
@@ -34,7 +35,8 @@ from modeling.training.config import DataOrderConfig
 BATCH, LENGTH = 32, 1024
 SHARDS, SHARD_TOKENS = 2, 1 << 24  # as 64 MiB of text, of which a shard is made, have them
 COMPUTE_S = 0.002
-PACKED = "token cache, packed documents"
+PACKED = {450: "token cache, packed documents", 60: "token cache, packed short documents"}
+"""By the mean of the documents' lengths."""
 Contender = Callable[[int, np.ndarray], np.ndarray]
 
 
@@ -55,20 +57,35 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         shards = list(random_documents(SHARDS * SHARD_TOKENS, SHARD_TOKENS))
-        write_tokenized(root, shards)
+        opened = build(root / "concat", shards, "concat")
+        packed = {450: build(root / "packed", shards, "documents")}
         stream = np.concatenate([tokens for tokens, _ in shards])
         tokens = stream[: len(stream) // LENGTH * LENGTH]
-        ids = {"tokenized_id": "0" * 64, "tokenizer_id": "0" * 64}
-        for packing in ("concat", "documents"):
-            (root / packing).mkdir()
-            config = TokenCacheConfig(length=LENGTH, packing=packing)
-            cache.build(config, root, Workspace(root, root / packing), **ids)
-        measure(root, tokens, arguments.rounds, arguments.batches)
+        short = random_documents(SHARDS * SHARD_TOKENS, SHARD_TOKENS, 60)
+        packed[60] = build(root / "short", short, "documents")
+        tokens.tofile(root / "flat.bin")
+        measure(root / "flat.bin", opened, packed, arguments)
 
 
-def measure(root: Path, tokens: np.ndarray, num_rounds: int, num_batches: int) -> None:
+def build(root: Path, shards: Iterable[Documents], packing: Packing) -> cache.TokenCache:
+    """Writes documents as a tokenized corpus, and opens a cache of it."""
+    (root / "view").mkdir(parents=True)
+    write_tokenized(root, shards)
+    config = TokenCacheConfig(length=LENGTH, packing=packing)
+    ids = {"tokenized_id": "0" * 64, "tokenizer_id": "0" * 64}
+    cache.build(config, root, Workspace(root, root / "view"), **ids)
+    return cache.TokenCache.open(root / "view", root)
+
+
+def measure(
+    flat: Path,
+    opened: cache.TokenCache,
+    packed: Mapping[int, cache.TokenCache],
+    arguments: argparse.Namespace,
+) -> None:
     """Runs every contender in every round over the same rows and prints the medians."""
-    opened = cache.TokenCache.open(root / "concat", root)
+    num_rounds, num_batches = arguments.rounds, arguments.batches
+    tokens = np.fromfile(flat, np.uint16)
     order = RowOrder(
         lambda wanted: opened.num_rows("train"), seed=0, era_rows=DataOrderConfig().era_rows
     )
@@ -78,9 +95,11 @@ def measure(root: Path, tokens: np.ndarray, num_rounds: int, num_batches: int) -
     batch_ms: dict[str, list[float]] = {}
     batch_cpu_ms: dict[str, list[float]] = {}
     for _ in range(num_rounds):
-        for name, take in contenders(root, tokens, opened).items():
+        for name, take in contenders(flat, opened, packed).items():
             for step, batch in enumerate(expected):
-                if name != PACKED and not np.array_equal(take(step, rows[step]), batch):
+                if name not in PACKED.values() and not np.array_equal(
+                    take(step, rows[step]), batch
+                ):
                     raise SystemExit(f"{name} reads other rows.")
             before = time.process_time()
             for step, batch_rows in enumerate(rows):
@@ -123,25 +142,31 @@ def print_waits(opened: cache.TokenCache, num_batches: int) -> None:
     )
 
 
-def contenders(root: Path, tokens: np.ndarray, opened: cache.TokenCache) -> dict[str, Contender]:
+def contenders(
+    flat: Path, opened: cache.TokenCache, packed: Mapping[int, cache.TokenCache]
+) -> dict[str, Contender]:
     """Returns what is compared: each takes a step and its rows and returns the batch."""
     loader = TrainLoader(opened, DataOrderConfig(), BATCH)
-    flat = root / "flat.bin"
-    tokens.tofile(flat)
+    tokens = np.fromfile(flat, np.uint16)
     mapped = np.memmap(flat, np.uint16, "r").reshape(-1, LENGTH)
     features = datasets.Features({"tokens": datasets.List(datasets.Value("uint16"), LENGTH)})
     column = {"tokens": tokens.reshape(-1, LENGTH)}
     peer = datasets.Dataset.from_dict(column, features=features).with_format("numpy")
-    packed = cache.TokenCache.open(root / "documents", root)
-    num_packed = packed.num_rows("train")
+    of_documents = {PACKED[mean]: packed_contender(one) for mean, one in packed.items()}
     return {
         "training loader, order included": lambda step, rows: loader.batch(step).tokens,
         "token cache, rows given": lambda step, rows: opened.rows("train", rows).tokens,
-        PACKED: lambda step, rows: packed.rows("train", rows % num_packed).tokens,
+        **of_documents,
         "numpy memmap, uint16 as stored": lambda step, rows: mapped[rows],
         "numpy memmap, to int32": lambda step, rows: mapped[rows].astype(np.int32),
         "datasets, numpy format": lambda step, rows: peer[rows.tolist()]["tokens"],
     }
+
+
+def packed_contender(packed: cache.TokenCache) -> Contender:
+    """Returns what takes rows of packed documents."""
+    num_rows = packed.num_rows("train")
+    return lambda step, rows: packed.rows("train", rows % num_rows).tokens
 
 
 def print_line(**values: object) -> None:

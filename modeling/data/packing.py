@@ -13,8 +13,8 @@ a row in that of the stream.
 
 So rows are a pure function of the documents' lengths, and are not stored: an index has four figures
 a window, one of them the digest of its rows. Whoever reads a row lays its window again, once, in
-milliseconds, and compares the digest. That takes 12 bytes of memory a piece and 8 a row, of the
-windows that rows were asked of.
+milliseconds, and compares the digest. That takes 16 bytes of memory a piece and 24 a row, of the
+windows that rows were asked of, and 16 of each again for loss masks.
 """
 
 import hashlib
@@ -29,6 +29,7 @@ from jaxtyping import Int32, Int64, Integer
 from modeling.data.config import LongDocuments
 from modeling.data.rows import PADDING_SEGMENT, Rows
 from modeling.data.shards import FlatTokens
+from modeling.data.spans import NOWHERE
 
 WINDOW_TOKENS = 1 << 24
 WINDOW_ROWS = 64
@@ -311,17 +312,15 @@ class PackedRows:
         self._first_documents, self._first_pieces, self._first_rows = firsts.T
         self._documents = documents
         self._packer = Packer(sequence_length, long_documents)
-        self._tokens = tokens
-        self._loss_mask = loss_mask
         self._length = sequence_length
-        self._padding_id = padding_id
-        # What is never written takes no memory.
-        num_pieces, num_rows = int(self._first_pieces[-1]), int(self._first_rows[-1])
-        self._pieces = Pieces(
-            np.empty(num_rows + 1, np.int64),
-            np.empty(num_pieces, np.int64),
-            np.empty(num_pieces, np.int32),
-        )
+        self._spans = tokens.spans(padding_id, sequence_length)
+        self._mask_spans = None if loss_mask is None else loss_mask.spans(0, sequence_length)
+        # Each row has its padding as a last span. What is never written takes no memory.
+        num_rows = int(self._first_rows[-1])
+        shape = int(self._first_pieces[-1]) + num_rows, 4
+        self._bounds = np.empty(num_rows + 1, np.int64)
+        self._views = np.empty(shape, np.int32)
+        self._mask_views = np.empty(shape if self._mask_spans else (0, 4), np.int32)
         self._is_laid = np.zeros(len(windows), bool)
 
     def __len__(self) -> int:
@@ -329,8 +328,17 @@ class PackedRows:
 
     def pieces(self) -> Pieces:
         """Returns which spans of the stream all rows have."""
-        self._lay(np.arange(len(self._windows)))
-        return self._pieces
+        windows = [self._packed(window) for window in range(len(self._windows))]
+        nothing = Pieces(np.zeros(1, np.int64), np.zeros(0, np.int64), np.zeros(0, np.int32))
+        found = [nothing, *windows]
+        ends = np.cumsum([0, *(int(pieces.bounds[-1]) for pieces in found)])
+        return Pieces(
+            np.concatenate(
+                [nothing.bounds, *(p.bounds[1:] + e for p, e in zip(found, ends, strict=False))]
+            ),
+            np.concatenate([pieces.starts for pieces in found]),
+            np.concatenate([pieces.lengths for pieces in found]),
+        )
 
     def gather(self, indices: Integer[np.ndarray, " rows"]) -> Rows:
         """Returns the rows at `indices`, with nothing done row by row in Python.
@@ -347,44 +355,54 @@ class PackedRows:
         return self._laid_out(rows)
 
     def _lay(self, windows: Int64[np.ndarray, " windows"]) -> None:
-        """Makes the pieces of windows known. Threads may do so at once: both write the same."""
+        """Makes the spans of windows known. Threads may do so at once: both write the same."""
         for window in windows[~self._is_laid[windows]].tolist():
-            first, stop = self._first_documents[window : window + 2].tolist()
-            pieces, _ = self._packer.pack(self._documents, first, stop)
-            if Window.of(stop - first, pieces) != self._windows[window]:
-                raise ValueError(
-                    f"documents {first} to {stop - 1} give other packed rows than when the token "
-                    f"cache was built: it is damaged, or made by another version of this program. "
-                    f"Build it again."
-                )
-            row, piece = int(self._first_rows[window]), int(self._first_pieces[window])
-            all_pieces, here = self._pieces, slice(piece, piece + len(pieces.starts))
-            all_pieces.bounds[row : row + len(pieces) + 1] = pieces.bounds + piece
-            all_pieces.starts[here] = pieces.starts
-            all_pieces.lengths[here] = pieces.lengths
+            pieces = self._packed(window)
+            row, num_rows = int(self._first_rows[window]), len(pieces)
+            first = int(self._first_pieces[window]) + row
+            here = slice(first, first + len(pieces.starts) + num_rows)
+            ends = pieces.bounds[1:]
+            room = self._length - np.add.reduceat(pieces.lengths, pieces.bounds[:-1])
+            starts = np.insert(pieces.starts, ends, NOWHERE)
+            lengths = np.insert(pieces.lengths, ends, room)
+            bounds = self._bounds[row : row + num_rows + 1]
+            np.add(pieces.bounds, np.arange(first, first + num_rows + 1), out=bounds)
+            self._views[here] = self._spans.views(starts, lengths)
+            if self._mask_spans is not None:
+                self._mask_views[here] = self._mask_spans.views(starts, lengths)
             self._is_laid[window] = True
 
+    def _packed(self, window: int) -> Pieces:
+        """Returns the rows of a window, making sure that they are those of the index."""
+        first, stop = self._first_documents[window : window + 2].tolist()
+        pieces, _ = self._packer.pack(self._documents, first, stop)
+        if Window.of(stop - first, pieces) != self._windows[window]:
+            raise ValueError(
+                f"documents {first} to {stop - 1} give other packed rows than when the token "
+                f"cache was built: it is damaged, or made by another version of this program. "
+                f"Build it again."
+            )
+        return pieces
+
     def _laid_out(self, rows: Int64[np.ndarray, " rows"]) -> Rows:
-        """Returns rows whose windows are laid; each gets a last span, its padding."""
-        pieces, shape = self._pieces, (len(rows), self._length)
-        first = pieces.bounds[rows]
-        spans = pieces.bounds[rows + 1] - first + 1
-        last = np.cumsum(spans) - 1
-        number = np.arange(last[-1] + 1) - np.repeat(last - spans, spans)  # from 1 in each row
+        """Returns rows whose windows are laid."""
+        shape = len(rows), self._length
+        first = self._bounds[rows]
+        spans = self._bounds[rows + 1] - first
+        ends = np.cumsum(spans)
+        number = np.arange(1, ends[-1] + 1) - np.repeat(ends - spans, spans)  # from 1 in each row
         at = number + np.repeat(first - 1, spans)
-        # What is read for the last span may be the next row's or nothing, and is replaced.
-        starts, lengths = (
-            column.take(at, mode="clip") for column in (pieces.starts, pieces.lengths)
-        )
-        number[last], starts[last], lengths[last] = PADDING_SEGMENT, -1, 0
-        lengths[last] = self._length - np.add.reduceat(lengths, last - spans + 1)
+        number[ends - 1] = PADDING_SEGMENT
+        views = self._views.take(at, axis=0)
+        lengths = self._spans.lengths(views)
         segment_ids = np.repeat(number.astype(np.int32), lengths).reshape(shape)
-        tokens = self._tokens.gather_spans(starts, lengths, self._padding_id).reshape(shape)
-        if self._loss_mask is None:
+        tokens = self._spans.joined(views).reshape(shape).astype(np.int32)
+        if self._mask_spans is None:
             loss_mask = segment_ids != PADDING_SEGMENT
         else:
-            loss_mask = self._loss_mask.gather_spans(starts, lengths, 0).reshape(shape) != 0
-        return Rows(tokens.astype(np.int32), segment_ids, loss_mask)
+            mask = self._mask_spans.joined(self._mask_views.take(at, axis=0))
+            loss_mask = mask.reshape(shape) != 0
+        return Rows(tokens, segment_ids, loss_mask)
 
 
 def _ranges(

@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32, Int64, Integer, UInt8
 
+from modeling.data.spans import SpanTable
 from modeling.merkle import BLOCK_BYTES, prefix_root
 
 Ids = Integer[np.ndarray, "_"]
@@ -224,25 +225,9 @@ class FlatTokens:
         rows[order] = found
         return rows
 
-    def gather_spans(
-        self,
-        starts: Integer[np.ndarray, " spans"],
-        lengths: Integer[np.ndarray, " spans"],
-        fill: int,
-    ) -> Ids:
-        """Returns spans of different lengths end to end, as stored; each lies in one shard.
-
-        A span that starts at -1 has no place in the stream, and is filled with `fill`.
-        """
-        shard = np.searchsorted(self._starts, starts, side="right") - 1  # -1 for what has no place
-        local = starts - self._starts[shard]
-        is_filler = starts < 0
-        local[is_filler] = 0
-        filler = np.full(lengths[is_filler].max(initial=0), fill, self._dtype)
-        parts = [*self._parts, filler]
-        # Spans are copied faster one by one, for all that Python costs, than by an index of ids.
-        spans = zip(shard.tolist(), local.tolist(), (local + lengths).tolist(), strict=True)
-        return np.concatenate([parts[part][start:stop] for part, start, stop in spans])
+    def spans(self, filler: int, longest: int) -> SpanTable:
+        """Returns what copies spans of different lengths: see `SpanTable`."""
+        return SpanTable(self._parts, self._dtype, filler, longest)
 
     def _blocks_of(
         self, length: int
