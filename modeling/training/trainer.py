@@ -59,7 +59,7 @@ from modeling.training.continuation import (
 from modeling.training.feasibility import profiled_steps
 from modeling.training.hooks import Decode, Hooks, Setting
 from modeling.training.leaves import HostLeaf, HostMemory, fetched, named_leaves, snapshot
-from modeling.training.manifest import CheckpointError, Manifest
+from modeling.training.manifest import CheckpointError, Manifest, pieces
 from modeling.training.memory import (
     DeviceMemoryError,
     StateMemory,
@@ -794,7 +794,9 @@ def require_finite(update: int, metrics: Metrics, names: tuple[str, ...]) -> Non
 
 def _require_finite_state(update: int, leaves: Sequence[HostLeaf]) -> None:
     for leaf in leaves:
-        if not all(np.isfinite(chunk).all() for chunk in leaf.chunks.values()):
+        # Piece by piece: the answers for all numbers at once would fill a quarter of their memory.
+        parts = (part for chunk in leaf.chunks.values() for part in pieces(chunk))
+        if not all(np.isfinite(part.view(leaf.dtype)).all() for part in parts):
             raise NonFiniteError(
                 f"step {update}: `{leaf.path}` is not finite after the update; it was not saved. "
                 f"Lower optimizer.learning_rate, or compute in float32."

@@ -24,8 +24,8 @@ from modeling.training import checkpoint, history, retention, trainer
 from modeling.training.accounting import read_ledger
 from modeling.training.compile_cache import open_compile_cache
 from modeling.training.continuation import require_same_science, science_of
-from modeling.training.leaves import named_leaves
-from modeling.training.manifest import CheckpointError, array_sha256
+from modeling.training.leaves import named_leaves, snapshot
+from modeling.training.manifest import PIECE_BYTES, CheckpointError, array_sha256
 from modeling.training.peak import Peak
 from modeling.training.pins import pinned
 from modeling.training.reading import verify
@@ -583,6 +583,16 @@ def test_a_loss_that_is_no_number_stops_the_run_at_its_step_and_saves_nothing_of
     failed_at = int(str(error.value).split(":")[0].split()[1])
     saved = [int(p.name[5:11]) for p in space.progress.rglob("step-*") if (p / "COMMIT").exists()]
     assert all(step < failed_at for step in saved)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_number_that_is_none_is_found_wherever_it_is_in_the_state(dtype):
+    state = {"counts": jnp.arange(3), "w": jnp.ones((3, PIECE_BYTES // 2), dtype)}
+    trainer._require_finite_state(7, snapshot(state))
+    for index in ((0, 0), (1, 5), (2, -1)):
+        spoiled = state | {"w": state["w"].at[index].set(jnp.inf)}
+        with pytest.raises(NonFiniteError, match="step 7: `w` is not finite"):
+            trainer._require_finite_state(7, snapshot(spoiled))
 
 
 def test_the_first_gradient_that_is_not_finite_is_named():
