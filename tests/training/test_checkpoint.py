@@ -24,7 +24,7 @@ from haliax.axis import Axis
 from haliax.core import NamedArray
 from modeling.artifacts import DiskFullError
 from modeling.experiment import ConfigError, validate
-from modeling.training import checkpoint
+from modeling.training import checkpoint, retention
 from modeling.training.config import TrainerConfig
 from modeling.training.leaves import HostMemory, fetched, leaf_shardings, named_leaves, snapshot
 from modeling.training.manifest import CheckpointError
@@ -350,7 +350,7 @@ def steps_on_disk(directory):
 
 def test_the_newest_is_the_highest_step_whatever_the_clock_says(tmp_path):
     with open_checkpoints(tmp_path, keep=3) as checkpoints:
-        save_all(checkpoints, [10, 1000000, 9])
+        save_all(checkpoints, [999999, 1000000, 9])
         assert checkpoints.manifest(checkpoints.newest()).step == 1000000
     with open_checkpoints(tmp_path, keep=3) as checkpoints:
         newest = checkpoints.newest()
@@ -363,6 +363,26 @@ def test_two_or_more_verified_ones_are_kept(tmp_path):
     assert steps_on_disk(tmp_path) == [3, 4]
     with pytest.raises(ValueError, match="keep at least 2"), open_checkpoints(tmp_path, keep=1):
         pass
+
+
+def test_those_of_the_lowest_steps_go_however_many_digits_they_have(tmp_path):
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [9, 999999, 1000000, 1000001])
+    assert steps_on_disk(tmp_path) == [1000000, 1000001]
+
+
+def test_an_attempt_that_died_is_not_written_into_and_goes_when_its_step_is_done(tmp_path):
+    """What is beyond the step is being written by the rest of a crew, or will be."""
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [3])
+    (died,) = tmp_path.glob("step-*")
+    (died / "COMMIT").unlink()
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_all(checkpoints, [1, 2])
+        assert died.exists()
+        save_all(checkpoints, [3])
+    assert not died.exists()
+    assert steps_on_disk(tmp_path) == [2, 3]
 
 
 def test_a_damaged_one_is_told_passed_over_and_never_counted_as_kept(tmp_path, caplog):
@@ -710,8 +730,16 @@ def test_a_pin_that_comes_while_its_step_is_being_retired_is_heeded(tmp_path, mo
                 mark(tmp_path, 1, "just now")
             return moved
 
+        synced, sync = [], retention.sync_directory
+
+        def noted(path):
+            sync(path)
+            synced.append([path, (path / "COMMIT").exists()])
+
+        monkeypatch.setattr(retention, "sync_directory", noted)
         monkeypatch.setattr(Path, "rename", rename_and_pin)
         save_all(checkpoints, [3])
+    assert synced == [[next(tmp_path.glob("step-000001.*")), True]], "the disk has it back, too"
     assert steps_on_disk(tmp_path) == [1, 2, 3]
 
 

@@ -12,6 +12,7 @@ import fsspec
 import pytest
 
 from modeling.artifacts import ArtifactStore, Built, Progress, Recipe, Workspace
+from modeling.training import checkpoint
 from modeling.training.manifest import CheckpointError
 from modeling.training.pins import mark, pin, pinned, unpin
 from modeling.training.reading import read_manifest
@@ -293,6 +294,32 @@ def test_retirement_counts_what_verifies_in_the_store_not_what_has_a_commit(tmp_
         assert "model.up/c.0.0 holds other bytes than were written" in caplog.text
         save_all(there, [5])
     assert steps_there(url) == [5, 4]
+
+
+def test_what_is_beyond_the_step_that_was_sent_is_not_retired(tmp_path):
+    """Another machine may have come further; there are but too many of them."""
+    url = f"memory://{uuid.uuid4().hex}"
+    with open_checkpoints(tmp_path / "a", keep=4, remote=url) as here:
+        save_all(here, [1, 2, 5, 6, 7])
+    RemoteCheckpoints(url).retire(2, 4, is_pinned=lambda step: False)
+    assert steps_there(url) == [7, 6, 5]
+
+
+def test_what_the_local_disk_spoils_is_not_sent(tmp_path, monkeypatch):
+    url, write = f"memory://{uuid.uuid4().hex}", checkpoint.write
+
+    def spoiled(path, *args, **how):
+        manifest = write(path, *args, **how)
+        (path / "arrays/model.up/c.0.0").write_bytes(bytes(8 * 4 * 4 + 4))
+        return manifest
+
+    monkeypatch.setattr(checkpoint, "write", spoiled)
+    with (
+        pytest.raises(CheckpointError, match=r"model\.up/c\.0\.0"),
+        open_checkpoints(tmp_path, keep=2, remote=url) as here,
+    ):
+        save_all(here, [1])
+    assert files_there(url, 1)[1] == []
 
 
 def test_a_listing_that_comes_late_costs_no_checkpoint(tmp_path):
