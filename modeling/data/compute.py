@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -88,7 +89,6 @@ class Encoding:
 
     def policy(self, split: str) -> str:
         """Digest of what the units of a split are encoded by: part of the key of each."""
-        digests = {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
         document_format = self.formats[split]
         rendering = dict(document_format.rendering())
         if self.has_loss_mask and document_format.learns_all:
@@ -96,17 +96,22 @@ class Encoding:
         if split in self.skipping:
             rendering["on_error"] = "skip"
         library = tokenizers.__version__
-        return canonical.digest("encoding/1", [self.config, rendering, digests, library])
+        return canonical.digest("encoding/1", [self.config, rendering, self._digests, library])
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {name: hashlib.sha256(data).hexdigest() for name, data in self.files.items()}
 
     def encoders(self, tokenizer: Tokenizer | PassthroughTokenizer) -> dict[str, DocumentEncoder]:
         """Returns what encodes the documents of each split, by the tokenizer of these files."""
-        by_policy = {
-            self.policy(split): document_encoder(
+        policies = {split: self.policy(split) for split in self.formats}
+        of_policy = {
+            policy: document_encoder(
                 tokenizer, self.config, self.formats[split], has_loss_mask=self.has_loss_mask
             )
-            for split in self.formats
+            for policy, split in {policy: split for split, policy in policies.items()}.items()
         }
-        return {split: by_policy[self.policy(split)] for split in self.formats}
+        return {split: of_policy[policy] for split, policy in policies.items()}
 
     def open(self) -> dict[str, DocumentEncoder]:
         """Returns the encoders, wherever this has travelled."""
@@ -326,12 +331,9 @@ def _run_task(
 def _end_of_batch(texts: list[Text], start: int) -> int:
     """Returns where a batch ends; a document of many pieces has one of its own."""
     stop, num_bytes = start + 1, len(texts[start])
-    while (
-        stop < len(texts)
-        and stop - start < _BATCH_DOCUMENTS
-        and num_bytes < min(_BATCH_BYTES, PIECE_BYTES)
-        and len(texts[stop]) <= PIECE_BYTES
-    ):
+    most = min(start + _BATCH_DOCUMENTS, len(texts))
+    limit = min(_BATCH_BYTES, PIECE_BYTES)
+    while stop < most and num_bytes < limit and len(texts[stop]) <= PIECE_BYTES:
         num_bytes += len(texts[stop])
         stop += 1
     return stop

@@ -11,12 +11,12 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, islice
+from itertools import chain, islice, repeat
 from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64, Integer, UInt8
+from jaxtyping import Int32, Int64, Integer, UInt8
 
 from modeling.data.chat import ChatTemplate, Piece, TemplateProblem
 from modeling.data.config import TokenizationConfig
@@ -196,18 +196,25 @@ class WordEncoder:
 
     def _ids_of(self, words: list[bytes]) -> pa.ListArray:
         """Returns the ids of each word, a row a word; the library is asked for new ones."""
-        new = [word for word in words if word not in self._known]
+        rows = self._rows_of(words)
+        (new,) = np.nonzero(rows < 0)
         if len(self._known) + len(new) > _MAX_KNOWN_WORDS or len(self._tokens) > _MAX_KNOWN_IDS:
             self._forget()
-            new = [word for word in words if word not in self._known]
-        if new:
-            encoded = self._encode_new(new)
+            rows = self._rows_of(words)
+            (new,) = np.nonzero(rows < 0)
+        if len(new):
+            unknown = [words[index] for index in new.tolist()]
+            encoded = self._encode_new(unknown)
             first = len(self._known)
-            self._known.update(zip(new, range(first, first + len(new)), strict=True))
+            self._known.update(zip(unknown, range(first, first + len(new)), strict=True))
             self._bounds = np.append(self._bounds, len(self._tokens) + np.cumsum(encoded.lengths))
             self._tokens = np.append(self._tokens, encoded.tokens)
-        rows = np.fromiter(map(self._known.__getitem__, words), np.int32, len(words))
+            rows[new] = np.arange(first, first + len(new))
         return self._table().take(_array(rows))
+
+    def _rows_of(self, words: list[bytes]) -> Int32[np.ndarray, " words"]:
+        """Returns the row of each word in the table, or -1."""
+        return np.fromiter(map(self._known.get, words, repeat(-1)), np.int32, len(words))
 
     def _encode_new(self, words: list[bytes]) -> Encoded:
         """Returns the ids of words: of most at once, of others by the model, then the library."""

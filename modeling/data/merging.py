@@ -4,15 +4,16 @@
             lo w e r        joined, the leftmost first, until no two neighbours have one
             low er          (Sennrich et al. 2016, arXiv:1508.07909)
 
-Words of one length are rows of a matrix of ids. In each round every row that still has a merge
-makes one, so that all rows that go on are one id shorter; the others are done. The ranks of pairs
-are found in a hash table of arrays, with linear probing.
+Words of n symbols are the columns of a matrix of n rows. All that still have a merge make one, and
+go on with those that had one symbol less from the beginning, until n is 1; so there are as many
+steps as the longest word has bytes, whatever the number of words. The ranks of pairs are found in a
+hash table, with linear probing; those of two bytes, which each word begins with, in a table of all.
 
 That is the library's order where no two merges give the same token: else its queue may take one for
 the other, and such vocabularies (those that come from tiktoken) are left to it.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,14 +21,21 @@ from jaxtyping import Int32, Int64, UInt8
 
 from modeling.data.vocabularies import BYTE_SPELLING
 
-Words = Int32[np.ndarray, "words symbols"]
-Ranks = Int32[np.ndarray, "words symbols-1"]
-_NO_MERGE = np.iinfo(np.int32).max
+Symbols = Int32[np.ndarray, "_ _"]
+"""A column for each word, a row for each symbol in it."""
+Pairs = Int32[np.ndarray, "_ _"]
+"""Of each two neighbours the rank of their merge and, in the last bits, their place in the word: so
+the least of a column is the merge to make."""
 _LONGEST_WORD = 32
-_FEWEST_WORDS_A_BYTE = 4
+_FEWEST_WORDS = 64
+_WORDS_AT_ONCE = 1 << 15
 _SLOTS_A_MERGE = 8
 _HASH = np.uint64(0x9E3779B97F4A7C15)  # of the golden ratio: Knuth, volume 3, section 6.4
+_ID_BITS, _RANK_BITS, _PLACE_BITS = 20, 24, 5
 _NO_PAIR = np.uint64(0xFFFFFFFFFFFFFFFF)
+_NO_MERGE = np.int32((1 << _RANK_BITS) - 1)
+_LEAST_WITHOUT = np.int32((int(_NO_MERGE) << _PLACE_BITS) - _LONGEST_WORD)
+"""No pair with a merge is as much; those without are, also after they have moved in their word."""
 
 
 class WordMerger:
@@ -36,9 +44,18 @@ class WordMerger:
     def __init__(self, vocab: Mapping[str, int], merges: Sequence[Sequence[str]]) -> None:
         """Takes the id of each token, all bytes among them, and the pairs by rank."""
         self._of_byte = np.array([vocab[symbol] for symbol in BYTE_SPELLING], np.int32)
-        pairs = np.array([(vocab[a], vocab[b], vocab[a + b]) for a, b in merges], np.int32)
-        first, second, self._merged = pairs.reshape(-1, 3).T
+        columns = *zip(*merges, strict=True), map("".join, merges)
+        first, second, self._merged = (
+            np.fromiter(map(vocab.__getitem__, symbols), np.int32, len(merges))
+            for symbols in columns
+        )
         self._build_table(_keys(first, second))
+        byte_of = np.full(1 + max(vocab.values()), -1, np.int32)
+        byte_of[self._of_byte] = np.arange(256)
+        (ranks,) = np.nonzero((byte_of[first] >= 0) & (byte_of[second] >= 0))
+        self._pair_of_bytes = np.full(1 << 16, _NO_MERGE << _PLACE_BITS)
+        of_bytes = byte_of[first[ranks]] << 8 | byte_of[second[ranks]]
+        self._pair_of_bytes[of_bytes] = ranks << _PLACE_BITS
 
     @classmethod
     def of(cls, model: Mapping[str, Any]) -> "WordMerger | None":
@@ -46,103 +63,147 @@ class WordMerger:
         if not _is_plain(model):
             return None
         merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        if len({a + b for a, b in merges}) != len(merges):
+        has_room = max(model["vocab"].values()) < 1 << _ID_BITS and len(merges) < _NO_MERGE
+        if not (merges and has_room):
             return None
-        return cls(model["vocab"], merges)
+        merger = cls(model["vocab"], merges)
+        is_each_made_once = len(np.unique(merger._merged)) == len(merges)
+        return merger if is_each_made_once else None
 
     def encode(
         self, words: Sequence[bytes]
     ) -> tuple[Int32[np.ndarray, " ids"], Int64[np.ndarray, " words"]]:
         """Returns the ids of words end to end, and how many each has; 0 for those left out.
 
-        Long words are left out, and those of a length that few have: not worth an array.
+        Long words are left out, and a few alone: not worth an array.
         """
         num_bytes = np.fromiter(map(len, words), np.int64, len(words))
         starts = np.cumsum(num_bytes) - num_bytes
         text = np.frombuffer(b"".join(words), np.uint8)
-        found: list[tuple[np.ndarray, np.ndarray]] = []
-        for length, count in enumerate(np.bincount(num_bytes)[: _LONGEST_WORD + 1].tolist()):
-            if length and count >= _FEWEST_WORDS_A_BYTE * length:
-                rows = np.flatnonzero(num_bytes == length)
-                found += self._merge(rows, text[starts[rows, None] + np.arange(length)])
         lengths = np.zeros(len(words), np.int64)
+        (taken,) = np.nonzero((num_bytes > 0) & (num_bytes <= _LONGEST_WORD))
+        if len(taken) < _FEWEST_WORDS:
+            return np.empty(0, np.int32), lengths
+        # Those that go on together lie together, in as little memory as the processor is near to.
+        taken = taken[np.argsort(num_bytes[taken].astype(np.uint8), kind="stable")]
+        found: list[tuple[np.ndarray, np.ndarray]] = []
+        for first in range(0, len(taken), _WORDS_AT_ONCE):
+            some = taken[first : first + _WORDS_AT_ONCE]
+            found += self._encoded(some, text, starts[some], num_bytes[some])
         for rows, symbols in found:
-            lengths[rows] = symbols.shape[1]
+            lengths[rows] = len(symbols)
         firsts = np.cumsum(lengths) - lengths
         ids = np.empty(int(lengths.sum()), np.int32)
         for rows, symbols in found:
-            ids[firsts[rows, None] + np.arange(symbols.shape[1])] = symbols
+            ids[firsts[rows] + np.arange(len(symbols))[:, None]] = symbols
         return ids, lengths
 
-    def _merge(
-        self, rows: Int64[np.ndarray, " words"], spelled: UInt8[np.ndarray, "words bytes"]
-    ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """Returns the ids of words of one length, with the rows that they are of, by length."""
-        symbols, found = self._of_byte[spelled], []
-        ranks = self._ranks(symbols[:, :-1], symbols[:, 1:])
-        while symbols.shape[1] > 1:
-            at = ranks.argmin(1)
-            rank = ranks[np.arange(len(at)), at]
-            goes_on = rank != _NO_MERGE
-            if not goes_on.all():
-                found.append((rows[~goes_on], symbols[~goes_on]))
-                rows, symbols, ranks, at, rank = (
-                    column[goes_on] for column in (rows, symbols, ranks, at, rank)
+    def _encoded(
+        self,
+        rows: Int64[np.ndarray, " words"],
+        text: UInt8[np.ndarray, " bytes"],
+        starts: Int64[np.ndarray, " words"],
+        num_bytes: Int64[np.ndarray, " words"],
+    ) -> Iterator[tuple[Int64[np.ndarray, "_"], Symbols]]:
+        """Yields the ids of words that lie sorted by length, with the rows that they are of."""
+        longest = int(num_bytes[-1])
+        ends = np.searchsorted(num_bytes, np.arange(longest + 2))
+        nobody = np.empty(0, np.int64)
+        going_on = nobody, np.empty((longest, 0), np.int32), np.empty((longest - 1, 0), np.int32)
+        for length in range(longest, 1, -1):
+            here = slice(ends[length], ends[length + 1])
+            begun = self._begun(text[starts[here] + np.arange(length)[:, None]])
+            columns = ((rows[here], *begun), going_on)
+            of, symbols, pairs = (
+                np.concatenate(two, axis=-1) for two in zip(*columns, strict=True)
+            )
+            least = pairs.min(0)
+            has_merge = least < _LEAST_WITHOUT
+            (done,), (left,) = np.nonzero(~has_merge), np.nonzero(has_merge)
+            if len(done):
+                yield of[done], symbols.take(done, axis=1)
+                of, symbols, pairs, least = (
+                    column.take(left, axis=-1) for column in (of, symbols, pairs, least)
                 )
-            if not len(rows):
-                return found
-            symbols, ranks = self._merged_at(at, rank, symbols, ranks)
-        return [*found, (rows, symbols)]
+            going_on = of, *self._merged_at(least, symbols, pairs)
+        of, symbols, _ = going_on
+        yield of, symbols
+        here = slice(ends[1], ends[2])
+        yield rows[here], self._of_byte[text[starts[here]]][None]
+
+    def _begun(self, spelled: UInt8[np.ndarray, "symbols words"]) -> tuple[Symbols, Pairs]:
+        """Returns words of one length as bytes, and the pairs of these."""
+        pair = spelled[:-1].astype(np.uint16) << 8 | spelled[1:]
+        places = np.arange(len(pair), dtype=np.int32)[:, None]
+        return self._of_byte[spelled], self._pair_of_bytes[pair] + places
 
     def _merged_at(
-        self, at: np.ndarray, rank: np.ndarray, symbols: Words, ranks: Ranks
-    ) -> tuple[Int32[np.ndarray, "words symbols-1"], Int32[np.ndarray, "words symbols-2"]]:
-        """Makes one merge in each row; returns the ids that are left and the ranks of pairs."""
-        place, row = np.arange(symbols.shape[1] - 1), np.arange(len(at))
-        symbols[row, at] = self._merged[rank]
-        symbols = np.where(place > at[:, None], symbols[:, 1:], symbols[:, :-1])
-        ranks = np.where(place[:-1] >= at[:, None], ranks[:, 1:], ranks[:, :-1])
-        for has_pair, first in ((at > 0, at - 1), (at < len(place) - 1, at)):
-            row_of, first = row[has_pair], first[has_pair]
-            ranks[row_of, first] = self._ranks(symbols[row_of, first], symbols[row_of, first + 1])
-        return symbols, ranks
+        self, least: Int32[np.ndarray, " words"], symbols: Symbols, pairs: Pairs
+    ) -> tuple[Symbols, Pairs]:
+        """Makes one merge in each word; returns the symbols that are left and their pairs."""
+        at, merged = least & ((1 << _PLACE_BITS) - 1), self._merged[least >> _PLACE_BITS]
+        num_pairs, num_words = pairs.shape
+        is_after = (at - np.arange(num_pairs, dtype=np.int32)[:, None]) >> 31
+        symbols = _chosen(is_after, symbols[1:], symbols[:-1])
+        pairs = _chosen(is_after[1:], pairs[1:] - 1, pairs[:-1])
+        word = np.arange(num_words)
+        place = at * np.int64(num_words) + word
+        flat, flat_pairs = symbols.reshape(-1), pairs.reshape(-1)
+        flat[place] = merged
+        (has_left,), (has_right,) = np.nonzero(at > 0), np.nonzero(at < num_pairs - 1)
+        left, right = place[has_left] - num_words, place[has_right]
+        beside = np.concatenate([left, right])
+        first, second = flat[beside], flat[beside + num_words]
+        found = self._ranks(first, second) << _PLACE_BITS
+        flat_pairs[beside] = found | np.concatenate([at[has_left] - 1, at[has_right]])
+        return symbols, pairs
 
     def _build_table(self, keys: np.ndarray) -> None:
-        """Puts each pair at its hash, or at the next slot that is free."""
+        """Puts each pair, with its rank, at its hash, or at the next slot that is free."""
         bits = max(int(_SLOTS_A_MERGE * len(keys)).bit_length(), 4)
         self._shift, self._mask = np.uint64(64 - bits), (1 << bits) - 1
         self._slots = np.full(1 << bits, _NO_PAIR)
-        self._rank_of_slot = np.full(1 << bits, _NO_MERGE, np.int32)
-        slot, rank = self._hashed(keys), np.arange(len(keys), dtype=np.int32)
-        while len(keys):
+        slot = self._hashed(keys)
+        entries = keys << np.uint64(_RANK_BITS) | np.arange(len(keys), dtype=np.uint64)
+        while len(entries):
             is_free = self._slots[slot] == _NO_PAIR
-            self._slots[slot[is_free]] = keys[is_free]  # of several the last one stays
-            self._rank_of_slot[slot[is_free]] = rank[is_free]
-            waits = self._slots[slot] != keys
-            keys, rank, slot = keys[waits], rank[waits], (slot[waits] + 1) & self._mask
+            self._slots[slot[is_free]] = entries[is_free]  # of several the last one stays
+            waits = self._slots[slot] != entries
+            entries, slot = entries[waits], (slot[waits] + 1) & self._mask
 
     def _hashed(self, keys: np.ndarray) -> Int64[np.ndarray, "..."]:
         return ((keys * _HASH) >> self._shift).astype(np.int64)
 
-    def _ranks(self, first: np.ndarray, second: np.ndarray) -> Int32[np.ndarray, "..."]:
+    def _ranks(self, first: np.ndarray, second: np.ndarray) -> Int32[np.ndarray, " pairs"]:
         """Returns the rank of each pair of ids, or `_NO_MERGE`."""
-        shape, keys = first.shape, _keys(first, second).ravel()
+        keys = _keys(first, second)
         slot = self._hashed(keys)
-        ranks = self._rank_of_slot[slot]
         found = self._slots[slot]
-        (asked,) = np.nonzero((found != keys) & (found != _NO_PAIR))
-        ranks[asked] = _NO_MERGE
+        is_other = found >> np.uint64(_RANK_BITS) != keys
+        ranks = found.astype(np.int32) & _NO_MERGE | is_other * _NO_MERGE
+        (asked,) = np.nonzero(is_other & (found != _NO_PAIR))
         while len(asked):
             slot[asked] = (slot[asked] + 1) & self._mask
             found = self._slots[slot[asked]]
-            is_it = found == keys[asked]
-            ranks[asked[is_it]] = self._rank_of_slot[slot[asked[is_it]]]
+            is_it = found >> np.uint64(_RANK_BITS) == keys[asked]
+            ranks[asked[is_it]] = found[is_it].astype(np.int32) & _NO_MERGE
             asked = asked[~is_it & (found != _NO_PAIR)]
-        return ranks.reshape(shape)
+        return ranks
 
 
 def _keys(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    return first.astype(np.uint64) << np.uint64(32) | second.astype(np.uint64)
+    return first.astype(np.uint64) << np.uint64(_ID_BITS) | second.astype(np.uint64)
+
+
+def _chosen(is_first: Symbols, first: Symbols, second: Symbols) -> Symbols:
+    """Returns `first` where all bits of `is_first` are set, `second` where none is.
+
+    `np.where` takes four times as long for what has no order.
+    """
+    chosen = first ^ second
+    chosen &= is_first
+    chosen ^= second
+    return chosen
 
 
 def _is_plain(model: Mapping[str, Any]) -> bool:

@@ -33,7 +33,7 @@ import numpy as np
 from jaxtyping import Bool, Int64, UInt8
 from tokenizers import Regex, pre_tokenizers
 
-from modeling.data.pretokens import SEPARATOR, Bytes, code_points_at
+from modeling.data.pretokens import SEPARATOR, Bytes, code_points_at, looked_up
 
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 LLAMA3 = "|".join(
@@ -101,7 +101,7 @@ class CasedSplitter:
         Args:
             text: UTF-8 documents, with a separator byte after each.
         """
-        kinds = self._kind_of_byte[text]
+        kinds = looked_up(text, self._kind_of_byte)
         if not (kinds == _UNKNOWN).any():
             return self._split(text, text, kinds)
         leads = np.flatnonzero((text & 0xC0) != 0x80)

@@ -307,7 +307,7 @@ def unknown_id(tokenizer: Tokenizer | PassthroughTokenizer) -> int | None:
     """Returns the id that a tokenizer gives to text it has no other for; None if it needs none."""
     if isinstance(tokenizer, PassthroughTokenizer):
         return None
-    model = json.loads(tokenizer.backend.to_str())["model"]
+    model = tokenizer.texts.setup["model"]
     if (index := model.get("unk_id")) is not None:  # Unigram
         return index
     return tokenizer.backend.token_to_id(model.get("unk_token") or "")

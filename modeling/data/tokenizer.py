@@ -17,6 +17,7 @@ Nor does a post-processor add any: what begins and ends a document is said by `t
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,7 @@ class Tokenizer:
         self.eos_id = _id_of(backend, eos_token)
         self.texts = Unspelled(backend, self.special_tokens)
         """Gives what encodes texts, which `backend` alone would find special tokens in."""
-        self.vocab_size = 1 + max(backend.get_vocab(with_added_tokens=True).values())
+        self.vocab_size = 1 + _largest_id(self.texts.setup)
         """The number of rows that an embedding needs: one more than the largest id."""
 
     @property
@@ -295,6 +296,13 @@ def _save_passthrough(declared: PassthroughTokenizer, directory: Path) -> Built:
     write_durably(directory / PASSTHROUGH_FILE, asdict(declared))
     facts = {"vocab_size": declared.vocab_size, "eos_id": declared.eos_id}
     return Built(canonical.digest("tokenizer.passthrough/1", asdict(declared)), facts=facts)
+
+
+def _largest_id(setup: Mapping[str, Any]) -> int:
+    """Returns the largest id that a tokenizer, as JSON, gives."""
+    vocab = setup["model"]["vocab"]
+    of_model = vocab.values() if isinstance(vocab, dict) else range(len(vocab))  # Unigram's places
+    return max(chain(of_model, (token["id"] for token in setup["added_tokens"])))
 
 
 def _id_of(backend: tokenizers.Tokenizer, token: str) -> int:

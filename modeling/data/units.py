@@ -68,7 +68,8 @@ def cut_units(batches: Iterable[pa.RecordBatch], limit: int = UNIT_BYTES) -> Ite
         for doc_id, split, text in zip(*columns, _texts(batch, limit), strict=True):
             if split not in splits:
                 splits[split] = _Cutter(split, limit)
-            yield from splits[split].add(doc_id, text)
+            if units := splits[split].add(doc_id, text):
+                yield from units
     for cutter in splits.values():
         yield from cutter.rest()
 
@@ -87,27 +88,30 @@ class _Cutter:
         self._first_of_file = 0
         """Index of the current file's first document; 0 if the unit began with it or within it."""
 
-    def add(self, doc_id: str, text: Text) -> Iterator[Unit]:
-        """Takes the next document; yields the units that it completes."""
+    def add(self, doc_id: str, text: Text) -> list[Unit]:
+        """Takes the next document; returns the units that it completes."""
+        units: list[Unit] = []
         if (file := _file_of(doc_id)) != self._file:
             if self._file_bytes >= self._limit // 2:
-                yield from self.rest()
+                units += self.rest()
             self._file, self._file_bytes, self._first_of_file = file, 0, len(self._texts)
-        if self._lacks_room(text) and self._first_of_file:
-            yield self._take(self._first_of_file)
         if self._lacks_room(text):
-            yield from self.rest()
+            if self._first_of_file:
+                units.append(self._take(self._first_of_file))
+            if self._lacks_room(text):
+                units += self.rest()
+        num_bytes = len(text)
         self._doc_ids.append(doc_id)
         self._texts.append(text)
-        self._num_bytes += len(text)
-        self._file_bytes += len(text)
+        self._num_bytes += num_bytes
+        self._file_bytes += num_bytes
         if self._num_bytes >= self._limit // 8 and self._ends_unit(text):
-            yield from self.rest()
+            units += self.rest()
+        return units
 
-    def rest(self) -> Iterator[Unit]:
-        """Yields what is left, if anything is, as a unit."""
-        if self._texts:
-            yield self._take(len(self._texts))
+    def rest(self) -> list[Unit]:
+        """Returns what is left, if anything is, as a unit."""
+        return [self._take(len(self._texts))] if self._texts else []
 
     def _lacks_room(self, text: Text) -> bool:
         return self._num_bytes + len(text) > self._limit

@@ -97,7 +97,7 @@ def _may_be_spelled(model: Mapping[str, Any], token: str) -> bool:
         return False
     if model["type"] != "BPE" or model.get("ignore_merges") or len(token) == 1:
         return True
-    return any("".join(_parts(pair)) == token for pair in model["merges"])
+    return token in map("".join, map(_parts, model["merges"]))
 
 
 def _parts(merge: Sequence[str] | str) -> Sequence[str]:

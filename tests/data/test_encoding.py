@@ -146,7 +146,7 @@ def test_many_new_words_at_once_get_the_librarys_ids(backend, ignore_merges, mon
     draw = random.Random(5)
     texts = ["".join(draw.choices(PIECES, k=draw.randint(1, 9))) for _ in range(3000)]
     assert_same(fast, other, texts)
-    monkeypatch.setattr(merging, "_FEWEST_WORDS_A_BYTE", 0)
+    monkeypatch.setattr(merging, "_FEWEST_WORDS", 0)
     assert_same(encoder_of(other), other, texts[:300])
 
 

@@ -30,7 +30,7 @@ words = st.lists(
 
 @pytest.fixture(autouse=True)
 def every_word_at_once(monkeypatch):
-    monkeypatch.setattr(merging, "_FEWEST_WORDS_A_BYTE", 0)
+    monkeypatch.setattr(merging, "_FEWEST_WORDS", 0)
 
 
 def model_of(seed, *, in_order):
@@ -91,12 +91,27 @@ def test_pairs_are_found_wherever_their_hashes_meet(monkeypatch):
     assert [part.tolist() for part in np.split(ids, np.cumsum(lengths)[:-1])] == expected
 
 
-def test_words_of_a_length_that_few_have_are_left_out(monkeypatch):
-    monkeypatch.setattr(merging, "_FEWEST_WORDS_A_BYTE", 1)
+def test_a_few_words_are_left_out(monkeypatch):
+    monkeypatch.setattr(merging, "_FEWEST_WORDS", 3)
     merger = WordMerger.of(setup_of(model_of(0, in_order=True)))
     assert merger is not None
-    assert merger.encode([b"abc", b"ab", b"ba"])[1].tolist()[0] == 0
+    assert merger.encode([b"abc", b"ab", b"x" * 33])[1].tolist() == [0, 0, 0]
     assert merger.encode([])[1].tolist() == []
+    assert (merger.encode([b"abc", b"ab", b"b"])[1] > 0).all()
+
+
+@pytest.mark.parametrize("at_once", [1, 7])
+def test_words_that_do_not_fit_at_once_get_the_same_ids(at_once, monkeypatch):
+    merger = WordMerger.of(setup_of(model_of(1, in_order=True)))
+    assert merger is not None
+    texts = [
+        "".join(random.Random(seed).choices(SYMBOLS, k=seed % 9)).encode() for seed in range(60)
+    ]
+    ids, lengths = merger.encode(texts)
+    monkeypatch.setattr(merging, "_WORDS_AT_ONCE", at_once)
+    again, of_each = merger.encode(texts)
+    assert again.tolist() == ids.tolist()
+    assert of_each.tolist() == lengths.tolist()
 
 
 MADE_OF = {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5}
