@@ -4,6 +4,7 @@ With it an object is written only if there is none of that name. The emulator kn
 and a bucket in which two are first at once is no test of anything.
 """
 
+import socketserver
 import sys
 from http import HTTPStatus
 from typing import Any
@@ -28,5 +29,8 @@ def _conditional_upload(request: Any, response: Any, storage: Any) -> None:
 
 
 if __name__ == "__main__":
+    # The library lets five connections wait. Of more, which gcsfs opens for as many files, the
+    # kernel drops some, and they are tried again after 1, 3, 7, ... seconds.
+    socketserver.TCPServer.request_queue_size = 512
     objects._multipart_upload = _conditional_upload
     create_server("127.0.0.1", int(sys.argv[1]), True).run()

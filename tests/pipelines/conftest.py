@@ -1,8 +1,10 @@
-"""The tiny catalog, built once a session through a real Dagster instance."""
+"""The tiny catalog, built once for all of pytest's workers through a real Dagster instance."""
 
 import contextlib
 import dataclasses
+import fcntl
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -79,6 +81,10 @@ class Chain:
         write_texts(directory)
         return dataclasses.replace(self, texts=directory)
 
+    def under(self, root: Path) -> "Chain":
+        """Returns a chain over the same texts, with home and store below `root`."""
+        return dataclasses.replace(self, home=root / "home", store_directory=root / "store")
+
     def run(self, *changes, select=None, variables=None, job="tiny", **resources):
         """Runs the job, or some assets of it, in this process."""
         with self.instance(**(variables or {})) as instance:
@@ -115,6 +121,67 @@ class Chain:
         return manager.latest(dg.AssetKey(list(key)))
 
 
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """A run as its instance remembers it, whichever process ran it."""
+
+    chain: Chain
+    run_id: str
+
+    def get_asset_materialization_events(self):
+        """Returns them as the result of a run in this process does."""
+        return self._events(dg.DagsterEventType.ASSET_MATERIALIZATION)
+
+    def get_asset_check_evaluations(self):
+        """Returns them as the result of a run in this process does."""
+        events = self._events(dg.DagsterEventType.ASSET_CHECK_EVALUATION)
+        return [event.asset_check_evaluation_data for event in events]
+
+    def asset_value(self, key):
+        """Returns what the run left of an asset."""
+        return self.chain.artifact(*key.path)
+
+    def _events(self, kind):
+        with self.chain.instance() as instance:
+            return [entry.dagster_event for entry in instance.all_logs(self.run_id, of_type=kind)]
+
+
+@pytest.fixture(scope="session")
+def for_all_workers(tmp_path_factory):
+    """The directory that all workers of pytest see."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+def made_once(own: Chain, *changes, over: Path | None = None, **how) -> Recorded:
+    """Runs everything in `own`, if no other worker of pytest has, and tells of that run.
+
+    Whoever comes while another is at it waits.
+
+    Args:
+        own: where it is made, home and store beside each other.
+        changes: to the catalog.
+        over: the store to begin with a copy of; None begins with an empty one.
+        how: what `Chain.run` takes.
+    """
+    root = own.home.parent
+    root.mkdir(exist_ok=True)
+    with (root / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = root / "run_id"
+        if not done.exists():
+            if over is not None:
+                shutil.copytree(over, own.store_directory)
+            result = own.run(*changes, **how)
+            failures = [
+                event.event_specific_data.error.to_string()
+                for event in result.get_step_failure_events()
+            ]
+            assert result.success, "\n".join(failures)
+            done.write_text(result.run_id)
+        return Recorded(own, done.read_text())
+
+
 @pytest.fixture(scope="session")
 def chain(tmp_path_factory):
     root = tmp_path_factory.mktemp("chain")
@@ -123,15 +190,14 @@ def chain(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def first_run(request, chain):
-    """The first run of everything."""
-    result = chain.run(variables={"WANDB_MODE": "offline"})
-    failures = [
-        event.event_specific_data.error.to_string() for event in result.get_step_failure_events()
-    ]
-    assert result.success, "\n".join(failures)
+def first_run(request, chain, for_all_workers):
+    """The first run of everything, of which each worker has a copy."""
+    made = made_once(chain.under(for_all_workers / "first"), variables={"WANDB_MODE": "offline"})
+    shutil.rmtree(chain.home, ignore_errors=True)  # of tests that only looked
+    shutil.copytree(made.chain.home, chain.home)
+    shutil.copytree(made.chain.store_directory, chain.store_directory)
     request.config.stash[SHARED] = chain
-    return result
+    return Recorded(chain, made.run_id)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -151,7 +217,7 @@ def left_as_found(request):
 def other_instance(chain, first_run, tmp_path):
     """An instance that remembers nothing, over a copy of the store."""
     shutil.copytree(chain.store_directory, tmp_path / "store")
-    return dataclasses.replace(chain, home=tmp_path / "home", store_directory=tmp_path / "store")
+    return chain.under(tmp_path)
 
 
 VOCABULARY = "dataset.tokenizer.vocab_size=300"
@@ -161,34 +227,34 @@ REMADE = ("tales/tokenizer", "tales/tokenized_corpus", "tales/token_cache/L32")
 
 
 @pytest.fixture(scope="session")
-def changed_run(chain, first_run, tmp_path_factory):
-    """The run of everything after the change, over a copy of the store; and its chain.
+def changed_run(chain, first_run, for_all_workers):
+    """The run of everything after the change, over a copy of the store."""
+    own = chain.under(for_all_workers / "changed")
+    return made_once(own, VOCABULARY, over=chain.store_directory)
 
-    Afterwards the data on the new vocabulary are taken out of the store, and the models are left:
-    whoever goes the way from the tokenizer to the exported model again makes the one, and finds
-    the others by their recipes, without waiting for the same training.
+
+def begin_changed(first: Chain, changed_run: Recorded, root: Path) -> Chain:
+    """Returns an instance that remembers the first run, over models on the new vocabulary.
+
+    The data on it are not in its store: whoever goes the way from the tokenizer to the exported
+    model makes those, and finds the models by their recipes, without waiting for the same training.
     """
-    root = tmp_path_factory.mktemp("changed")
-    own = dataclasses.replace(chain, home=root / "home", store_directory=root / "store")
-    shutil.copytree(chain.store_directory, own.store_directory)
-    result = own.run(VOCABULARY)
-    assert result.success
+    own = first.under(root)
+    shutil.copytree(first.home, own.home)
+    shutil.copytree(changed_run.chain.store_directory, own.store_directory)
     for asset in REMADE:
-        made = result.asset_value(dg.AssetKey(asset.split("/")))
+        made = changed_run.asset_value(dg.AssetKey(asset.split("/")))
         shutil.rmtree(own.store_directory / "recipes" / made.recipe_id)
         shutil.rmtree(own.store_directory / "objects" / made.kind / made.content_id)
-    return own, result
+    return own
 
 
 @pytest.fixture
 def changed(changed_run, chain, tmp_path):
-    """An instance that remembers the first run, over the store that `changed_run` leaves."""
-    shutil.copytree(changed_run[0].store_directory, tmp_path / "store")
-    shutil.copytree(chain.home, tmp_path / "home")
-    return dataclasses.replace(chain, home=tmp_path / "home", store_directory=tmp_path / "store")
+    return begin_changed(chain, changed_run, tmp_path)
 
 
 @pytest.fixture
 def empty_chain(chain, tmp_path):
     """An instance and a store with nothing in them, over the same texts."""
-    return dataclasses.replace(chain, home=tmp_path / "home", store_directory=tmp_path / "store")
+    return chain.under(tmp_path)

@@ -192,7 +192,7 @@ class TestRerun:
         made = changed.run(VOCABULARY, select=[key.path for key in asked])
         assert made.success
         assert changed.was(made) == dict.fromkeys(REMADE, "built") | dict.fromkeys(models, "reused")
-        exported = changed_run[1].asset_value(dg.AssetKey(["tiny", "hf_model"]))
+        exported = changed_run.asset_value(dg.AssetKey(["tiny", "hf_model"]))
         model = made.asset_value(dg.AssetKey(["tiny", "hf_model"]))
         assert model.content_id == exported.content_id
 

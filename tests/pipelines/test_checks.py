@@ -37,7 +37,7 @@ CHECKS = {
 @pytest.fixture
 def copied(chain, first_run, tmp_path):
     """The built chain, copied with its instance: it may be damaged, and its checks may fail."""
-    copy = dataclasses.replace(chain, home=tmp_path / "home", store_directory=tmp_path / "store")
+    copy = chain.under(tmp_path)
     for name in ("home", "store_directory"):
         shutil.copytree(getattr(chain, name), getattr(copy, name))
     return copy

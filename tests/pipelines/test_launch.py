@@ -87,7 +87,7 @@ def test_a_launched_run_of_a_changed_tokenizer_goes_down_to_the_exported_model(
     assert {one.key.to_user_string(): one.metadata["was"] for one in made} == {
         "tales/raw_corpus": "reused"
     } | dict.fromkeys(REMADE, "built") | dict.fromkeys(models, "reused")
-    exported = changed_run[1].asset_value(dg.AssetKey(["tiny", "hf_model"]))
+    exported = changed_run.asset_value(dg.AssetKey(["tiny", "hf_model"]))
     (model,) = (one for one in made if one.kind == "hf_model")
     assert model.content_id == exported.content_id
     for one in made:

@@ -1,6 +1,5 @@
 """Canaries in environment, URLs, command line and YAML reach nothing that anybody keeps."""
 
-import dataclasses
 import functools
 import http.server
 import json
@@ -48,7 +47,7 @@ def everything_kept(*roots: Path):
 
 
 def test_no_secret_is_kept_of_a_whole_run(chain, address, tmp_path, capfd, monkeypatch):
-    mine = dataclasses.replace(chain, home=tmp_path / "home", store_directory=tmp_path / "store")
+    mine = chain.under(tmp_path)
     paths = [
         f"http://user:{CANARY}Password@{address}/{number:02d}.txt?token={CANARY}Query"
         for number in range(60)

@@ -25,7 +25,7 @@ def content_ids(chain, result):
 @pytest.fixture(scope="module")
 def local_ids(chain, tmp_path_factory):
     root = tmp_path_factory.mktemp("local")
-    here = dataclasses.replace(chain, home=root / "home", store_directory=root / "store")
+    here = chain.under(root)
     return content_ids(here, here.run(select=DATA))
 
 

@@ -48,7 +48,7 @@ def publish_as_if_built(directory):
 def chain(chain, tmp_path_factory):
     """One with caches of its own, over the same texts."""
     root = tmp_path_factory.mktemp("caches")
-    return dataclasses.replace(chain, home=root / "home", store_directory=root / "store")
+    return chain.under(root)
 
 
 @pytest.fixture(scope="module")
@@ -157,7 +157,7 @@ def test_show_says_what_there_is(chain, run, options, says):
 
 
 def test_show_says_what_to_run_first(chain, tmp_path, capsys, monkeypatch):
-    empty = dataclasses.replace(chain, home=tmp_path / "home", store_directory=tmp_path / "store")
+    empty = chain.under(tmp_path)
     with empty.instance():
         assert cli.main(["show", "tales"]) == 2
         assert "is not materialized. Run `levanter run tiny`" in capsys.readouterr().err

@@ -5,7 +5,6 @@ its catalog. `LEVANTER_SCREENSHOT=docs/images/asset-graph.png` keeps a picture o
 """
 
 import contextlib
-import dataclasses
 import json
 import os
 import re
@@ -21,6 +20,8 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+
+from tests.pipelines.conftest import begin_changed
 
 pytestmark = pytest.mark.browser
 
@@ -201,9 +202,7 @@ class Site:
 def site(chain, changed_run, tmp_path_factory):
     """Models on a vocabulary of 300 are on record, so that the browser need not wait for them."""
     root = tmp_path_factory.mktemp("ui")
-    own = dataclasses.replace(chain, home=root / "home", store_directory=root / "store")
-    shutil.copytree(chain.home, own.home)
-    shutil.copytree(changed_run[0].store_directory, own.store_directory)
+    own = begin_changed(chain, changed_run, root)
     site = Site(own, root)
     shutil.copytree(chain.environment()["LEVANTER_CATALOG"], site.catalog)
     site.edit("sequence_lengths: [32, 64]", "sequence_lengths: [32]")
