@@ -93,9 +93,9 @@ def _faults(artifact: Artifact, files: Path, store: StoreResource) -> Iterator[s
 
     documents: Counter[str] = Counter()
     num_bytes: Counter[str] = Counter()
-    for document in corpus.documents(files):
+    for document in corpus.stored_documents(files):
         documents[document.split] += 1
-        num_bytes[document.split] += len(document.text.encode())
+        num_bytes[document.split] += len(document.text)
         if not document.text:
             yield f"document {document.doc_id} is empty."
     for name, found in (("documents", documents), ("bytes", num_bytes)):

@@ -7,16 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
 from modeling.artifacts import write_durably
 from modeling.data import corpus, token_files
+from modeling.data.reading import Kept
 from modeling.data.shards import write_shard
 from modeling.data.token_files import Manifest, Shard, SplitManifest
 from modeling.merkle import MerkleHasher
 
 VOCAB_SIZE, EOS = 50257, 0
-_BATCH_BYTES = 32 * 1024 * 1024
 Documents = tuple[np.ndarray, np.ndarray]
 """Tokens end to end, and the length of each document."""
 
@@ -75,28 +74,13 @@ def write_tokenized(directory: Path, shards: Iterable[Documents]) -> SplitManife
 def write_table(directory: Path, documents: Iterator[tuple[str, bytes]]) -> None:
     """Writes a raw corpus without a source: what `modeling.data.corpus` says a reader needs."""
     counts = {"documents": 0, "bytes": 0}
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
-    path = str(directory / corpus.DOCUMENTS_FILE)
-    with pa.OSFile(path, "wb") as sink, pa.ipc.new_file(sink, corpus.SCHEMA, options=options) as f:
-        ids: list[str] = []
-        texts: list[bytes] = []
-        waiting = 0
+
+    def counted() -> Iterator[Kept]:
         for doc_id, text in documents:
-            ids.append(doc_id)
-            texts.append(text)
             counts["documents"] += 1
             counts["bytes"] += len(text)
-            waiting += len(text)
-            if waiting >= _BATCH_BYTES:
-                f.write_batch(_batch(ids, texts))
-                ids, texts, waiting = [], [], 0
-        if texts:
-            f.write_batch(_batch(ids, texts))
+            yield Kept(doc_id, "train", text)
+
+    corpus.write_documents(directory / corpus.DOCUMENTS_FILE, counted())
     splits = {what: {"train": count, "validation": 0} for what, count in counts.items()}
     (directory / corpus.FILES_FILE).write_text(json.dumps(splits | {"files": []}))
-
-
-def _batch(ids: list[str], texts: list[bytes]) -> pa.RecordBatch:
-    text = pa.array(texts, pa.large_binary()).cast(pa.large_string())
-    columns = [pa.array(ids, pa.string()), pa.array(["train"] * len(ids), pa.string()), text]
-    return pa.record_batch(columns, schema=corpus.SCHEMA)

@@ -29,9 +29,10 @@ from modeling.data.encoding import (
     document_encoder,
 )
 from modeling.data.formats_config import Format
+from modeling.data.long_texts import LongText, Text
 from modeling.data.pieces import PIECE_BYTES
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
-from modeling.data.units import Text, Unit
+from modeling.data.units import Unit
 from modeling.inventory import INVENTORY
 
 _BATCH_BYTES = 4 * 1024 * 1024
@@ -122,7 +123,12 @@ class Encoding:
 
 
 def encode_unit(
-    encoder: DocumentEncoder, doc_ids: list[str], texts: list[Text], *, skips: bool = False
+    encoder: DocumentEncoder,
+    doc_ids: list[str],
+    texts: list[Text],
+    *,
+    skips: bool = False,
+    scratch: Path | None = None,
 ) -> EncodedUnit:
     """Returns the ids of a unit's documents.
 
@@ -131,10 +137,13 @@ def encode_unit(
         doc_ids: names of the documents.
         texts: of each.
         skips: whether to leave out documents that have no ids, and count them.
+        scratch: where the ids go of a text that is on disk itself, so that neither takes memory.
 
     Raises:
         ValueError: a document has no ids, and is not to be left out; the message names it.
     """
+    if scratch is not None and isinstance(encoder, TextEncoder) and _is_long(texts):
+        return EncodedUnit(encoder.spilled(texts[0], scratch), len(texts[0]))
     parts, start, good_until = [], 0, 0
     skipped: list[tuple[int, str]] = []
     num_skipped = skipped_bytes = 0
@@ -179,16 +188,27 @@ Keyed = tuple[str, Unit]
 Result = tuple[str, EncodedUnit]
 
 
-def encoded_here(
-    encoders: Mapping[str, DocumentEncoder],
-    units: Iterable[Keyed],
-    *,
-    skipping: Collection[str] = (),
-) -> Iterator[Result]:
-    """Yields key and ids of each unit, in order; of `skipping` splits without its bad documents."""
-    for key, unit in units:
-        skips = unit.split in skipping
-        yield key, encode_unit(encoders[unit.split], unit.doc_ids, unit.texts, skips=skips)
+@dataclass(frozen=True)
+class Here:
+    """Encodes units in this process."""
+
+    encoders: Mapping[str, DocumentEncoder]
+    """Of each split."""
+    skipping: Collection[str] = ()
+    """Splits of which documents that have no ids are left out."""
+    scratch: Path | None = None
+    """Where the ids of long documents go."""
+
+    def encode(self, unit: Unit) -> EncodedUnit:
+        """Returns the ids of a unit's documents."""
+        skips, scratch = unit.split in self.skipping, self.scratch
+        encoder = self.encoders[unit.split]
+        return encode_unit(encoder, unit.doc_ids, unit.texts, skips=skips, scratch=scratch)
+
+
+def encoded_here(here: Here, units: Iterable[Keyed]) -> Iterator[Result]:
+    """Yields key and ids of each unit, in order."""
+    return ((key, here.encode(unit)) for key, unit in units)
 
 
 def encoded_by_ray(
@@ -197,6 +217,7 @@ def encoded_by_ray(
     units: Iterable[Keyed],
     *,
     encode: Encode = encode_unit,
+    encode_long: Here | None = None,
 ) -> Iterator[Result]:
     """Yields key and ids of each unit, in the order in which they are finished.
 
@@ -205,6 +226,8 @@ def encoded_by_ray(
         encoding: tokenizer and policy.
         units: taken only as fast as they are encoded.
         encode: what a task does.
+        encode_long: encodes documents that are not in memory, which a task would have to hold;
+            None: tasks get them too.
 
     Raises:
         WorkersLostError: a unit was tried several times, and each time its worker died.
@@ -215,6 +238,9 @@ def encoded_by_ray(
         workers = compute.max_workers or max(int(ray.cluster_resources().get("CPU", 1)), 1)
         keys: dict[Any, str] = {}
         for key, unit in units:
+            if encode_long is not None and _is_long(unit.texts):
+                yield key, encode_long.encode(unit)
+                continue
             while len(keys) >= workers * _TASKS_A_WORKER:
                 yield _first_finished(ray, keys)
             texts = [bytes(text) for text in unit.texts]
@@ -326,6 +352,11 @@ def _run_task(
         _opened[digest] = encoding.open()
     skips = split in encoding.skipping
     return encode(_opened[digest][split], doc_ids, texts, skips=skips)
+
+
+def _is_long(texts: list[Text]) -> bool:
+    """Whether these are one text that is on disk; no unit has another beside it."""
+    return isinstance(texts[0], LongText)
 
 
 def _end_of_batch(texts: list[Text], start: int) -> int:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice, repeat
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -22,12 +23,13 @@ from modeling.data.chat import ChatTemplate, Piece, TemplateProblem
 from modeling.data.config import TokenizationConfig
 from modeling.data.formats_config import ChatFormat, Format, IdsFormat, SupervisedFormat, TextFormat
 from modeling.data.joint import JointEncoder
+from modeling.data.long_texts import Text
 from modeling.data.merging import WordMerger
 from modeling.data.patterns import longest_word, pattern_of, splitter
 from modeling.data.pieces import AT_SPACES, parts_at_spaces, pieces
 from modeling.data.pretokens import SEPARATOR
 from modeling.data.records import COMPLETION, PROMPT
-from modeling.data.shards import token_dtype
+from modeling.data.shards import SpilledIds, token_dtype
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer
 from modeling.data.tokenizers_config import Pattern
 from modeling.data.vocabularies import BYTE_SPELLING
@@ -81,10 +83,19 @@ class Encoded:
 
 
 @dataclass(frozen=True)
+class Spilled:
+    """One document as ids that are on disk."""
+
+    tokens: SpilledIds
+    lengths: Int64[np.ndarray, " one"]
+    loss_mask: SpilledIds | None
+
+
+@dataclass(frozen=True)
 class EncodedUnit:
     """The documents of a unit as ids, but for those that were left out."""
 
-    encoded: Encoded
+    encoded: Encoded | Spilled
     text_bytes: int
     """Of the documents that have ids."""
     skipped: int = 0
@@ -138,7 +149,7 @@ class LibraryEncoder:
         self._tokenizer = tokenizer
         self._dtype = dtype
 
-    def encode_pieces(self, text: bytes | memoryview) -> Iterator[Integer[np.ndarray, "_"]]:
+    def encode_pieces(self, text: Text) -> Iterator[Integer[np.ndarray, "_"]]:
         """Yields the ids of a long text, of one stretch after another; at once if it has to be."""
         if not parts_at_spaces(self._tokenizer.backend):
             yield self.encode([bytes(text)]).tokens
@@ -173,7 +184,7 @@ class WordEncoder:
         self._dtype = dtype
         self._forget()
 
-    def encode_pieces(self, text: bytes | memoryview) -> Iterator[Integer[np.ndarray, "_"]]:
+    def encode_pieces(self, text: Text) -> Iterator[Integer[np.ndarray, "_"]]:
         """Yields the ids of a long text, of one stretch after another."""
         return (self.encode([piece]).tokens for piece in pieces(text))
 
@@ -291,7 +302,8 @@ class TextEncoder:
         """
         self.has_loss_mask = has_loss_mask
         self._bounds = bounds
-        self._encoder = encoder_for(tokenizer, token_dtype(tokenizer.vocab_size))
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._encoder = encoder_for(tokenizer, self._dtype)
 
     @property
     def name(self) -> str:
@@ -302,27 +314,51 @@ class TextEncoder:
         """Returns the ids of each UTF-8 text, with what begins and ends it."""
         return self._bounds.added(self._masked(self._encoder.encode(documents)))
 
-    def encode_long(self, document: bytes | memoryview) -> Encoded:
+    def encode_long(self, document: Text) -> Encoded:
         """Returns the ids of one UTF-8 text, using little memory beside it and them.
 
         It goes piece by piece where it is known that ids part there (`modeling.data.pieces`).
         """
-        parts = deque(self._encoder.encode_pieces(document))
-        for end in (0, -1):  # bounds look at the first and the last id
-            length = np.array([len(parts[end])])
-            bounds = self._bounds.only(bos=end == 0, eos=end == -1)
-            parts[end] = bounds.added(Encoded(parts[end], length)).tokens
-        tokens = np.empty(sum(map(len, parts)), parts[0].dtype)
-        length = np.array([len(tokens)])
+        parts = deque(self._stretches(document))
+        num_tokens = sum(len(part.tokens) for part in parts)
+        tokens = np.empty(num_tokens, parts[0].tokens.dtype)
+        mask = np.empty(num_tokens, np.uint8) if self.has_loss_mask else None
         filled = 0
         while parts:  # each is let go as soon as it is copied
             part = parts.popleft()
-            tokens[filled : filled + len(part)] = part
-            filled += len(part)
-        encoded = self._masked(Encoded(tokens, length))
-        if encoded.loss_mask is not None and self._bounds.bos_id is not None:
-            encoded.loss_mask[0] = False  # as `Bounds` has it, since no text begins with that id
-        return encoded
+            here = slice(filled, filled + len(part.tokens))
+            tokens[here] = part.tokens
+            if mask is not None and part.loss_mask is not None:
+                mask[here] = part.loss_mask
+            filled = here.stop
+        return Encoded(tokens, np.array([num_tokens]), mask)
+
+    def spilled(self, document: Text, scratch: Path) -> Spilled:
+        """Returns the ids of one UTF-8 text on disk, using as little memory as it can be cut.
+
+        Raises:
+            DiskFullError: there is no space for them.
+        """
+        tokens = SpilledIds(scratch, self._dtype)
+        mask = SpilledIds(scratch, np.dtype(np.uint8)) if self.has_loss_mask else None
+        for part in self._stretches(document):
+            tokens.append(part.tokens)
+            if mask is not None and part.loss_mask is not None:
+                mask.append(part.loss_mask)
+        return Spilled(tokens, np.array([len(tokens)]), mask)
+
+    def _stretches(self, document: Text) -> Iterator[Encoded]:
+        """Yields the ids of a text, of one stretch after another, with what begins and ends it."""
+        found = (
+            self._masked(Encoded(ids, np.array([len(ids)])))
+            for ids in self._encoder.encode_pieces(document)
+        )
+        # Bounds look at the first and the last id.
+        held = self._bounds.only(bos=True, eos=False).added(next(found))
+        for part in found:
+            yield held
+            held = part
+        yield self._bounds.only(bos=False, eos=True).added(held)
 
     def _masked(self, encoded: Encoded) -> Encoded:
         if not self.has_loss_mask:

@@ -16,20 +16,21 @@ place, so that whoever reads may go on; that of a whole file is raised.
 """
 
 import io
-import json
 import lzma
 import tokenize
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 
+from modeling.artifacts import DiskFullError
+from modeling.data import text_files
 from modeling.data.flat_ids import flat_documents
 from modeling.data.formats_config import Format, IdsFormat
-from modeling.data.records import RecordError, RecordReader, ids_text, record_reader
+from modeling.data.found import NO_FIELDS, Documents, Found, Reading, require_texts, utf8
+from modeling.data.records import RecordError, ids_text
 from modeling.data.sources import (
     BadContentError,
     FoundFile,
@@ -38,111 +39,11 @@ from modeling.data.sources import (
     UndecodableError,
     require_moderate,
 )
-from modeling.data.sources_config import (
-    FilesSource,
-    PackageSource,
-    PyStdlibSource,
-    RegexFilter,
-    Source,
-)
+from modeling.data.sources_config import FilesSource, PackageSource, PyStdlibSource, Source
 from modeling.data.tables import bounded, checked, inflated_bytes, parquet_batches
 
 _PIECE_BYTES = 1024 * 1024
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, pa.ArrowException)
-_BLANK = " \t\r\n"
-_raw_json = json.JSONDecoder().raw_decode
-_NO_FIELDS: Mapping[str, Any] = {}
-
-
-class Found(NamedTuple):
-    """A document, or what is wrong with it."""
-
-    doc_id: str
-    content: bytes | BadContentError
-    """UTF-8."""
-    record: Mapping[str, Any]
-    """The fields that it came with, as far as filters ask for them."""
-    where: str = ""
-    """Its place, if it says its id itself."""
-
-
-Documents = Iterator[Found]
-
-
-@dataclass(frozen=True)
-class Reading:
-    """What is read of the records of a source."""
-
-    records: RecordReader
-    id_field: str | None
-    prefix: str
-    """Of ids that records say: the source's name and a slash, if there are several."""
-    filter_fields: tuple[str, ...]
-    max_document_bytes: int
-
-    @classmethod
-    def of(cls, source: Source, name: str, document_format: Format) -> "Reading":
-        """Returns what is read of `source`; an only source has no name."""
-        fields = (filter.field for filter in source.filters if isinstance(filter, RegexFilter))
-        return cls(
-            record_reader(document_format, getattr(source, "text_field", "text")),
-            getattr(source, "id_field", None),
-            f"{name}/" if name else "",
-            tuple(dict.fromkeys(field for field in fields if field is not None)),
-            source.max_document_bytes,
-        )
-
-    @property
-    def text_alone(self) -> bool:
-        """Whether a record is no more than its text."""
-        return self.records.is_text and not self.other_fields
-
-    @property
-    def other_fields(self) -> tuple[str, ...]:
-        """What a record must have beside its document."""
-        return self.filter_fields if self.id_field is None else (*self.filter_fields, self.id_field)
-
-    def found(self, doc_id: str, record: Any, where: str) -> Found:
-        """Returns the document of a record, or what is wrong with it."""
-        try:
-            if not isinstance(record, dict):
-                raise BadContentError(
-                    f"{where}: no field {self.records.fields[0]!r}: found a "
-                    f"{type(record).__name__}, expected an object.",
-                    reason="no object",
-                )
-            content = self.bounded(self._document(record, where), where)
-            if self.id_field is not None:
-                doc_id = f"{self.prefix}{_own_id(record, self.id_field, where)}"
-        except BadContentError as error:
-            return Found(doc_id, error, _NO_FIELDS)
-        return Found(doc_id, content, record if self.filter_fields else _NO_FIELDS, where)
-
-    def bounded(self, data: bytes, where: str) -> bytes:
-        """Refuses a document that a small compressed file, or a lost line end, has blown up."""
-        if len(data) > self.max_document_bytes:
-            raise BadContentError(
-                f"{where}: a document of over {self.max_document_bytes} bytes; is `source.format` "
-                f"right? If it is, raise `source.max_document_bytes`.",
-                reason="too long",
-            )
-        return data
-
-    def _document(self, record: Mapping[str, Any], where: str) -> bytes:
-        for field in self.other_fields:
-            if field not in record:
-                raise BadContentError(
-                    f"{where}: no field {field!r} (found {sorted(record)}), which `source.filters` "
-                    f"or `source.id_field` names.",
-                    reason="field",
-                )
-        try:
-            return self.records.document(record)
-        except RecordError as error:
-            hint = "`source.text_field`" if self.records.is_text else "`format`"
-            raise BadContentError(
-                f"{where}: {error}; repair it, or correct {hint}.", reason="field"
-            ) from error
 
 
 def read_documents(
@@ -154,18 +55,21 @@ def read_documents(
         UndecodableError: the bytes are not text in the encoding they should have.
         BadContentError: the file is damaged or holds no documents of its format.
         SourceError: it cannot be read, or is not what the configuration says.
+        DiskFullError: there is no space for a long text.
     """
     kind = source.format if isinstance(source, FilesSource) else "Python"
     try:
         match source:
             case PyStdlibSource() | PackageSource():
-                _require_texts(reading.records, file.shown)
+                require_texts(reading.records, file.shown)
                 content = _decode_python(stored.content().read(), file.shown)
-                yield Found(file.document_path, content, _NO_FIELDS)
+                yield Found(file.document_path, content, NO_FIELDS)
             case FilesSource(format="ids"):
                 yield from _flat_ids(file, stored, reading, document_format)
             case FilesSource():
                 yield from _READERS[source.format](file, stored, reading)
+    except DiskFullError:
+        raise
     except _DAMAGE as error:
         raise BadContentError(
             f"{file.shown}: damaged, or not {kind}: {str(error).rstrip('.')}. Write it anew, take "
@@ -193,15 +97,15 @@ def table_documents(
             doc_id = f"{path}#{number}"
             if isinstance(record, UnicodeDecodeError):
                 told = f"{where}: not UTF-8: {record}; repair it, or leave the row out."
-                yield Found(doc_id, UndecodableError(told), _NO_FIELDS)
+                yield Found(doc_id, UndecodableError(told), NO_FIELDS)
                 continue
             if not isinstance(record, bytes):
                 yield reading.found(doc_id, record, where)
                 continue
             try:
-                yield Found(doc_id, _utf8(reading.bounded(record, where), where), _NO_FIELDS)
+                yield Found(doc_id, utf8(reading.bounded(record, where), where), NO_FIELDS)
             except BadContentError as error:
-                yield Found(doc_id, error, _NO_FIELDS)
+                yield Found(doc_id, error, NO_FIELDS)
 
 
 def columns_of(schema: pa.Schema, reading: Reading, where: str) -> list[str]:
@@ -244,87 +148,12 @@ def _flat_ids(
         for number, ids in enumerate(documents, start=1):
             doc_id = f"{file.document_path}#{number}"
             try:
-                yield Found(doc_id, ids_text(ids).encode(), _NO_FIELDS)
+                yield Found(doc_id, ids_text(ids).encode(), NO_FIELDS)
             except RecordError as error:
                 told = f"{file.shown}, document {number}: {error}; repair it."
-                yield Found(doc_id, BadContentError(told, reason="field"), _NO_FIELDS)
+                yield Found(doc_id, BadContentError(told, reason="field"), NO_FIELDS)
     except RecordError as error:
         raise BadContentError(f"{file.shown}: {error}.", reason="no ids") from error
-
-
-def _text(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
-    _require_texts(reading.records, file.shown)
-    try:
-        content = _utf8(_whole(stored, file, reading), file.shown)
-    except BadContentError as error:
-        content = error
-    yield Found(file.document_path, content, _NO_FIELDS)
-
-
-def _whole(stored: StoredFile, file: FoundFile, reading: Reading) -> bytes:
-    stream, pieces, num_bytes = stored.content(), [], 0
-    while num_bytes <= reading.max_document_bytes and (piece := stream.read(_PIECE_BYTES)):
-        pieces.append(piece)
-        num_bytes += len(piece)
-    return reading.bounded(b"".join(pieces), file.shown)
-
-
-def _paragraphs(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
-    _require_texts(reading.records, file.shown)
-    lines: list[bytes] = []
-    first = num_bytes = 0
-    for number, held in _lines(stored, file, reading):
-        if isinstance(held, BadContentError):
-            raise held
-        line = held.pop()
-        if line.strip():
-            first = first if lines else number
-            lines.append(line)
-            num_bytes += len(line)
-            if num_bytes > reading.max_document_bytes:
-                reading.bounded(b"".join(lines), f"{file.shown}:{first}")
-        elif lines:
-            yield _paragraph(file, reading, first, lines)
-            lines, num_bytes = [], 0
-    if lines:
-        yield _paragraph(file, reading, first, lines)
-
-
-def _paragraph(file: FoundFile, reading: Reading, first: int, lines: list[bytes]) -> Found:
-    doc_id = f"{file.document_path}#{first}"
-    try:
-        return Found(doc_id, _utf8(b"".join(lines), f"{file.shown}:{first}"), _NO_FIELDS)
-    except BadContentError as error:
-        return Found(doc_id, error, _NO_FIELDS)
-
-
-def _json_lines(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
-    for number, held in _lines(stored, file, reading):
-        doc_id = f"{file.document_path}#{number}"
-        if isinstance(held, BadContentError):
-            yield Found(doc_id, held, _NO_FIELDS)
-        elif not held[0].isspace():
-            yield _json_line(doc_id, held, f"{file.shown}:{number}", reading)
-
-
-def _json_line(doc_id: str, held: list[bytes], where: str, reading: Reading) -> Found:
-    try:
-        return reading.found(doc_id, _parsed(held, where), where)
-    except BadContentError as error:
-        return Found(doc_id, error, _NO_FIELDS)
-
-
-def _json_array(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
-    values = _parsed([_whole(stored, file, reading)], file.shown)
-    if not isinstance(values, list):
-        raise BadContentError(
-            f"{file.shown}: holds a {type(values).__name__}, expected an array of objects; for an "
-            f"object a line set `source.format: jsonl`.",
-            reason="no array",
-        )
-    for number, value in enumerate(values, start=1):
-        doc_id = f"{file.document_path}#{number}"
-        yield reading.found(doc_id, value, f"{file.shown}, object {number}")
 
 
 def _parquet(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
@@ -372,21 +201,13 @@ def _arrow(file: FoundFile, stored: StoredFile, reading: Reading) -> Documents:
 
 
 _READERS: dict[str, Callable[[FoundFile, StoredFile, Reading], Documents]] = {
-    "text": _text,
-    "paragraphs": _paragraphs,
-    "jsonl": _json_lines,
-    "json": _json_array,
+    "text": text_files.text,
+    "paragraphs": text_files.paragraphs,
+    "jsonl": text_files.json_lines,
+    "json": text_files.json_array,
     "parquet": _parquet,
     "arrow": _arrow,
 }
-
-
-def _require_texts(records: RecordReader, where: str) -> None:
-    if not records.is_text:
-        raise SourceError(
-            f"{where}: holds a text, but `format` takes records with {list(records.fields)}; give "
-            f"the source as jsonl, json, parquet or arrow, or set `format: {{type: text}}`."
-        )
 
 
 def _rows(batch: pa.RecordBatch, reading: Reading) -> list[Any]:
@@ -421,88 +242,9 @@ def _require_strings(schema: pa.Schema, text_field: str, where: str) -> None:
         )
 
 
-def _lines(
-    stored: StoredFile, file: FoundFile, reading: Reading
-) -> Iterator[tuple[int, list[bytes] | BadContentError]]:
-    """Yields the number of each line and a list of it, or what is wrong with one, passed over.
-
-    Whoever takes a line out of its list has it alone: a gigabyte is not kept here as well.
-    """
-    stream, limit = stored.content(), reading.max_document_bytes
-    number = 0
-    while (held := [stream.readline(limit + 1)])[0]:
-        number += 1
-        if len(held[0]) <= limit:
-            yield number, held
-            continue
-        line = held.pop()
-        try:
-            reading.bounded(line, f"{file.shown}:{number}")
-        except BadContentError as error:
-            yield number, error
-        while not line.endswith(b"\n") and (line := stream.readline(_PIECE_BYTES)):
-            pass
-
-
-def _own_id(record: Mapping[str, Any], field: str, where: str) -> str:
-    own = record[field]
-    if not isinstance(own, str | int) or isinstance(own, bool) or not str(own).strip():
-        raise BadContentError(
-            f"{where}: field {field!r} is {own!r}, expected a text or a number that is the "
-            f"document's id.",
-            reason="field",
-        )
-    text = str(own)
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise BadContentError(
-            f"{where}: field {field!r} holds half a surrogate pair ({text[error.start]!a}), which "
-            f"UTF-8 cannot store.",
-            reason="field",
-        ) from error
-    return text
-
-
 def _decode_python(data: bytes, where: str) -> bytes:
     try:
         encoding, _ = tokenize.detect_encoding(io.BytesIO(data).readline)
         return data.decode(encoding).encode()
     except (SyntaxError, UnicodeError, LookupError) as error:
         raise UndecodableError(f"{where}: {error}") from error
-
-
-def _utf8(data: bytes, where: str) -> bytes:
-    _decoded(data, where)
-    return data
-
-
-def _decoded(data: bytes, where: str) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        raise UndecodableError(
-            f"{where}: not UTF-8 at byte {error.start} (0x{data[error.start]:02x}); "
-            f"convert the file or take it out of `source.paths`."
-        ) from error
-
-
-def _parsed(held: list[bytes], where: str) -> Any:
-    """Returns the value of the JSON that a list holds, and takes it out."""
-    text = _decoded(held.pop(), where)
-    try:
-        if not text.startswith("{"):
-            return json.loads(text)
-        # As `json.loads`, but for two searches and a copy that it spends on white space.
-        value, end = _raw_json(text)
-        return json.loads(text) if text[end:].strip(_BLANK) else value
-    except (ValueError, RecursionError) as error:
-        told = str(error)
-        if isinstance(error, json.JSONDecodeError):  # whose line is that of the record
-            line = f"line {error.lineno}, " if error.lineno > 1 else ""
-            told = f"{error.msg} ({line}column {error.colno})"
-        raise BadContentError(
-            f"{where}: not JSON: {told}. Repair it, or leave such records out with "
-            f"`source.on_error: skip`.",
-            reason="not JSON",
-        ) from error

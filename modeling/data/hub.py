@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from modeling import canonical
-from modeling.data.formats import Documents, Reading, columns_of, table_documents
+from modeling.data.formats import columns_of, table_documents
+from modeling.data.found import Documents, Reading
 from modeling.data.sources import SourceError
 from modeling.data.sources_config import (
     HuggingFaceSource,

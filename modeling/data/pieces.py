@@ -26,6 +26,7 @@ from typing import Any
 
 import tokenizers
 
+from modeling.data.long_texts import LongText, Text, character_start
 from modeling.data.patterns import splits_at_spaces
 
 PIECE_BYTES = 8 * 1024 * 1024
@@ -47,47 +48,61 @@ _AT_EVERY_SPACE = {"Whitespace", "WhitespaceSplit", "BertPreTokenizer"}
 _BESIDE_SPACES = {"Digits", "Punctuation"}
 
 
-def pieces(
-    text: bytes | memoryview, size: int = PIECE_BYTES, cut_at: re.Pattern[str] = _CUT
-) -> Iterator[bytes]:
+def pieces(text: Text, size: int = PIECE_BYTES, cut_at: re.Pattern[str] = _CUT) -> Iterator[bytes]:
     """Yields UTF-8 text in pieces of about `size` bytes, each cut after that or a little before.
 
     Only where no place to cut is found a piece is longer, by as much as it has to.
 
     Args:
-        text: what to cut.
+        text: what to cut; one on disk is read as far as that takes.
         size: bytes of a piece.
         cut_at: matches nothing, at the places to cut.
     """
-    view = memoryview(text)
-    start = 0
-    while len(view) - start > size:
+    ahead = _Ahead(text)
+    while len(ahead.upto(size + 1)) > size:
         length = size
-        while (cut := _last_cut(view, start, start + length, cut_at)) is None:
-            if start + length >= len(view):
-                yield bytes(view[start:])
+        while (cut := _last_cut(ahead.upto(length + 1), length, cut_at)) is None:
+            if length >= len(ahead.view):
+                yield bytes(ahead.view)
                 return
             length *= 2
-        yield bytes(view[start:cut])
-        start = cut
-    yield bytes(view[start:])
+        yield bytes(ahead.view[:cut])
+        ahead.drop(cut)
+    yield bytes(ahead.view)
 
 
-def _last_cut(view: memoryview, start: int, stop: int, cut_at: re.Pattern[str]) -> int | None:
-    """Returns the last place between `start` and `stop` to cut at."""
-    stop = _character_start(view, min(stop, len(view)))
-    for first in (_character_start(view, max(stop - _TAIL_BYTES, start)), start):
+class _Ahead:
+    """What comes next of a text, as much as is asked for."""
+
+    def __init__(self, text: Text) -> None:
+        self._parts = text.parts() if isinstance(text, LongText) else iter([text])
+        self.view = memoryview(b"")
+
+    def upto(self, num_bytes: int) -> memoryview:
+        """Returns what comes next: so many bytes and more, unless the text ends before."""
+        held, found = [], len(self.view)
+        while found < num_bytes and (part := next(self._parts, None)) is not None:
+            held.append(part)
+            found += len(part)
+        if held:
+            # A text in memory is one part, and not copied.
+            data = b"".join([self.view, *held]) if len(self.view) or len(held) > 1 else held[0]
+            self.view = memoryview(data)
+        return self.view
+
+    def drop(self, num_bytes: int) -> None:
+        """Goes on behind so many bytes."""
+        self.view = self.view[num_bytes:]
+
+
+def _last_cut(view: memoryview, stop: int, cut_at: re.Pattern[str]) -> int | None:
+    """Returns the last place before `stop` to cut at, other than the beginning."""
+    stop = character_start(view, min(stop, len(view)))
+    for first in (character_start(view, max(stop - _TAIL_BYTES, 0)), 0):
         tail = str(view[first:stop], "utf-8")
         if last := deque(cut_at.finditer(tail), maxlen=1):
             return first + len(tail[: last[0].start()].encode())
     return None
-
-
-def _character_start(view: memoryview, offset: int) -> int:
-    """Returns the start of the character that `offset` is in."""
-    while offset < len(view) and view[offset] & 0xC0 == 0x80:
-        offset -= 1
-    return offset
 
 
 def parts_at_spaces(backend: tokenizers.Tokenizer) -> bool:

@@ -14,12 +14,15 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from modeling.data.filters import Duplicates, Filters
-from modeling.data.formats import Documents, Found, Reading, read_documents
+from modeling.data.formats import read_documents
 from modeling.data.formats_config import Format
+from modeling.data.found import Documents, Found, Reading
 from modeling.data.hub import dataset_documents, dataset_path, dataset_splits
+from modeling.data.long_texts import LongText
 from modeling.data.sources import (
     BadContentError,
     FoundFile,
@@ -48,7 +51,7 @@ class Kept(NamedTuple):
 
     doc_id: str
     split: str
-    content: bytes
+    content: bytes | LongText
     """UTF-8; never empty."""
 
 
@@ -100,6 +103,7 @@ class SourceReader:
         document_format: Format,
         duplicates: Duplicates,
         tally: Tally,
+        scratch: Path,
     ) -> None:
         """Reads `source`, counting in `tally`.
 
@@ -110,12 +114,13 @@ class SourceReader:
             document_format: what a record is.
             duplicates: the texts of all sources.
             tally: of all sources.
+            scratch: where long texts go until they are kept or left out.
         """
         self._name = name
         self._source = source
         self._validation = source.validation or validation
         self._format = document_format
-        self._reading = Reading.of(source, name, document_format)
+        self._reading = Reading.of(source, name, document_format, scratch)
         self._ids = Duplicates()
         self._filters = Filters(source.filters, duplicates)
         self._tally = tally
@@ -238,7 +243,7 @@ class SourceReader:
         """Yields what is in a file, as long as it is not far more than the file's own bytes."""
         num_bytes = 0
         for document in read_documents(self._source, found, stored, self._reading, self._format):
-            if isinstance(document.content, bytes):
+            if not isinstance(document.content, BadContentError):
                 num_bytes += len(document.content)
                 require_moderate(found, file.size, num_bytes, self._source.max_expansion)
             yield document

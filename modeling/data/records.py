@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Integer
 
 from modeling.data.formats_config import ChatFormat, Format, IdsFormat, SupervisedFormat, TextFormat
+from modeling.data.long_texts import LongText, SpilledText
 
 _END_OF_IDS = 2**32
 _IDS = f"0 to {_END_OF_IDS - 1}"
@@ -36,7 +37,7 @@ class RecordReader:
     fields: tuple[str, ...]
     """What a record must have."""
     optional_fields: tuple[str, ...]
-    document: Callable[[Mapping[str, Any]], bytes]
+    document: Callable[[Mapping[str, Any]], bytes | LongText]
     """Returns the canonical text of a record as UTF-8, or raises a `RecordError`."""
     is_text: bool
     """Whether the document is just the text of its one field."""
@@ -51,10 +52,10 @@ def record_reader(record_format: Format, text_field: str) -> RecordReader:
 
     def reader(
         fields: Sequence[str],
-        document: Callable[[Mapping[str, Any]], str],
+        document: Callable[[Mapping[str, Any]], str | LongText],
         optional: Sequence[str] = (),
     ) -> RecordReader:
-        def checked(record: Mapping[str, Any]) -> bytes:
+        def checked(record: Mapping[str, Any]) -> bytes | LongText:
             for field in fields:
                 if field not in record:
                     raise RecordError(f"no field {field!r} (found {sorted(record)})")
@@ -65,7 +66,7 @@ def record_reader(record_format: Format, text_field: str) -> RecordReader:
 
     match record_format:
         case TextFormat():
-            return reader([text_field], lambda record: _string(record, text_field))
+            return reader([text_field], lambda record: _text(record, text_field))
         case ChatFormat():
             return reader(
                 [record_format.messages_field],
@@ -77,6 +78,11 @@ def record_reader(record_format: Format, text_field: str) -> RecordReader:
             return reader(fields, lambda record: _supervised(record, *fields))
         case IdsFormat():
             return reader([record_format.field], lambda record: _ids(record, record_format.field))
+
+
+def _text(record: Mapping[str, Any], field: str) -> str | LongText:
+    value = record[field]
+    return value if isinstance(value, LongText) else _string(record, field)
 
 
 def _string(record: Mapping[str, Any], field: str) -> str:
@@ -142,13 +148,19 @@ def _json(value: Mapping[str, Any]) -> str:
         raise RecordError(f"holds what JSON has no word for: {error}") from error
 
 
-def _utf8(text: str) -> bytes:
+def _utf8(text: str | LongText) -> bytes | LongText:
+    if isinstance(text, SpilledText) and text.half_pair:
+        raise _half_a_pair(text.half_pair)
+    if isinstance(text, LongText):
+        return text
     try:
         return text.encode()
     except UnicodeEncodeError as error:
-        raise RecordError(
-            f"holds half a surrogate pair ({text[error.start]!a}), which UTF-8 cannot store"
-        ) from error
+        raise _half_a_pair(text[error.start]) from error
+
+
+def _half_a_pair(half: str) -> RecordError:
+    return RecordError(f"holds half a surrogate pair ({half!a}), which UTF-8 cannot store")
 
 
 def _shown(value: Any) -> str:

@@ -13,7 +13,7 @@ NumPy array that costs no memory and no copy.
 
 import io
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,12 +21,14 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Int32, Int64, Integer, UInt8
 
+from modeling.data.long_texts import ScratchFile
 from modeling.data.spans import SpanTable
 from modeling.merkle import BLOCK_BYTES, prefix_root
 
 Ids = Integer[np.ndarray, "_"]
 _MOST_TOKENS = (1 << 31) - 1
 _WRITTEN_AT_ONCE = 1 << 20
+_READ_AT_ONCE = 1 << 22
 
 
 class MappedShard(NamedTuple):
@@ -37,18 +39,58 @@ class MappedShard(NamedTuple):
     loss_mask: UInt8[np.ndarray, "_"] | None
 
 
+class ReadShard(NamedTuple):
+    """A shard of documents, whose ids are read in pieces, from beginning to end."""
+
+    num_tokens: int
+    offsets: Int32[np.ndarray, " ends"]
+    tokens: Iterator[Ids]
+    loss_mask: Iterator[Ids] | None
+
+
 def token_dtype(vocab_size: int) -> np.dtype:
     """Returns the narrowest type of ids below `vocab_size`."""
     return np.dtype(np.uint16 if vocab_size < 65536 else np.uint32)
 
 
+class SpilledIds:
+    """Ids, or a loss mask, that are written to disk as they come: too many for memory."""
+
+    def __init__(self, directory: Path, dtype: np.dtype) -> None:
+        """Holds none, and goes to the disk of `directory`."""
+        self._scratch = ScratchFile(directory, "the ids of a long document")
+        self.dtype = dtype
+
+    def append(self, ids: Ids) -> None:
+        """Adds ids of this type.
+
+        Raises:
+            DiskFullError: there is no space for them.
+        """
+        assert ids.dtype == self.dtype
+        if len(ids):
+            self._scratch.append(np.ascontiguousarray(ids).data)
+
+    def __len__(self) -> int:
+        """Returns how many there are."""
+        return self._scratch.num_bytes // self.dtype.itemsize
+
+    def pieces(self) -> Iterator[bytes]:
+        """Yields them all as bytes."""
+        for start in range(0, self._scratch.num_bytes, _WRITTEN_AT_ONCE):
+            stop = min(start + _WRITTEN_AT_ONCE, self._scratch.num_bytes)
+            yield self._scratch.read(start, stop)
+
+
 def write_shard(
     path: Path,
-    tokens: Ids,
+    tokens: Ids | SpilledIds,
     lengths: Integer[np.ndarray, " documents"],
-    loss_mask: UInt8[np.ndarray, "_"] | None = None,
+    loss_mask: UInt8[np.ndarray, "_"] | SpilledIds | None = None,
 ) -> None:
     """Writes documents, given end to end with their lengths, and waits until they are on disk.
+
+    The bytes do not depend on whether they come from memory.
 
     Raises:
         ValueError: there are more tokens than offsets of 32 bits can count.
@@ -63,12 +105,22 @@ def write_shard(
     np.cumsum(lengths, out=offsets[1:])
     buffers = [None, pa.py_buffer(offsets)]
     contents = [tokens] if loss_mask is None else [tokens, loss_mask]
+    arrays = [np.empty(len(c), c.dtype) if isinstance(c, SpilledIds) else c for c in contents]
     columns = [
-        pa.Array.from_buffers(field.type, len(lengths), buffers, children=[_wrapped(content)])
-        for field, content in zip(schema, contents, strict=True)
+        pa.Array.from_buffers(field.type, len(lengths), buffers, children=[_wrapped(array)])
+        for field, array in zip(schema, arrays, strict=True)
     ]
-    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        writer.write_batch(pa.record_batch(columns, schema=schema))
+    pieces = {
+        array.ctypes.data: content.pieces()
+        for array, content in zip(arrays, contents, strict=True)
+        if isinstance(content, SpilledIds)
+    }
+    batch = pa.record_batch(columns, schema=schema)
+    if pieces:
+        _write_substituting(path, pieces, batch, pa.ipc.new_file)
+    else:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+            writer.write_batch(batch)
     sync_file(path)
 
 
@@ -79,8 +131,35 @@ def map_shard(path: Path, dtype: np.dtype, *, with_loss_mask: bool = False) -> M
         ValueError: the file holds other columns, several batches, offsets beyond its tokens, or a
             mask of other lengths than the tokens.
     """
+    with pa.memory_map(str(path)) as mapped:
+        return _shard_in(mapped, path, dtype, with_loss_mask=with_loss_mask)
+
+
+def read_shard(path: Path, dtype: np.dtype, *, with_loss_mask: bool = False) -> ReadShard:
+    """Returns a shard of documents, to be read through once.
+
+    What is mapped would count as memory of this process as soon as it is looked at.
+
+    Raises:
+        ValueError: as `map_shard`.
+    """
+    with pa.memory_map(str(path)) as mapped:
+        start = mapped.read_buffer(1).address
+        tokens, offsets, mask = _shard_in(mapped, path, dtype, with_loss_mask=with_loss_mask)
+
+        def pieces(column: Ids) -> Iterator[Ids]:
+            return _read(path, column.ctypes.data - start, len(column), column.dtype)
+
+        return ReadShard(
+            len(tokens), offsets.copy(), pieces(tokens), None if mask is None else pieces(mask)
+        )
+
+
+def _shard_in(
+    mapped: pa.MemoryMappedFile, path: Path, dtype: np.dtype, *, with_loss_mask: bool
+) -> MappedShard:
     schema = _documents_schema(dtype, with_loss_mask=with_loss_mask)
-    with pa.memory_map(str(path)) as mapped, pa.ipc.open_file(mapped) as reader:
+    with pa.ipc.open_file(mapped) as reader:
         batches = [reader.get_batch(index) for index in range(reader.num_record_batches)]
         columns = _only_columns(path, reader.schema, schema, batches)
     _, offsets, _, tokens = columns[0].buffers()
@@ -94,6 +173,17 @@ def map_shard(path: Path, dtype: np.dtype, *, with_loss_mask: bool = False) -> M
             f"{path}: the loss_mask has other lengths than the tokens. Build the artifact again."
         )
     return MappedShard(ids, bounds, np.frombuffer(mask, np.uint8, len(ids)))
+
+
+def _read(path: Path, place: int, count: int, dtype: np.dtype) -> Iterator[Ids]:
+    if count == 0:  # which may be anywhere
+        return
+    with path.open("rb") as file:
+        file.seek(place)
+        while count:
+            size = min(count, _READ_AT_ONCE // dtype.itemsize)
+            yield np.frombuffer(file.read(size * dtype.itemsize), dtype)
+            count -= size
 
 
 def write_rows(path: Path, columns: Mapping[str, Sequence[Ids]], row_length: int) -> None:
@@ -111,13 +201,23 @@ def write_rows(path: Path, columns: Mapping[str, Sequence[Ids]], row_length: int
         )
         for field, column in zip(schema, stand_ins, strict=True)
     ]
-    with path.open("wb") as file:
-        of_address = dict(zip((c.ctypes.data for c in stand_ins), columns.values(), strict=True))
-        sink = _Substituting(file, of_address)
-        with pa.ipc.new_stream(sink, schema) as writer:
-            writer.write_batch(pa.record_batch(arrays, schema=schema))
-        sink.require_all()
+    of_address = dict(zip((c.ctypes.data for c in stand_ins), columns.values(), strict=True))
+    _write_substituting(path, of_address, pa.record_batch(arrays, schema=schema), pa.ipc.new_stream)
     sync_file(path)
+
+
+def _write_substituting(
+    path: Path,
+    pieces: Mapping[int, Iterable[Ids | bytes]],
+    batch: pa.RecordBatch,
+    new_writer: Callable[..., Any],
+) -> None:
+    """Writes a batch with pieces in place of the columns at their addresses."""
+    with path.open("wb") as file:
+        sink = _Substituting(file, pieces)
+        with new_writer(sink, batch.schema) as writer:
+            writer.write_batch(batch)
+        sink.require_all()
 
 
 class _Substituting:
@@ -125,7 +225,9 @@ class _Substituting:
 
     closed = False
 
-    def __init__(self, file: io.BufferedWriter, pieces: Mapping[int, Sequence[Ids]]) -> None:
+    def __init__(
+        self, file: io.BufferedWriter, pieces: Mapping[int, Iterable[Ids | bytes]]
+    ) -> None:
         """Takes the pieces by the address of their column."""
         self._file = file
         self._pieces = dict(pieces)

@@ -23,11 +23,11 @@ import numpy as np
 from modeling import canonical
 from modeling.artifacts import ArtifactStore, Built, Workspace, link_or_copy, write_durably
 from modeling.data import corpus
-from modeling.data.compute import SHOWN_SKIPPED, Encoding, Keyed, encoded_by_ray, encoded_here
+from modeling.data.compute import SHOWN_SKIPPED, Encoding, Here, Keyed, encoded_by_ray, encoded_here
 from modeling.data.config import Compute, LocalCompute, RayCompute, TokenizationConfig
 from modeling.data.formats_config import Format
 from modeling.data.ledger import FetchEarlier, Ledger, SharedUnits, nothing_earlier
-from modeling.data.shards import map_shard, token_dtype
+from modeling.data.shards import read_shard, token_dtype
 from modeling.data.splits import file_stem, source_of
 from modeling.data.token_files import FORMAT, MANIFEST_FILE, Manifest, Shard, SplitManifest
 from modeling.data.tokenizer import PassthroughTokenizer, Tokenizer, load_tokenizer
@@ -105,7 +105,7 @@ def build(
     total = sum(corpus.text_bytes(corpus_dir).values())
     meter = Meter(report, "tokenized corpus", total / _MEGABYTE, "MB")
     if pace is None:
-        units = cut_units(corpus.record_batches(corpus_dir), unit_bytes)
+        units = cut_units(corpus.stored_documents(corpus_dir), unit_bytes)
     else:
         units = _paced_units(corpus_dir, unit_bytes, pace, streams)
 
@@ -121,10 +121,11 @@ def build(
                 under_way.add(key)
                 yield key, unit
 
+    here = Here(encoders, encoding.skipping, workspace.progress)
     if isinstance(compute, RayCompute):
-        results = encoded_by_ray(compute, encoding, unknown_units())
+        results = encoded_by_ray(compute, encoding, unknown_units(), encode_long=here)
     else:
-        results = encoded_here(encoders, unknown_units(), skipping=encoding.skipping)
+        results = encoded_here(here, unknown_units())
     for key, unit in results:
         ledger.commit(key, unit)
         read_bytes = unit.text_bytes + unit.skipped_bytes
@@ -196,7 +197,7 @@ def _paced_units(
 
     The corpus is read through for each split, for which its documents need not wait in memory.
     """
-    left = {split: cut_units(corpus.record_batches(corpus_dir, split), unit_bytes)
+    left = {split: cut_units(corpus.stored_documents(corpus_dir, split), unit_bytes)
             for split in streams}  # fmt: skip
     while left:
         tokens = {split: stream.num_tokens for split, stream in streams.items()}
@@ -282,25 +283,27 @@ class _Stream:
 
     def _fold(self, shard: Shard, path: Path) -> None:
         with_loss_mask = self._mask_hasher is not None
-        tokens, offsets, mask = map_shard(path, self._dtype, with_loss_mask=with_loss_mask)
-        if (len(offsets) - 1, len(tokens)) != (shard.documents, shard.tokens):
+        read = read_shard(path, self._dtype, with_loss_mask=with_loss_mask)
+        lengths = np.diff(read.offsets)
+        if (len(lengths), read.num_tokens) != (shard.documents, shard.tokens):
             raise DamagedArtifactError(
-                f"{path}: has {len(offsets) - 1} documents and {len(tokens)} tokens, its "
+                f"{path}: has {len(lengths)} documents and {read.num_tokens} tokens, its "
                 f"receipt says {shard.documents} and {shard.tokens}."
             )
-        ends = offsets[1:].astype("<u8") + self.num_tokens
-        self._token_hasher.update(tokens.data.cast("B"))
+        ends = read.offsets[1:].astype("<u8") + self.num_tokens
         self._offset_hasher.update(ends.data.cast("B"))
-        if self._mask_hasher is not None and mask is not None:
+        for tokens in read.tokens:
+            self._token_hasher.update(tokens.data.cast("B"))
+            if self._unknown is not None:
+                self._num_unknown += int((tokens == self._unknown).sum())
+        for mask in read.loss_mask or ():
+            assert self._mask_hasher is not None
             self._mask_hasher.update(mask.data)
-        self.num_tokens += len(tokens)
-        lengths = np.diff(offsets)
+        self.num_tokens += read.num_tokens
         self._longest = max(self._longest, int(lengths.max(initial=0)))
         binned = np.bincount(np.frexp(np.maximum(lengths, 1))[1] - 1, minlength=len(self._lengths))
         binned[: len(self._lengths)] += self._lengths
         self._lengths = binned
-        if self._unknown is not None:
-            self._num_unknown += int((tokens == self._unknown).sum())
 
 
 def unknown_id(tokenizer: Tokenizer | PassthroughTokenizer) -> int | None:

@@ -22,13 +22,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 
-from modeling.data import corpus
+from modeling.data.corpus import StoredDocument
+from modeling.data.long_texts import LongText, Text
 
 UNIT_BYTES = 64 * 1024 * 1024
 _TAIL_BYTES = 256
-Text = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Unit:
     split: str
     doc_ids: list[str]
     texts: list[Text]
-    """UTF-8; a document longer than the limit is not copied out of the batch that holds it."""
+    """UTF-8; a document longer than the limit stays where it is, and is alone in its unit."""
 
     @property
     def num_bytes(self) -> int:
@@ -51,25 +50,26 @@ class Unit:
         hasher = hashlib.sha256(f"unit/1\0{policy}\0{len(self.texts)}\0".encode())
         hasher.update(lengths.data.cast("B"))
         for text in self.texts:
-            hasher.update(text)
+            for part in text.parts() if isinstance(text, LongText) else (text,):
+                hasher.update(part)
         return hasher.hexdigest()
 
 
-def cut_units(batches: Iterable[pa.RecordBatch], limit: int = UNIT_BYTES) -> Iterator[Unit]:
+def cut_units(documents: Iterable[StoredDocument], limit: int = UNIT_BYTES) -> Iterator[Unit]:
     """Yields the units of every split as soon as they are whole, those of a split in order.
 
     Args:
-        batches: (doc_id, split, text) of the corpus; the documents of a file follow each other.
+        documents: of the corpus; those of a file follow each other.
         limit: bytes of text in a unit, which only a document longer than that exceeds.
     """
     splits: dict[str, _Cutter] = {}
-    for batch in batches:
-        columns = (batch.column(name).to_pylist() for name in ("doc_id", "split"))
-        for doc_id, split, text in zip(*columns, _texts(batch, limit), strict=True):
-            if split not in splits:
-                splits[split] = _Cutter(split, limit)
-            if units := splits[split].add(doc_id, text):
-                yield from units
+    for doc_id, split, text in documents:
+        if split not in splits:
+            splits[split] = _Cutter(split, limit)
+        # One that fills a unit stays in place, others are copied, since they may wait.
+        held = text if len(text) > limit else bytes(text)
+        if units := splits[split].add(doc_id, held):
+            yield from units
     for cutter in splits.values():
         yield from cutter.rest()
 
@@ -125,13 +125,10 @@ class _Cutter:
 
     def _ends_unit(self, text: Text) -> bool:
         """Whether the text's own hash makes it a last one; likelier, the longer it is."""
+        if isinstance(text, LongText):  # which is longer than half of the limit
+            return True
         draw = zlib.crc32(text[-_TAIL_BYTES:], len(text) & 0xFFFFFFFF)
         return draw * (self._limit // 2) < len(text) << 32
-
-
-def _texts(batch: pa.RecordBatch, limit: int) -> Iterator[Text]:
-    """Yields each text: one that fills a unit in place, the others copied, since they may wait."""
-    return (text if len(text) >= limit else bytes(text) for text in corpus.texts_of(batch))
 
 
 def _file_of(doc_id: str) -> str:

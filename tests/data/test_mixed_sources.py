@@ -9,8 +9,6 @@ import os
 import random
 import re
 import resource
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -702,39 +700,3 @@ def test_a_full_disk_is_said_and_nothing_committed_is_lost(tmp_path):
     assert make("1") == (made, False)
     verify_files(store.local(made.kind, made.content_id))
     assert make("2")[1]
-
-
-LONG = """
-import resource, sys
-from pathlib import Path
-from modeling.artifacts import Workspace
-from modeling.data import corpus
-from modeling.data.sources_config import FilesSource, ValidationConfig
-
-root, kind = Path(sys.argv[1]), sys.argv[2]
-space = Workspace(root / "p", root / "o")
-space.progress.mkdir()
-space.output.mkdir()
-source = FilesSource(type="files", paths=(str(root / "a"),), format=kind)
-listing = corpus.scan(source, validation=ValidationConfig(fraction=0.0))
-built = corpus.build(source, listing, space)
-print(built.facts["bytes"]["train"], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "most_gib"), [("jsonl", 2.6), ("text", 2.5)])
-def test_a_document_of_a_gigabyte_takes_a_few_times_its_size(kind, most_gib, tmp_path):
-    piece = b"words and words, line after line\\n" * 30_000
-    with (tmp_path / "a").open("wb") as file:
-        file.write(b'{"text": "' * (kind == "jsonl"))
-        for _ in range(1000):
-            file.write(piece)
-        file.write(b'"}\n' * (kind == "jsonl"))
-    done = subprocess.run(
-        [sys.executable, "-c", LONG, str(tmp_path), kind],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    num_bytes, peak_mib = map(int, done.stdout.split())
-    assert num_bytes == 1000 * (len(piece) - 30_000 * (kind == "jsonl"))
-    assert peak_mib < most_gib * 1024

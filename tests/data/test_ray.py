@@ -81,7 +81,7 @@ def encoding(chain):
 
 
 def units_of(chain):
-    units = cut_units(corpus.record_batches(chain.corpus_dir), UNIT)
+    units = cut_units(corpus.stored_documents(chain.corpus_dir), UNIT)
     return [(unit.key("p"), unit) for unit in units]
 
 
@@ -117,8 +117,8 @@ def test_a_killed_worker_costs_nothing_but_time(
                 os.kill(os.getpid(), signal.SIGKILL)
         return encode_unit(encoder, doc_ids, texts, **options)
 
-    def with_a_death(compute_config, encoding, units):
-        return compute.encoded_by_ray(compute_config, encoding, units, encode=dies_once)
+    def with_a_death(compute_config, encoding, units, **options):
+        return compute.encoded_by_ray(compute_config, encoding, units, encode=dies_once, **options)
 
     monkeypatch.setattr(tokenized, "encoded_by_ray", with_a_death)
     workspace = make_workspace("killed")

@@ -534,8 +534,8 @@ def test_shards_can_be_read_in_order_while_more_are_made(chain, make_workspace, 
 def test_units_committed_out_of_order_are_told_in_order(chain, make_workspace, monkeypatch):
     workspace = make_workspace("shuffled")
 
-    def backwards(encoder, units, **options):
-        yield from reversed(list(compute.encoded_here(encoder, units, **options)))
+    def backwards(here, units):
+        yield from reversed(list(compute.encoded_here(here, units)))
 
     monkeypatch.setattr(tokenized, "encoded_here", backwards)
     built = build(chain, workspace)
