@@ -192,7 +192,8 @@ class Workspace:
     remote: str | None = None
     """Where the store is remote, the URL of a progress that other machines see, too."""
     elsewhere: tuple[Progress, ...] = ()
-    """The progress of the same recipe in other numerics classes, where nobody is at work."""
+    """The progress of the same recipe, or under what stood in for it, in other numerics classes,
+    where nobody is at work."""
 
     def remote_path(self, path: Path) -> str | None:
         """Returns the URL, if any, that stands for a path within `progress`."""
@@ -274,7 +275,8 @@ class ArtifactStore:
             numerics: the numerics class, for products of floating-point training.
             provenance: goes on record.
             begun_as: stand-ins for `recipe` from before its inputs were known; the progress that
-                was made under one of them is gone on with.
+                was made under one of them is gone on with, and that of another numerics class is
+                shown to `build` as is that of `recipe`.
             report: hears who is waited for.
         """
         numerics_id = numerics_digest(numerics)
@@ -290,7 +292,8 @@ class ArtifactStore:
             self._adopt_remote(begun_as, numerics_id, recipe.id)
             progress.mkdir(parents=True, exist_ok=True)
             output.mkdir()
-            elsewhere = self._elsewhere(recipe.id, numerics_id, report)
+            begun = (recipe.id, *(stand_in.id for stand_in in begun_as))
+            elsewhere = self._elsewhere(begun, numerics_id, report)
             space = Workspace(progress, output, self._remote_progress(work), elsewhere)
             with needing_space(f"files of {recipe.kind} {recipe.id[:12]}", work):
                 built = build(space)
@@ -318,29 +321,34 @@ class ArtifactStore:
             return None
         return f"{self.url.rstrip('/')}/{work.relative_to(self.scratch).as_posix()}/progress"
 
-    def _elsewhere(self, recipe_id: str, numerics: str, report: Report) -> tuple[Progress, ...]:
+    def _elsewhere(
+        self, recipe_ids: Sequence[str], numerics: str, report: Report
+    ) -> tuple[Progress, ...]:
         """Returns the progress of other numerics classes that nobody goes on with now."""
         if numerics == EXACT:
             return ()
+        return tuple(p for it in recipe_ids for p in self._of_other_classes(it, numerics, report))
+
+    def _of_other_classes(
+        self, recipe_id: str, numerics: str, report: Report
+    ) -> Iterator[Progress]:
         here = self.scratch / "work" / recipe_id
         names = {path.parent.name for path in here.glob("*/progress")}
         if not self.is_local:
             there = f"{self.root}/work/{recipe_id}"
             names |= {str(p).split("/")[-2] for p in self.filesystem.glob(f"{there}/*/progress")}
-        found = []
         for name in sorted(names - {numerics}):
             if self.filesystem.exists(self.record_path(recipe_id, name)):
                 continue  # done; what is left of it was pinned
             work = self._work(recipe_id, name)
             lease = self._lease(recipe_id, name)
             if leases.has_ended(lease, work.with_suffix(".lock"), self._terms):
-                found.append(Progress(work / "progress", self._remote_progress(work)))
+                yield Progress(work / "progress", self._remote_progress(work))
             else:
                 report(
                     f"The same is being made in another numerics class, {name[:12]}, by "
                     f"{leases.holder_of(lease) or 'another process'}; it is left alone."
                 )
-        return tuple(found)
 
     def publish(
         self,
@@ -647,6 +655,7 @@ class ArtifactStore:
                 work / "progress",
                 work / f"attempt-{uuid.uuid4().hex[:12]}",
                 self._remote_progress(work),
+                self._elsewhere([stand_in.id], numerics_digest(numerics), report),
             )
             space.progress.mkdir(parents=True, exist_ok=True)
             space.output.mkdir()

@@ -8,13 +8,13 @@ import dataclasses
 import datetime
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
 
-from modeling.artifacts import ArtifactStore
+from modeling.artifacts import BEFORE, ArtifactStore
 from modeling.experiment import ConfigError
 from modeling.inventory import INVENTORY
 from modeling.training import inspecting, pins, reading  # noqa: TID253 (none loads JAX)
@@ -54,6 +54,8 @@ class Saved:
     """Why it is never retired; empty if it may be."""
     numerics: str
     """The first digits of the numerics class."""
+    numerics_before: Sequence[Mapping[str, Any]]
+    """Other classes that it was begun in, `{"class": ..., "until": step}`, oldest first."""
     directory: str
 
 
@@ -107,7 +109,7 @@ def show(store: ArtifactStore, reference: str, *, as_json: bool) -> int:
     for line in _table([("array", "dtype[named shape]", "size", "sha-256"), *lines]):
         _say(line)
     for name, value in _summary(copy.place, manifest).items():
-        _say(f"{name}: {json.dumps(value)}" if isinstance(value, dict) else f"{name}: {value}")
+        _say(f"{name}: {json.dumps(value) if isinstance(value, dict | list) else value}")
     return 0
 
 
@@ -198,9 +200,9 @@ def _in_store(store: ArtifactStore, name: str, recipe_id: str, *, verify: bool) 
             step = pins.step_of(attempt)
             assert step is not None
             is_committed = COMMIT in sizes
-            state = "incomplete"
+            state, copy = "incomplete", copies.Copy(attempt, remote=remote)
             if is_committed and verify:
-                damaged = any(True for _ in copies.Copy(attempt, remote=remote).faults())
+                damaged = any(True for _ in copy.faults())
                 state = "DAMAGED" if damaged else "verified"
             elif is_committed:
                 state = "complete" if remote.is_whole(attempt, sizes) else "DAMAGED"
@@ -213,6 +215,7 @@ def _in_store(store: ArtifactStore, name: str, recipe_id: str, *, verify: bool) 
                 state,
                 f"pinned: {why[step]}" if step in why else "",
                 remote.url.rpartition("/")[2][:12],
+                _classes_before(copy) if is_committed else (),
                 f"{remote.url}/{attempt}",
             )
 
@@ -238,8 +241,16 @@ def _saved(name: str, path: Path, *, verify: bool) -> Saved:
         _state(path, verify=verify) if committed.exists() else "incomplete",
         "" if why is None else f"pinned: {why}",
         path.parent.name[:12],
+        _classes_before(copies.Copy(path.name, path)) if committed.exists() else (),
         str(path),
     )
+
+
+def _classes_before(copy: copies.Copy) -> Sequence[Mapping[str, Any]]:
+    try:
+        return copy.manifest().config.get("numerics_before", ())
+    except CheckpointError:  # which `state` tells
+        return ()
 
 
 def _state(directory: Path, *, verify: bool) -> str:
@@ -280,6 +291,7 @@ def _published(
             state,
             f"published as {aliases[key[1]]}" if key[1] in aliases else "published",
             record["numerics"]["id"][:12],
+            record["numerics"]["class"].get(BEFORE, ()),
             path,
         )
 
@@ -301,6 +313,7 @@ def _summary(place: str, manifest: Manifest) -> dict[str, Any]:
         "step": manifest.step,
         "cursor": dict(manifest.cursor),
         "numerics": manifest.config.get("numerics", "not on record"),
+        "numerics_before": list(manifest.config.get("numerics_before", ())),
         "content_id": manifest.content_id,
         "roots": manifest.roots,
         "files": ", ".join(record.path for record in manifest.files),
@@ -317,9 +330,13 @@ def _cells(row: Saved) -> tuple[str, ...]:
         _age(row.age_s),
         row.state,
         row.kept,
-        row.numerics,
+        ", after ".join((row.numerics, *map(_told_class, reversed(row.numerics_before)))),
         row.directory,
     )
+
+
+def _told_class(one: Mapping[str, Any]) -> str:
+    return f"{one['class'][:12]} until step {one['until']}"
 
 
 def _age(seconds: float) -> str:

@@ -388,6 +388,26 @@ def test_work_of_another_class_is_offered_and_what_comes_of_it_is_of_both(any_st
     assert store.find(wanted, numerics_digest(second)) == alone
 
 
+def test_work_of_another_class_is_offered_that_was_begun_before_the_recipe_was_known(
+    any_store: ArtifactStore,
+):
+    store, early = any_store, recipe("early")
+    with store.begin(early, {"mesh": 8}) as space:
+        assert space.elsewhere == ()
+        (space.progress / "step-3").write_text("done so far")
+    with store.begin(early, {"mesh": 2}) as space:
+        (other,) = space.elsewhere
+        assert (other.local / "step-3").exists()
+
+    def goes_on(workspace: Workspace) -> Built:
+        of_eight, of_two = sorted(workspace.elsewhere, key=lambda it: not any(it.local.iterdir()))
+        assert (of_eight.local / "step-3").read_text() == "done so far"
+        assert list(of_two.local.iterdir()) == []
+        return writes("both")(workspace)
+
+    assert store.materialize(recipe("x"), goes_on, numerics={"mesh": 4}, begun_as=[early])[1]
+
+
 def test_work_of_another_class_is_left_alone_while_somebody_does_it(store: ArtifactStore):
     said: list[str] = []
 

@@ -1,5 +1,6 @@
 """`levanter checkpoint`, `fsck`, `gc` and `alias`, as a person types them: output, exit codes."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -43,10 +44,8 @@ def in_progress(copy, published):
     for number, attempt in ((8, "a"), (STEP, "a"), (24, "b")):
         saved = directory / f"step-{number:06d}.{attempt * 12}"
         shutil.copytree(files, saved, ignore=shutil.ignore_patterns("INVENTORY.json"))
-        manifest = json.loads((saved / "manifest.json").read_text()) | {"step": number}
-        (saved / "manifest.json").write_text(json.dumps(manifest))
-        digest = hashlib.sha256((saved / "manifest.json").read_bytes()).hexdigest()
-        (saved / "COMMIT").write_text(f"{digest}\n")
+        with rewritten(saved) as manifest:
+            manifest["step"] = number
     (directory / f"step-000024.{'b' * 12}" / "COMMIT").unlink()
     return directory
 
@@ -62,6 +61,16 @@ def run(copy, capsys):
         return code, printed.out + printed.err
 
     return command
+
+
+@contextlib.contextmanager
+def rewritten(saved):
+    """Yields the manifest of a checkpoint for changes, and commits it anew."""
+    path = saved / "manifest.json"
+    yield (manifest := json.loads(path.read_text()))
+    path.write_text(json.dumps(manifest))
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    (saved / "COMMIT").write_text(f"{digest}\n")
 
 
 def chunk_of(directory):
@@ -99,6 +108,19 @@ class TestList:
 
         assert states() == {8: "DAMAGED", 16: "complete", 24: "incomplete"}
         assert states("--verify") == {8: "DAMAGED", 16: "DAMAGED", 24: "incomplete"}
+
+    def test_work_that_was_begun_in_another_class_says_so(self, run, in_progress):
+        before = [{"class": "fedcba9876543210", "until": 4}]
+        with rewritten(in_progress / f"step-000008.{'a' * 12}") as manifest:
+            manifest["config"]["numerics_before"] = before
+        _, printed = run("checkpoint", "ls", "tiny")
+        rows = {line.split()[0]: line for line in printed.splitlines()}
+        assert "after fedcba987654 until step 4" in rows["tiny@8"]
+        assert "after" not in rows["tiny@16"]
+        _, printed = run("checkpoint", "ls", "tiny", "--json")
+        told = {row["name"]: row["numerics_before"] for row in json.loads(printed)}
+        assert (told["tiny@8"], told["tiny@16"]) == (before, [])
+        assert f"numerics_before: {json.dumps(before)}" in run("checkpoint", "show", "tiny@8")[1]
 
     def test_who_trains_now_is_told(self, run, copy, published):
         holder = Holder("x", "nodeb", 812, "2026-01-01T12:04:00+00:00", 3, "4 bytes committed")
