@@ -65,7 +65,9 @@ class ExperimentConfig:
                     f"{section}.weights: {weights} needs trainer.{weights}, which keeps that "
                     f"average; set it, or take the weights `last`."
                 )
-        if found := mistakes(self.trainer, self.optimizer, self.sequence_length):
+        if found := mistakes(
+            self.trainer, self.optimizer, self.sequence_length, self.model.axis_names
+        ):
             raise ValueError("\n".join(found))
 
     @property

@@ -9,6 +9,9 @@ from pydantic import Field, Tag
 from modeling.canonical import NOT_IDENTITY, added_later
 from modeling.fields import STRICT, Positive, type_or
 
+_COMMON_AXES = frozenset(
+    {"batch", "position", "vocab", "layers", "embed", "heads", "head_size", "mlp"}
+)
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -80,6 +83,8 @@ class Gpt2Config(_Derived):
     out of exports."""
 
     identity_tag: ClassVar[str] = "model.gpt2/1"
+    axis_names: ClassVar[frozenset[str]] = _COMMON_AXES | {"qkv"}
+    """Of all arrays of the model and of the rows that it takes: what a mesh can split."""
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:
@@ -119,6 +124,7 @@ class LlamaConfig(_Derived):
     vocab_pad_multiple: Positive = 1
 
     identity_tag: ClassVar[str] = "model.llama/1"
+    axis_names: ClassVar[frozenset[str]] = _COMMON_AXES | {"group"}
     __pydantic_config__ = STRICT
 
     def __post_init__(self) -> None:

@@ -18,9 +18,19 @@ MAPPINGS = ("axis_resources", "parameter_axis_resources")
 
 
 def mistakes(
-    trainer: TrainerConfig, optimizer: OptimizerConfig, sequence_length: int
+    trainer: TrainerConfig,
+    optimizer: OptimizerConfig,
+    sequence_length: int,
+    axis_names: Collection[str],
 ) -> Sequence[str]:
-    """Returns what is wrong with the fields of a run: the first mistake of each kind."""
+    """Returns what is wrong with the fields of a run: the first mistake of each kind.
+
+    Args:
+        trainer: how it is trained.
+        optimizer: by which rule.
+        sequence_length: tokens of a row.
+        axis_names: of the model's arrays and of the rows.
+    """
     num_steps = trainer.num_train_steps
 
     def averaging() -> None:
@@ -36,6 +46,7 @@ def mistakes(
         lambda: trainer.lengths(sequence_length),
         lambda: profiled_steps(trainer.profile_steps, num_steps),
         lambda: _require_layout(trainer, optimizer),
+        lambda: require_known_axes(trainer, axis_names),
     ]
     found = []
     for check in checks:
@@ -82,6 +93,19 @@ def require_layout(trainer: TrainerConfig) -> None:
             )
     for size in trainer.batches.sizes:
         _require_shared_batch(size, trainer)
+
+
+def require_known_axes(trainer: TrainerConfig, known: Collection[str]) -> None:
+    """Raises `ValueError` if a mapping splits an axis that neither model nor batch has.
+
+    Such a line does nothing, and would leave whole what was meant to be split.
+    """
+    for field, logical, _ in entries(trainer):
+        if logical not in known:
+            raise ValueError(
+                f"trainer.{field}: no array of this model has an axis `{logical}`"
+                f"{hint(logical, known)}; there are {sorted(known)}."
+            )
 
 
 def devices_per_process(trainer: TrainerConfig) -> int:

@@ -9,7 +9,7 @@ slices that hold the same weights.
 
 import dataclasses
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from haliax.sharding import ResourceMapping
 from modeling.models.config import Gpt2Config, LlamaConfig
 from modeling.training.config import TrainerConfig
-from modeling.training.feasibility import MAPPINGS, entries, hint, mesh_axes, require_layout
+from modeling.training.feasibility import MAPPINGS, mesh_axes, require_layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +71,6 @@ def idle_devices(layout: Layout, devices: Sequence[Any] | None = None) -> str | 
         f"{len(found) - size} of {len(found)} {found[0].device_kind} devices are idle: "
         f"trainer.mesh {shape} takes {size}.{remedy}"
     )
-
-
-def require_known_axes(trainer: TrainerConfig, known: Collection[str]) -> None:
-    """Raises `ValueError` if a mapping splits an axis that neither model nor batch has.
-
-    Such a line does nothing, and would leave whole what was meant to be split.
-    """
-    for field, logical, _ in entries(trainer):
-        if logical not in known:
-            raise ValueError(
-                f"trainer.{field}: no array of this model has an axis `{logical}`"
-                f"{hint(logical, known)}; there are {sorted(known)}."
-            )
 
 
 def require_divisible_vocabulary(

@@ -117,12 +117,6 @@ class Blueprint:
         params, _ = trainable(self.template.model)
         return tuple(path for path, _, _ in named_leaves(params))
 
-    @property
-    def axis_names(self) -> frozenset[str]:
-        """The names of all axes of the model."""
-        leaves = named_leaves(self.template.model)
-        return frozenset(name for _, _, axes in leaves if axes is not None for name in axes)
-
     def index_of(self, path: str) -> int:
         """Returns where in the flat list the array of this path is."""
         return list(self.shardings).index(path)

@@ -73,7 +73,6 @@ from modeling.training.mesh import (
     build_layout,
     idle_devices,
     require_divisible_vocabulary,
-    require_known_axes,
 )
 from modeling.training.observer import Observer, RunStart, Silent, StepReport
 from modeling.training.other_classes import classes_before
@@ -224,7 +223,6 @@ def make_plan(experiment: ExperimentConfig, cache: TrainingData) -> Plan:
 
     make = partial(initial_state, make_model, optimizer.init, trainer)
     blueprint = Blueprint.of(make, layout)
-    require_known_axes(trainer, {*blueprint.axis_names, "batch", Pos.name})
     params = trainable(blueprint.template.model)[0]
     return Plan(
         experiment=experiment,

@@ -151,6 +151,15 @@ def test_overrides_reach_the_experiment_and_its_dataset(catalog_dir: Path):
         ("trainer.tail_average.start=5000", "base.yaml: trainer.tail_average.start: 5000 steps"),
         ("trainer.mesh.data=7", "base.yaml: trainer.train_batch_size: "),
         ("trainer.axis_resources.mlp=date", "axis_resources: `mlp: date` names a mesh axis that"),
+        (
+            "trainer.axis_resources.head=data",
+            "base.yaml: trainer.axis_resources: no array of this model has an axis `head` (did "
+            "you mean `heads`?)",
+        ),
+        (
+            "trainer.parameter_axis_resources={group: data}",
+            "parameter_axis_resources: no array of this model has an axis `group`",
+        ),
         ("trainer.processes=3", "base.yaml: trainer.processes: 3 processes cannot share the 1 dev"),
         ("trainer.reproducibility=elastic\ntrainer.elastic_shards=6", "6 must be a power of two"),
         ("trainer.mp='p=f32,c=bf16,o=f32'", "base.yaml: trainer.mp: 'p=f32,c=bf16,o=f32': 'o=f32'"),

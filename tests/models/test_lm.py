@@ -10,7 +10,7 @@ import pytest
 
 import haliax as hax
 from haliax import Axis, NamedArray
-from modeling.models.config import Gpt2Config
+from modeling.models.config import MODEL_PRESETS, Gpt2Config
 from modeling.models.lm import (
     LanguageModel,
     LmExample,
@@ -54,6 +54,15 @@ TABLE = np.array(
     np.float32,
 )
 TOKENS = np.array([[0, 4, 2, 1], [3, 1, 0, 3]])
+
+
+@pytest.mark.parametrize("name", ["gpt2-nano", "llama-nano"])
+def test_a_configuration_names_the_axes_of_its_model_and_of_rows(name):
+    config = MODEL_PRESETS[name]
+    model = eqx.filter_eval_shape(build_model, config, Vocab, Pos, key=jax.random.PRNGKey(0))
+    arrays = jax.tree.leaves(model, is_leaf=lambda x: isinstance(x, NamedArray))
+    found = {axis.name for x in arrays if isinstance(x, NamedArray) for axis in x.axes}
+    assert found | {"batch", "position"} == config.axis_names
 
 
 def nats(current, following):

@@ -9,12 +9,7 @@ import pytest
 
 from modeling.models.config import Gpt2Config
 from modeling.training.config import TrainerConfig
-from modeling.training.mesh import (
-    build_layout,
-    idle_devices,
-    require_divisible_vocabulary,
-    require_known_axes,
-)
+from modeling.training.mesh import build_layout, idle_devices, require_divisible_vocabulary
 from modeling.training.precision import Policy
 
 TRAINER = TrainerConfig(num_train_steps=1, train_batch_size=8)
@@ -93,16 +88,6 @@ def test_the_mesh_takes_the_first_devices_in_order():
 def test_a_layout_that_cannot_be_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
         build_layout(dataclasses.replace(TRAINER, **change))
-
-
-def test_a_mapping_of_an_axis_that_no_array_has_is_refused():
-    known = {"batch", "position", "embed", "heads", "mlp"}
-    split = dataclasses.replace(TRAINER, axis_resources={"batch": "data", "head": "data"})
-    with pytest.raises(
-        ValueError, match=r"axis_resources: no array.*`head` \(did you mean `heads`\?\).*'mlp'"
-    ):
-        require_known_axes(split, known)
-    require_known_axes(TRAINER, known)
 
 
 def test_a_vocabulary_that_devices_cannot_share_is_refused_with_the_padding_it_takes():
