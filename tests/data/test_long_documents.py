@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import tokenizers
+from tokenizers import models, pre_tokenizers, trainers
 
 from modeling.artifacts import DiskFullError
 from modeling.data import (
@@ -28,6 +30,7 @@ from modeling.data import (
     tokenizer,
 )
 from modeling.data.config import TokenCacheConfig, TokenizationConfig
+from modeling.data.formats_config import SupervisedFormat
 from modeling.data.long_records import RecordScan, parsed
 from modeling.data.long_texts import LongText, ScratchFile, SpilledText
 from modeling.data.shards import SpilledIds, map_shard, read_shard, write_shard
@@ -56,7 +59,9 @@ def tiny(monkeypatch):
         monkeypatch.setattr(long_texts, "PART_BYTES", 40)
         monkeypatch.setattr(corpus, "_BATCH_TEXT_BYTES", 100)
         monkeypatch.setattr(compute, "PIECE_BYTES", 60)
-        monkeypatch.setattr(encoding, "pieces", lambda text: pieces.pieces(text, 60))
+        monkeypatch.setattr(encoding, "_LIBRARY_PIECE_BYTES", 60)
+        cut = pieces.pieces
+        monkeypatch.setattr(encoding, "pieces", lambda text, size=60, *at: cut(text, size, *at))
 
     return make_tiny
 
@@ -424,6 +429,46 @@ def test_the_chain_makes_the_same_files_of_long_documents(
     assert chain_of(source, make_workspace, "tiny") == expected
     assert len(spilled) > 5
     assert min(spilled) > 200
+
+    def backwards(_, left):
+        return left[-1]
+
+    assert chain_of(source, make_workspace, "paced", pace=backwards) == expected
+
+
+def test_completions_that_are_long_have_the_ids_of_short_ones(tmp_path, make_workspace, tiny):
+    texts = long_and_short(2, count=8)
+    records = [{"prompt": text[:99], "completion": text} for text in texts]
+    (tmp_path / "a").write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    source = files(tmp_path / "a", record=SupervisedFormat(type="supervised"))
+    expected = chain_of(source, make_workspace, "whole", document_format=source.record)
+    tiny()
+    assert chain_of(source, make_workspace, "tiny", document_format=source.record) == expected
+    stored = corpus.stored_documents(tmp_path / "tiny-c" / "output")
+    assert any(isinstance(document.text, LongText) for document in stored)
+
+
+@pytest.mark.parametrize("is_cut", [True, False])
+def test_other_tokenizers_give_a_long_text_the_ids_of_the_whole(is_cut, tmp_path, tiny):
+    backend = tokenizers.Tokenizer(models.BPE(unk_token="<unk>"))
+    if is_cut:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "<s>"], show_progress=False)
+    backend.train_from_iterator([" ".join(HOSTILE), words(0, 99)], trainer)
+    text = words(3, 500)
+    encoder = encoding.document_encoder(
+        tokenizer.Tokenizer(backend, bos_token="<s>", eos_token="<s>"),
+        TokenizationConfig(append_bos=True),
+    )
+    assert isinstance(encoder, encoding.TextEncoder)
+    tiny()
+    scratch = ScratchFile(tmp_path, "a test")
+    scratch.append(text.encode())
+    on_disk = SpilledText(scratch, 0, scratch.num_bytes)
+    assert len(list(encoder._stretches(on_disk))) == 1 or is_cut
+    found = encoder.spilled(on_disk, tmp_path).tokens
+    expected = encoder.encode([text.encode()]).tokens
+    assert b"".join(found.pieces()) == expected.tobytes()
 
 
 @pytest.mark.parametrize(("bos", "eos"), [(True, True), (False, True), (True, False)])

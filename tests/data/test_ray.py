@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from modeling import canonical, recipes
-from modeling.data import compute, corpus, tokenized
+from modeling.data import compute, corpus, long_texts, tokenized
 from modeling.data.config import DatasetConfig, LocalCompute, RayCompute, TokenizationConfig
+from modeling.data.encoding import TextEncoder
+from modeling.data.sources_config import FilesSource, ValidationConfig
 from modeling.data.units import cut_units
 from modeling.experiment import validate
+from tests.data.conftest import words
 
 # Where JAX is loaded, which the process that starts Ray for a run never does, it warns of forks.
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
@@ -99,6 +102,29 @@ def test_tasks_make_the_bytes_of_this_process(chain, make_workspace, cluster):
     built = build(chain, workspace, compute=RAY)
     assert built.content_id == chain.tokenized.content_id
     assert files_of(workspace.output) == files_of(chain.tokenized_dir)
+
+
+def test_long_documents_are_encoded_here(chain, make_workspace, tmp_path, cluster, monkeypatch):
+    for number in range(6):
+        text = words(number, 2000 if number % 2 else 20)
+        (tmp_path / f"{number}.txt").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(long_texts, "PART_BYTES", UNIT // 3)
+    space = make_workspace("corpus")
+    source = FilesSource(type="files", paths=(str(tmp_path / "*.txt"),))
+    corpus.build(source, corpus.scan(source, validation=ValidationConfig(fraction=0.0)), space)
+    inputs = DEFAULT, space.output, chain.tokenizer_dir
+    here, by_ray = make_workspace("here"), make_workspace("ray")
+    expected = tokenized.build(*inputs, here, unit_bytes=UNIT)
+    spilled, original = [], TextEncoder.spilled
+
+    def counted(encoder, document, scratch):
+        spilled.append(len(document))
+        return original(encoder, document, scratch)
+
+    monkeypatch.setattr(TextEncoder, "spilled", counted)
+    assert tokenized.build(*inputs, by_ray, unit_bytes=UNIT, compute=RAY) == expected
+    assert files_of(by_ray.output) == files_of(here.output)
+    assert len(spilled) == 3
 
 
 def test_a_killed_worker_costs_nothing_but_time(
