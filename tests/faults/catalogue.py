@@ -31,7 +31,7 @@ KINDS = (
 
 FILE_DAMAGES = (
     "truncated", "deleted", "one bit flipped", "exchanged with a sibling",
-    "replaced by an older version",
+    "replaced by an older version", "replaced by a link to a copy",
 )  # fmt: skip
 
 CATALOGUE: dict[str, dict[str, tuple[str, ...]]] = {
@@ -55,7 +55,7 @@ CATALOGUE: dict[str, dict[str, tuple[str, ...]]] = {
         "read-only directory": (STEP, STORE),
         "file that may not be read": (STEP, STORE),
         "clock going backwards": (STEP, STORE),
-        "listing that comes late": (BUCKET,),
+        "listing that comes late": (STEP, BUCKET),
         "half-copied directory": (STEP, STORE),
         "two at work on one directory": (STEP, STORE),
     },

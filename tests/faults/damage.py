@@ -3,8 +3,8 @@
 from pathlib import Path
 
 
-def harm(damage: str, path: Path, *, sibling: Path, older: Path) -> None:
-    """Does `damage`, one of `FILE_DAMAGES`, to the file at `path`."""
+def harm(damage: str, path: Path, *, sibling: Path, older: Path, elsewhere: Path) -> None:
+    """Does `damage`, one of `FILE_DAMAGES`, to the file at `path`; a link leads `elsewhere`."""
     data = path.read_bytes()
     match damage:
         case "truncated":
@@ -19,6 +19,11 @@ def harm(damage: str, path: Path, *, sibling: Path, older: Path) -> None:
             sibling.write_bytes(data)
         case "replaced by an older version":
             path.write_bytes(older.read_bytes())
+        case "replaced by a link to a copy":
+            elsewhere.write_bytes(data)
+            path.unlink()
+            path.symlink_to(elsewhere)
+            return
         case _:
             raise ValueError(damage)
     assert not path.exists() or path.read_bytes() != data, f"{path}: nothing was harmed"

@@ -325,7 +325,10 @@ def test_each_damage_to_each_file_of_each_kind_is_named_and_never_handed_out(tmp
                 assert check(store) == []
                 assert store.local(kind, root.name) == root, "noted as verified"
                 sibling = root / ("b.txt" if name == "part/a.txt" else "part/a.txt")
-                harm(damage, root / name, sibling=sibling, older=old / name)
+                harm(
+                    damage, root / name, sibling=sibling, older=old / name,
+                    elsewhere=tmp_path / f"of-{kind}",
+                )  # fmt: skip
                 named = {Path(one.path).name for one in check(store)}
                 assert {Path(name).name, sibling.name if "sibling" in damage else ""} & named
                 with pytest.raises(DamagedArtifactError) as told:

@@ -19,6 +19,7 @@ from modeling import faults
 from modeling.training.leaves import snapshot
 from modeling.training.manifest import CheckpointError
 from modeling.training.reading import verify
+from modeling.training.remote import RemoteCheckpoints
 from modeling.training.restoring import restore
 from modeling.training.retention import open_checkpoints
 
@@ -42,10 +43,10 @@ def state(step):
     }
 
 
-def save(directory, *steps, keep=3):
+def save(directory, *steps, keep=3, remote=None):
     """Saves each step and returns its content id."""
     ids = {}
-    with open_checkpoints(directory, keep=keep) as held:
+    with open_checkpoints(directory, keep=keep, remote=remote) as held:
         for step in steps:
             held.save(
                 snapshot(state(step)), step=step, cursor={"rows": step}, config={},
@@ -56,9 +57,9 @@ def save(directory, *steps, keep=3):
     return ids
 
 
-def newest(directory):
+def newest(directory, remote=None):
     """Returns step and content id of what a run would go on from."""
-    with open_checkpoints(directory, keep=3) as held:
+    with open_checkpoints(directory, keep=3, remote=remote) as held:
         path = held.newest()
         if path is None:
             return None
@@ -92,7 +93,7 @@ def test_each_damage_to_each_file_is_named_and_the_one_before_is_taken(
     for name in names:
         old = of_step(kept, 1) / name
         if (
-            damage == FILE_DAMAGES[-1]
+            damage == "replaced by an older version"
             and old.read_bytes() == (of_step(kept, 2) / name).read_bytes()
         ):
             continue  # the same in all versions
@@ -102,7 +103,7 @@ def test_each_damage_to_each_file_is_named_and_the_one_before_is_taken(
         sibling = likest(harmed / name, [harmed / other for other in names])
         caplog.clear()
         with trial(damage, STEP), caplog.at_level(logging.INFO):
-            harm(damage, harmed / name, sibling=sibling, older=old)
+            harm(damage, harmed / name, sibling=sibling, older=old, elsewhere=tmp_path / "copy")
             with pytest.raises(CheckpointError) as told:
                 verify(harmed)
             places = [name, *([sibling.relative_to(harmed)] if "sibling" in damage else [])]
@@ -132,6 +133,23 @@ def test_whenever_the_power_goes_what_counts_is_whole_and_what_was_promised_coun
             assert found.items() <= ids.items()
             assert max(found) >= max(moment.told)
             assert len(found) >= 2, "one to fall back to"
+
+
+def test_whenever_the_power_goes_what_was_copied_from_a_store_is_whole_or_not_there(tmp_path):
+    url, run = f"bucket://{tmp_path}/store", tmp_path / "run"
+    ids = save(tmp_path / "elsewhere", 1, 2, remote=url)
+    run.mkdir()
+    with power_may_go(run) as moments:
+        assert newest(run, url) == (2, ids[2])
+    assert len(moments) > 10
+    counting = 0
+    for number, (_, left) in enumerate(what_may_be_left(moments)):
+        with trial("power goes", STEP):
+            there = left(tmp_path / str(number))
+            for path in there.glob("step-*/COMMIT"):
+                counting += verify(path.parent).content_id == ids[2]
+            assert newest(there, url) == (2, ids[2])
+    assert counting > 0
 
 
 @pytest.mark.parametrize("error", ["ENOSPC", "EIO", "EROFS"])
@@ -192,6 +210,48 @@ def test_a_clock_going_backwards_changes_nothing(tmp_path, intact, monkeypatch):
         ids = save(directory, 3, 4, 5)
         monkeypatch.undo()
         assert newest(directory) == (5, ids[5])
+
+
+@pytest.fixture
+def late(tmp_path):
+    """A store that lists what is there now, until the end."""
+    yield lambda: bucket.Bucket.list_late(str(tmp_path / "store"))
+    bucket.Bucket.late = False
+
+
+def test_a_listing_that_lacks_the_newest_loses_nothing(tmp_path, intact, late):
+    """Another machine goes on from the one before, and makes again what it did not see."""
+    url, ids = f"bucket://{tmp_path}/store", intact[1]
+    with trial("listing that comes late", STEP):
+        save(tmp_path / "a", 1, 2, remote=url)
+        late()
+        ids = ids | save(tmp_path / "a", 3, remote=url)
+        assert newest(tmp_path / "b", url) == (2, ids[2])
+        again = save(tmp_path / "b", 3, 4, keep=2, remote=url)
+        assert again[3] == ids[3]
+        bucket.Bucket.late = False
+        there = RemoteCheckpoints(url)
+        found = [there.verify(name) for name in there.names()]
+        assert {4, 3} <= {one.step for one in found}, "what it did not see was not removed"
+        assert {one.step: one.content_id for one in found}.items() <= (ids | again).items()
+        assert newest(tmp_path / "c", url) == (4, again[4])
+
+
+def test_a_listing_that_still_has_what_was_removed_is_not_believed(tmp_path, intact, late):
+    url, ids = f"bucket://{tmp_path}/store", intact[1]
+    with trial("listing that comes late", STEP):
+        save(tmp_path / "a", 1, 2, 3, remote=url)
+        late()
+        there = RemoteCheckpoints(url)
+        lost, kept = there.names()[0], there.names()[1:]
+        shutil.rmtree(tmp_path / "store" / lost)
+        assert newest(tmp_path / "b", url) == (2, ids[2])
+        again = save(tmp_path / "b", 3, keep=2, remote=url)
+        assert newest(tmp_path / "b", url) == (3, again[3])
+        bucket.Bucket.late = False
+        assert [there.verify(name).step for name in there.names()] == [3, 2, 1]
+        assert kept == there.names()[1:], "what was not listed does not make others superfluous"
+        assert newest(tmp_path / "c", url) == (3, again[3])
 
 
 def test_a_half_copied_checkpoint_does_not_count(tmp_path, intact):

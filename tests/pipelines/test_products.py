@@ -37,7 +37,7 @@ def test_damage_to_a_file_of_any_product_is_named_and_never_handed_out(
             kept = {one: one.read_bytes() for one in (path, sibling)}
             for damage in (DAMAGES * 2)[turn : turn + at_once]:
                 with trial(damage, kind):
-                    harm(damage, path, sibling=sibling, older=path)
+                    harm(damage, path, sibling=sibling, older=path, elsewhere=tmp_path / "copy")
                     with pytest.raises(DamagedArtifactError) as told:
                         store.local(kind, content_id)
                     # An exchange with the inventory is told of the inventory.
@@ -46,6 +46,7 @@ def test_damage_to_a_file_of_any_product_is_named_and_never_handed_out(
                         names.append(sibling.relative_to(root).as_posix())
                     assert any(name in str(told.value) for name in names)
                 for one, content in kept.items():
+                    one.unlink(missing_ok=True)
                     one.write_bytes(content)
             turn = (turn + 1) % len(DAMAGES)
         assert store.local(kind, content_id) == root
