@@ -111,6 +111,12 @@ class Manifest:
         """All files but chunks, `MANIFEST` and `COMMIT`."""
         return (*self.files, *(leaf.metadata for leaf in self.leaves))
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """All files of the checkpoint; whatever else lies in its directory is none of them."""
+        records = (*self.whole_files, *(chunk.file for chunk in self.chunks))
+        return (*(record.path for record in records), MANIFEST, COMMIT)
+
     def leaf(self, path: str) -> LeafRecord:
         """Returns the record of one array."""
         known = {leaf.path: leaf for leaf in self.leaves}

@@ -21,7 +21,7 @@ from modeling.artifacts import Progress
 from modeling.notes import sync_directory, sync_tree
 from modeling.training.manifest import CheckpointError, Manifest
 from modeling.training.pins import REFUSED, step_of
-from modeling.training.reading import inspect, verify
+from modeling.training.reading import copy_checkpoint, inspect, verify
 from modeling.training.remote import FETCHING, RemoteCheckpoints
 
 _log = logging.getLogger(__name__)
@@ -93,7 +93,7 @@ def _copied(source: Path, directory: Path) -> tuple[Manifest, Path]:
     inspect(source)  # spares copying what is not whole
     attempt = directory / f"{FETCHING}{uuid.uuid4().hex[:12]}"
     try:
-        shutil.copytree(source, attempt)
+        copy_checkpoint(source, attempt)
         manifest = verify(attempt)
     except (CheckpointError, OSError) as error:
         shutil.rmtree(attempt, ignore_errors=True)

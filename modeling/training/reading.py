@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import shutil
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -144,6 +145,13 @@ def verify(
 
     in_threads(look, [(leaf, chunk) for leaf in manifest.leaves for chunk in leaf.chunks])
     return manifest
+
+
+def copy_checkpoint(source: Path, target: Path) -> None:
+    """Copies the files of a committed checkpoint, and nothing else that is in its directory."""
+    for path in read_manifest(source).paths:
+        (target / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / path, target / path)
 
 
 def faults(directory: Path) -> Iterator[str]:

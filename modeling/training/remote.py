@@ -36,7 +36,7 @@ from modeling.training.manifest import (
     Manifest,
 )
 from modeling.training.pins import REFUSED, mark, pinned, step_of
-from modeling.training.reading import parse_manifest, verify
+from modeling.training.reading import parse_manifest, read_manifest, verify
 
 _log = logging.getLogger(__name__)
 FETCHING = "fetching-"
@@ -76,9 +76,8 @@ class RemoteCheckpoints:
             CheckpointError: a file arrived as another; it is named, and the checkpoint does not
                 count.
         """
-        names = [p.relative_to(directory).as_posix() for p in directory.rglob("*") if p.is_file()]
         step = _step(directory.name)
-        for name in sorted(set(names) - {COMMIT}):
+        for name in sorted({*read_manifest(directory).paths} - {COMMIT}):
             self._send_file(directory, name)
             faults.reach("during-send", step)
         self._send_file(directory, COMMIT)
@@ -120,8 +119,7 @@ class RemoteCheckpoints:
         attempt, source = directory / f"{FETCHING}{uuid.uuid4().hex[:12]}", f"{self._root}/{name}"
         try:
             manifest = self.manifest(name)
-            records = (*manifest.whole_files, *(chunk.file for chunk in manifest.chunks))
-            for path in (COMMIT, MANIFEST, *(record.path for record in records)):
+            for path in manifest.paths:
                 (attempt / path).parent.mkdir(parents=True, exist_ok=True)
                 try:
                     self._filesystem.get_file(f"{source}/{path}", str(attempt / path))

@@ -82,7 +82,7 @@ from modeling.training.preemption import Preempted, PreemptionNotice
 from modeling.training.processes import Crew, placed_rows
 from modeling.training.profiling import Profiler
 from modeling.training.program import Memory, peak_bytes_in_use
-from modeling.training.reading import read_manifest, verify
+from modeling.training.reading import copy_checkpoint, read_manifest, verify
 from modeling.training.restoring import restore, restore_parameters
 from modeling.training.retention import Checkpoints, open_checkpoints
 from modeling.training.rule import Metrics
@@ -804,7 +804,7 @@ def _require_finite_state(update: int, leaves: Sequence[HostLeaf]) -> None:
 def _publish(plan: Plan, last: Path, workspace: Workspace) -> None:
     """Copies the last checkpoint, and files for people, to the output and says what it is."""
     output = workspace.output
-    shutil.copytree(last, output, dirs_exist_ok=True)
+    copy_checkpoint(last, output)
     for name in (PICTURES, PROFILES):
         if (workspace.progress / name).exists():
             shutil.copytree(workspace.progress / name, output / name)

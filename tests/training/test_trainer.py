@@ -228,7 +228,9 @@ def test_a_finished_run_trains_no_more(finished):
     verify(again.output)
 
 
-def test_a_file_that_no_manifest_names_is_not_read(finished, compile_cache, tmp_path):
+def test_a_file_that_no_manifest_names_is_neither_read_nor_published(
+    finished, compile_cache, tmp_path
+):
     own = driver.workspace(tmp_path)
     shutil.copytree(finished[0].progress / "checkpoints", own.progress / "checkpoints")
     (directory,) = (own.progress / "checkpoints").iterdir()
@@ -237,6 +239,7 @@ def test_a_file_that_no_manifest_names_is_not_read(finished, compile_cache, tmp_
         (path / history.EVALUATIONS).write_text(json.dumps(planted))
     built = train(driver.experiment(), driver.counting_cache(), own, compile_cache=compile_cache)
     assert (built.facts["resumed_from"], "validation_loss" in built.facts) == (6, False)
+    assert not (own.output / history.EVALUATIONS).exists(), "nor published"
 
 
 @pytest.mark.parametrize("ended", [True, False], ids=["to be published", "to be gone on with"])
