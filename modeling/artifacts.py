@@ -145,6 +145,8 @@ class Built:
     """Digest of each named part of the content, to say which one differs."""
     numerics_before: Sequence[Mapping[str, Any]] = ()
     """What was done in other numerics classes, in order, before this one went on with it."""
+    stored: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Files of the output that a remote store has already, byte for byte: their paths there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -386,7 +388,7 @@ class ArtifactStore:
         if (on_record := note.read()) is not None:
             _refuse_other_content(parse_record(on_record, record_path), record)
         while True:
-            self._store_object(recipe.kind, built.content_id, output)
+            self._store_object(recipe.kind, built.content_id, output, built.stored)
             faults.reach("before-record", recipe.kind)
             # It may have been stored before, and be collected as garbage until its record is there.
             try:
@@ -729,7 +731,9 @@ class ArtifactStore:
             record["facts"],
         )
 
-    def _store_object(self, kind: str, content_id: str, output: Path) -> None:
+    def _store_object(
+        self, kind: str, content_id: str, output: Path, stored: Mapping[str, str]
+    ) -> None:
         """Makes `output` the object, or leaves it if the same content has been stored before."""
         target = self.object_path(kind, content_id)
         if not output.is_dir():
@@ -752,7 +756,7 @@ class ArtifactStore:
             self._place(output, Path(target))
             sync_directory(Path(target).parent)
         else:
-            self._upload(output, target, described)
+            self._upload(output, target, described, stored)
             shutil.rmtree(output)
 
     def _place(self, output: Path, target: Path) -> None:
@@ -774,15 +778,33 @@ class ArtifactStore:
         _LOG.warning("%s has no %s: moved to %s.", target, INVENTORY, away)
         target.rename(away)
 
-    def _upload(self, output: Path, target: str, described: Mapping[str, Any]) -> None:
+    def _upload(
+        self,
+        output: Path,
+        target: str,
+        described: Mapping[str, Any],
+        stored: Mapping[str, str],
+    ) -> None:
         names = [f"{described['at']}/{entry['path']}" for entry in described["files"]]
         for entry, name in zip(described["files"], names, strict=True):
-            self.filesystem.makedirs(f"{target}/{name}".rpartition("/")[0], exist_ok=True)
-            self.filesystem.put_file(str(output / entry["path"]), f"{target}/{name}")
+            place = f"{target}/{name}"
+            self.filesystem.makedirs(place.rpartition("/")[0], exist_ok=True)
+            source = stored.get(entry["path"])
+            if source is None or not self._is_copied(source, place, entry["size"]):
+                self.filesystem.put_file(str(output / entry["path"]), place)
             faults.reach("during-upload", described["kind"])
         if not Note(self.filesystem, f"{target}/{INVENTORY}").create(json_bytes(described)):
             for name in names:  # another was first
                 self.filesystem.rm_file(f"{target}/{name}")
+
+    def _is_copied(self, source: str, place: str, num_bytes: int) -> bool:
+        """Copies a file within the store; returns whether it could be, and is whole."""
+        try:
+            self.filesystem.cp_file(source, place)
+        except (FileNotFoundError, NotImplementedError) as error:
+            _LOG.info("%s cannot be copied (%s): it is sent again.", source, error)
+            return False
+        return self.filesystem.info(place)["size"] == num_bytes
 
 
 def unpinned(filesystem: Any, root: str) -> list[str]:

@@ -9,6 +9,7 @@
 
 A retry digests the shards that have receipts, names and makes again what is damaged, and goes on.
 Where the store is remote, its `work` has `units` too, receipts last, for another machine to go on.
+They are sent while more are encoded, and published by a copy within the store.
 Units are committed in any order, by several workers at once. Whoever wants to read tokens while
 they are made calls `committed`, again and again: what it has returned once never changes.
 """
@@ -17,7 +18,9 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,8 @@ from modeling.notes import json_bytes
 
 STREAM_FILE = "stream.jsonl"
 _UNITS = "units"
+_SENDERS = 2
+_MOST_UNDER_WAY = 8
 _RECEIPT = "shard_receipt/1"
 
 
@@ -91,21 +96,59 @@ class SharedUnits:
         self._root = str(root).rstrip("/")
         names = (str(path).rpartition("/")[2] for path in filesystem.glob(f"{self._root}/*.json"))
         self._keys = {name.removesuffix(".json") for name in names}
+        self._whole: set[str] = set()
+        self._senders: ThreadPoolExecutor | None = None
+        self._under_way: deque[Future[None]] = deque()
 
     def __contains__(self, key: str) -> bool:
-        """Whether a unit is there, as far as its receipt says."""
+        """Whether a unit is there or on its way, as far as its receipt says."""
         return key in self._keys
 
+    @contextlib.contextmanager
+    def sending(self) -> Iterator[None]:
+        """Lets units be sent by threads of their own meanwhile; ends when all have arrived.
+
+        Raises:
+            OSError: what kept one from arriving, if nothing else is raised before.
+        """
+        with ThreadPoolExecutor(_SENDERS, thread_name_prefix="units") as senders:
+            self._senders = senders
+            yield
+        while self._under_way:
+            self._under_way.popleft().result()
+
     def send(self, shard: Shard, path: Path) -> None:
-        """Copies a committed shard, and its receipt after it."""
+        """Begins to copy a committed shard, and its receipt after it; waits if many are under way.
+
+        Raises:
+            OSError: what kept an earlier one from arriving.
+        """
+        assert self._senders is not None
+        while self._under_way and (
+            len(self._under_way) >= _MOST_UNDER_WAY or self._under_way[0].done()
+        ):
+            self._under_way.popleft().result()
+        self._keys.add(shard.key)
+        self._under_way.append(self._senders.submit(self._put, shard, path))
+
+    def _put(self, shard: Shard, path: Path) -> None:
         self._filesystem.makedirs(self._root, exist_ok=True)
         self._filesystem.put_file(str(path), f"{self._root}/{shard.key}.arrow")
         self._filesystem.pipe_file(f"{self._root}/{shard.key}.json", json_bytes(_to_receipt(shard)))
-        self._keys.add(shard.key)
+        self._whole.add(shard.key)
+
+    def vouch(self, key: str) -> None:
+        """Knows that a unit was fetched, and is whole."""
+        self._whole.add(key)
+
+    def whole(self, key: str) -> str | None:
+        """Returns the path of a shard that was sent from here, or fetched and found whole."""
+        return f"{self._root}/{key}.arrow" if key in self._whole else None
 
     def forget(self, key: str) -> None:
         """Knows that a unit is not there, or no good, so that it is sent when it is made."""
         self._keys.discard(key)
+        self._whole.discard(key)
 
     def fetch(self, key: str, target: Path) -> Shard | None:
         """Puts the shard with `key` at `target`, unchecked, and returns its receipt.
@@ -205,6 +248,14 @@ class Ledger:
         self._share(shard)
         return shard
 
+    def sharing(self) -> contextlib.AbstractContextManager[None]:
+        """Lets what is found and committed be sent to other machines: see `SharedUnits.sending`."""
+        return contextlib.nullcontext() if self._shared is None else self._shared.sending()
+
+    def shared(self, key: str) -> str | None:
+        """Returns where the store has the shard of a unit, whole, if it is remote and does."""
+        return None if self._shared is None else self._shared.whole(key)
+
     def _share(self, shard: Shard) -> None:
         if self._shared is not None and shard.key not in self._shared:
             self._shared.send(shard, self.path(shard.key))
@@ -285,6 +336,8 @@ class Ledger:
         shard = self._fetched(key, self._shared.fetch, "committed by another machine")
         if shard is None:
             self._shared.forget(key)
+        else:
+            self._shared.vouch(key)
         return shard
 
     def _made_by_another_build(self, key: str) -> Shard | None:

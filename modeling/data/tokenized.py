@@ -126,13 +126,14 @@ def build(
         results = encoded_by_ray(compute, encoding, unknown_units(), encode_long=here)
     else:
         results = encoded_here(here, unknown_units())
-    for key, unit in results:
-        ledger.commit(key, unit)
-        read_bytes = unit.text_bytes + unit.skipped_bytes
-        meter.advance(read_bytes / _MEGABYTE, tokens=len(unit.encoded.tokens))
-        for stream in streams.values():
-            stream.advance()
-        _require_few_skipped(streams, allowed)
+    with ledger.sharing():
+        for key, unit in results:
+            ledger.commit(key, unit)
+            read_bytes = unit.text_bytes + unit.skipped_bytes
+            meter.advance(read_bytes / _MEGABYTE, tokens=len(unit.encoded.tokens))
+            for stream in streams.values():
+                stream.advance()
+            _require_few_skipped(streams, allowed)
     meter.finish()
     for stream in streams.values():
         stream.end()
@@ -144,9 +145,11 @@ def build(
         has_loss_mask=encoding.has_loss_mask,
         splits={split: stream.manifest() for split, stream in streams.items()},
     )
-    for split in manifest.splits.values():
-        for shard in split.shards:
-            link_or_copy(ledger.path(shard.key), workspace.output / shard.file)
+    stored = {}
+    for shard in chain.from_iterable(split.shards for split in manifest.splits.values()):
+        link_or_copy(ledger.path(shard.key), workspace.output / shard.file)
+        if (path := ledger.shared(shard.key)) is not None:
+            stored[shard.file] = path
     reuse = _reuse(ledger, manifest)
     if reuse["units"]:
         report(
@@ -160,7 +163,7 @@ def build(
     if skipping:
         told = chain.from_iterable(stream.told for stream in streams.values())
         first_skipped = list(islice(told, SHOWN_SKIPPED))
-    return _built(manifest, ", ".join(used), reuse, first_skipped)
+    return replace(_built(manifest, ", ".join(used), reuse, first_skipped), stored=stored)
 
 
 class EarlierBuilds:

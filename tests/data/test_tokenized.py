@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import uuid
 from itertools import pairwise
 from pathlib import Path
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import tokenizers
+from fsspec.implementations.memory import MemoryFileSystem
 from tokenizers import models, pre_tokenizers
 
 from modeling.artifacts import ArtifactStore, Recipe, Workspace
@@ -310,6 +312,84 @@ def test_another_machine_goes_on_from_what_is_in_the_remote_store(
     assert any("committed by another machine is damaged" in text for text in texts)
     left = 0  # what was made again has been sent again
     assert build(chain, machine("fourth")).content_id == built.content_id
+
+
+@pytest.fixture
+def sent(monkeypatch):
+    """The names of all files that are sent to stores in memory."""
+    put_file, names = MemoryFileSystem.put_file, []
+
+    def put(filesystem, local, remote, **options):
+        names.append(Path(remote).name)
+        put_file(filesystem, local, remote, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put)
+    return names
+
+
+@pytest.mark.parametrize("harm", ["nothing", "lost", "cut short"])
+def test_units_are_published_by_a_copy_of_what_was_sent(harm, chain, tmp_path, sent, monkeypatch):
+    cp_file, copied = MemoryFileSystem.cp_file, []
+
+    def copy(filesystem, source, target, **options):
+        if not copied and harm == "lost":
+            filesystem.rm_file(source)
+        if not copied and harm == "cut short":
+            filesystem.pipe_file(source, b"ARROW1")
+        copied.append(source)
+        cp_file(filesystem, source, target, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cp_file", copy)
+    store = ArtifactStore(f"memory://{uuid.uuid4().hex}", scratch=tmp_path)
+    recipe = Recipe("tokenized_corpus", 1, {"n": 1})
+    artifact, _ = store.materialize(recipe, lambda workspace: build(chain, workspace))
+    shards = [name for name in files_of(chain.tokenized_dir) if name.endswith(".arrow")]
+    assert len(copied) == len(shards)
+    again = [name for name in sent if name in shards]
+    assert len(again) == (0 if harm == "nothing" else 1)
+    assert len([name for name in sent if name.endswith(".arrow")]) == len(shards) + len(again)
+    found = store.local("tokenized_corpus", artifact.content_id)
+    wanted = files_of(chain.tokenized_dir)
+    assert {name: (found / name).read_bytes() for name in wanted} == wanted
+
+
+def test_units_are_sent_while_others_are_encoded_and_all_before_the_end(
+    chain, make_workspace, monkeypatch
+):
+    commit, put_file, begun = ledger.Ledger.commit, MemoryFileSystem.put_file, []
+    has_third = threading.Event()
+
+    def committing(self, key, unit):
+        begun.append(key)
+        if len(begun) == 3:
+            has_third.set()
+        return commit(self, key, unit)
+
+    def put(filesystem, local, remote, **options):
+        assert has_third.wait(30), "the third unit waits for the first to be sent"
+        put_file(filesystem, local, remote, **options)
+
+    monkeypatch.setattr(ledger.Ledger, "commit", committing)
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put)
+    made = make_workspace("behind")
+    url = f"memory://{uuid.uuid4().hex}/work"
+    built = build(chain, Workspace(made.progress, made.output, url))
+    receipts = fsspec.filesystem("memory").glob(f"{url}/units/*.json")
+    assert sorted(Path(path).stem for path in receipts) == sorted(begun)
+    assert len(built.stored) == len(begun)
+
+
+def test_a_unit_that_cannot_be_sent_fails_the_build(chain, make_workspace, monkeypatch):
+    def put(filesystem, local, remote, **options):
+        raise OSError("no route to store")
+
+    monkeypatch.setattr(MemoryFileSystem, "put_file", put)
+    made = make_workspace("cut_off")
+    url = f"memory://{uuid.uuid4().hex}/work"
+    with pytest.raises(OSError, match="no route to store"):
+        build(chain, Workspace(made.progress, made.output, url))
+    assert not list(made.output.iterdir())
+    assert not fsspec.filesystem("memory").glob(f"{url}/units/*.json")
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "receipt", "count", "list"])
