@@ -13,6 +13,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import ml_dtypes
 import numpy as np
 import pytest
@@ -150,8 +151,23 @@ def test_every_digest_and_size_is_compared_to_its_last_digit(tmp_path):
         verify(directory)
 
 
+def other_end(raw):
+    return raw[:-1] + b"?"
+
+
+def other_values_of_the_same_checksum(raw):
+    body, trailer = raw[:-4], raw[-4:]
+    begin = bytes([body[0] ^ 1]) + body[1:-4]
+    # A CRC is linear: its last four bytes make up for whatever came before.
+    change = google_crc32c.value(body[:-4]) ^ google_crc32c.value(begin)
+    forged = begin + (int.from_bytes(body[-4:], "little") ^ change).to_bytes(4, "little")
+    assert forged != body
+    assert google_crc32c.value(forged) == google_crc32c.value(body)
+    return forged + trailer
+
+
 @contextlib.contextmanager
-def spoiling(monkeypatch, name):
+def spoiling(monkeypatch, name, spoiled=other_end):
     """A disk that says that it has written a file, and has written another."""
     sync = os.fsync
 
@@ -159,7 +175,7 @@ def spoiling(monkeypatch, name):
         sync(descriptor)
         path = Path(f"/proc/self/fd/{descriptor}").readlink()
         if path.is_file() and name in path.name:
-            path.write_bytes(path.read_bytes()[:-1] + b"?")
+            path.write_bytes(spoiled(path.read_bytes()))
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", spoiling_sync)
@@ -182,6 +198,17 @@ def test_a_save_that_the_disk_spoils_is_refused_by_the_files_name(tmp_path, monk
     with open_checkpoints(tmp_path, keep=2) as held:
         assert held.newest() == done[0]
     assert len(done) == 1, "a damaged checkpoint is not promised"
+
+
+def test_what_is_read_back_after_a_save_is_compared_with_memory_not_by_checksum_alone(
+    tmp_path, monkeypatch
+):
+    with (
+        pytest.raises(CheckpointError, match=r"rows/c\.1\.0 holds other values"),
+        spoiling(monkeypatch, "c.1.0", other_values_of_the_same_checksum),
+        open_checkpoints(tmp_path, keep=2) as held,
+    ):
+        held.save(leaves(), **WITH, done=lambda path: None)
 
 
 def test_a_chunk_of_another_process_that_the_disk_spoils_is_refused_by_name(tmp_path, monkeypatch):
