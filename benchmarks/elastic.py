@@ -1,14 +1,19 @@
 """What `trainer.reproducibility: elastic` costs against the fast mode, taking turns.
 
-    python benchmarks/elastic.py [--rounds 7] [--devices 1 4] [--optimizer adamw] [small|gpt2 ...]
+    python benchmarks/elastic.py [--rounds 7] [--devices 1 4] [--rows 1 2] [--optimizer adamw]
+                                 [small|gpt2 ...]
 
-Both compile the same model with FSDP over the same virtual devices of one process, and take turns
-of a few updates; elastic ones have 8 logical shards. Prints a JSON line for each size and number of
-devices: medians of CPU milliseconds an update of either, their ratio, and CPU seconds to compile.
-CPU seconds count the work of all devices, so that what every device does alike counts for each.
+All compile the same model with FSDP over the same virtual devices of one process, and take turns
+of a few updates; elastic ones have 8 logical shards of `--rows` rows each. `pieces` is the fast
+mode with microbatches, so many that a device multiplies the rows of one shard at a time, as in the
+elastic mode: what it costs more than `fast` is what products of few rows cost. Prints a JSON line
+for each size, number of rows and of devices: medians of CPU milliseconds an update, ratios, and CPU
+seconds to compile. CPU seconds count the work of all devices, so that what every device does alike
+counts for each.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -23,13 +28,12 @@ from modeling import numerics
 from modeling.experiment import ExperimentConfig, validate
 
 SIZES: dict[str, dict[str, int]] = {
-    "small": {"hidden_dim": 128, "num_layers": 4, "num_heads": 4, "length": 128, "batch": 16,
-              "vocab": 4096},
+    "small": {"hidden_dim": 128, "num_layers": 4, "num_heads": 4, "length": 128, "vocab": 4096},
     # The width and heads of GPT-2 124M, with fewer layers, positions and ids.
-    "gpt2": {"hidden_dim": 768, "num_layers": 2, "num_heads": 12, "length": 256, "batch": 8,
-             "vocab": 8192},
+    "gpt2": {"hidden_dim": 768, "num_layers": 2, "num_heads": 12, "length": 256, "vocab": 8192},
 }  # fmt: skip
-MODES = ("fast", "elastic")
+MODES = ("fast", "pieces", "elastic")
+SHARDS = 8
 
 
 def main() -> None:
@@ -39,21 +43,27 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--updates", type=int, default=2)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--rows", type=int, nargs="+", default=[2], help="of a logical shard")
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--optimizer", default="adamw")
     arguments = parser.parse_args()
-    largest = experiment(SIZES["small"], "elastic", max(arguments.devices), arguments.optimizer)
+    most = max(arguments.devices)
+    largest = experiment(SIZES["small"] | {"batch": SHARDS}, "elastic", most, arguments.optimizer)
     # Before JAX is imported, as the launcher would.
     os.environ |= numerics.environment(largest.trainer, "cpu")
     for size in arguments.sizes:
-        for devices in arguments.devices:
-            found = compared(SIZES[size], devices, arguments)
-            print(json.dumps({"size": size, "devices": devices} | found), flush=True)
+        for rows, devices in itertools.product(arguments.rows, arguments.devices):
+            found = compared(SIZES[size] | {"batch": SHARDS * rows}, devices, arguments)
+            line = {"size": size, "rows_a_shard": rows, "devices": devices} | found
+            print(json.dumps(line), flush=True)
 
 
 def experiment(sizes: dict[str, int], mode: str, devices: int, optimizer: str) -> ExperimentConfig:
     """Returns what is trained."""
     trainer = {"num_train_steps": 10**6, "train_batch_size": sizes["batch"], "mp": "p=f32,c=f32",
-               "mesh": {"data": devices}, "reproducibility": mode}  # fmt: skip
+               "mesh": {"data": devices}, "elastic_shards": SHARDS,
+               "reproducibility": "elastic" if mode == "elastic" else "fast",
+               "num_microbatches": SHARDS // devices if mode == "pieces" else 1}  # fmt: skip
     fields = {"dataset": "random", "sequence_length": sizes["length"], "trainer": trainer,
               "model": {field: sizes[field] for field in MODEL_FIELDS if field in sizes},
               "optimizer": {"type": optimizer}}  # fmt: skip
@@ -61,16 +71,16 @@ def experiment(sizes: dict[str, int], mode: str, devices: int, optimizer: str) -
 
 
 def compared(sizes: dict[str, int], devices: int, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the figures of both modes, after turns in alternating order."""
-    advance, compile_s = {}, {}
-    for mode in MODES:
+    """Returns the figures of the modes, after turns in alternating order."""
+    advance, compile_s, modes = {}, {}, arguments.modes
+    for mode in modes:
         began = time.process_time()
         advance[mode] = contender(experiment(sizes, mode, devices, arguments.optimizer), sizes)
         advance[mode](2)
         compile_s[mode] = time.process_time() - began
-    spent: dict[str, list[float]] = {mode: [] for mode in MODES}
+    spent: dict[str, list[float]] = {mode: [] for mode in modes}
     for turn in range(arguments.rounds):
-        for mode in MODES if turn % 2 else reversed(MODES):
+        for mode in modes if turn % 2 else reversed(modes):
             began = time.process_time()
             advance[mode](arguments.updates)
             spent[mode].append((time.process_time() - began) / arguments.updates)
@@ -78,7 +88,10 @@ def compared(sizes: dict[str, int], devices: int, arguments: argparse.Namespace)
     return {
         "optimizer": arguments.optimizer,
         "cpu_ms": {mode: round(found, 1) for mode, found in ms.items()},
-        "elastic_over_fast": round(ms["elastic"] / ms["fast"], 3),
+        "over": {
+            f"{one} / {other}": round(ms[one] / ms[other], 3)
+            for one, other in itertools.combinations(reversed(modes), 2)
+        },
         "compile_cpu_s": {mode: round(found, 1) for mode, found in compile_s.items()},
     }
 

@@ -11,11 +11,11 @@ of its own, which waits while others have their turn, so that a noisy machine is
                `ours-free` with `trainer.deterministic: false`, which only a GPU heeds
     fsdp       ours over `--devices` virtual devices, weights and optimizer state split
     loop       our whole training loop, data order, prefetch and metrics included
-    torch      PyTorch eager, as nanoGPT writes it; `compiled` by torch.compile; `hf` and
-               `hf-compiled` are transformers' models. All with torch's own fused attention
+    torch      PyTorch eager; `compiled` by torch.compile; `hf` and `hf-compiled` are transformers'
+               models. All with torch's own fused attention
 
-Of a Llama there is no `plain`, `torch` or `compiled`. On a GPU attention is cuDNN's, also that of
-`plain`, products are bfloat16 (torch: autocast), and one device is used.
+The models of `plain`, `torch` and `hf` are in `plain_models` and `torch_models`. On a GPU attention
+is cuDNN's, also that of `plain`, products are bfloat16 (torch: autocast), and one device is used.
 
 Prints JSON lines: the machine; for each contender the CPU seconds of its process tree up to the
 first update, and of them those that tracing and compiling the update took, where it is JAX's; the
@@ -57,6 +57,8 @@ SIZES: dict[str, dict[str, int]] = {
              "vocab": 512},
     "tiny-llama": {"hidden_dim": 64, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2,
                    "mlp_dim": 176, "length": 64, "batch": 4, "vocab": 512},
+    "nano-llama": {"hidden_dim": 128, "num_layers": 4, "num_heads": 4, "num_kv_heads": 2,
+                   "mlp_dim": 352, "length": 128, "batch": 16, "vocab": 4096},
     "gpt2": {"hidden_dim": 768, "num_layers": 12, "num_heads": 12, "length": 1024, "batch": 16,
              "vocab": 50304},
     "llama": {"hidden_dim": 1024, "num_layers": 24, "num_heads": 16, "num_kv_heads": 8,
@@ -91,11 +93,8 @@ def main() -> None:
         cpus=os.cpu_count(), load=os.getloadavg()[0],
         versions={name: version(name) for name in ("jax", "jaxlib", "torch", "transformers")},
     )  # fmt: skip
-    is_llama = "num_kv_heads" in SIZES[arguments.size]
-    left_out = (GPT2_ALONE if is_llama else set()) | NOT_ASKED_FOR[arguments.platform]
+    left_out = NOT_ASKED_FOR[arguments.platform]
     names = arguments.names or [name for name in CONTENDERS if name not in left_out]
-    if is_llama and (wrong := sorted(GPT2_ALONE & set(names))):
-        parser.error(f"{wrong[0]!r} is written for GPT-2 alone; choose another size.")
     if unknown := sorted(set(names) - set(CONTENDERS)):
         parser.error(f"{unknown[0]!r} is no contender; there are {list(CONTENDERS)}.")
     running = {}
@@ -174,13 +173,18 @@ def report(
     print_line(peak_gflops_per_cpu_s=round(peak_flops / 1e9, 1))
 
 
+def is_llama(sizes: dict[str, int]) -> bool:
+    """Returns whether the sizes are those of a Llama."""
+    return "num_kv_heads" in sizes
+
+
 def model_shape(sizes: dict[str, int]) -> "ModelShape":
     """Returns what the model FLOPs depend on."""
     D, L, V = sizes["hidden_dim"], sizes["num_layers"], sizes["vocab"]
     from modeling.training.accounting import ModelShape
 
     weights = V * D + L * (12 * D * D + 13 * D) + 2 * D
-    if "num_kv_heads" in sizes:
+    if is_llama(sizes):
         keys = D // sizes["num_heads"] * sizes["num_kv_heads"]
         weights = V * D + L * (2 * D * (D + keys) + 3 * D * sizes["mlp_dim"] + 2 * D) + D
     return ModelShape(weights, L, sizes["num_heads"], D // sizes["num_heads"], sizes["length"])
@@ -202,7 +206,7 @@ def take_turns(arguments: argparse.Namespace) -> None:
                 published=None if is_cpu else published_flops(arguments.contender),
             )
             return
-        began, cpu, steps = time.perf_counter(), cpu_s(), 0
+        began, cpu, steps, last = time.perf_counter(), cpu_s(), 0, None
         while time.perf_counter() - began < arguments.seconds or steps < 3:
             last, steps = advance(), steps + updates
             if steps % 4 == 0:
@@ -307,7 +311,7 @@ def experiment(arguments: argparse.Namespace, name: str) -> "ExperimentConfig":
 
     sizes, devices = SIZES[arguments.size], arguments.devices if name == "fsdp" else 1
     model: dict[str, Any] = {field: sizes[field] for field in MODEL_FIELDS if field in sizes}
-    model["type"] = "llama" if "num_kv_heads" in sizes else "gpt2"
+    model["type"] = "llama" if is_llama(sizes) else "gpt2"
     model["gradient_checkpointing"] = name != "ours-kept"
     trainer = {
         "num_train_steps": 10**6,
@@ -413,64 +417,11 @@ def plain_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contende
     import jax
     import jax.numpy as jnp
     import optax
+    import plain_models
 
-    L, D, H = sizes["num_layers"], sizes["hidden_dim"], sizes["num_heads"]
-    V, T, B = sizes["vocab"], sizes["length"], sizes["batch"]
     compute = jnp.bfloat16 if "c=bf" in arguments.mp else jnp.float32
-
-    def init(key: Any) -> dict[str, Any]:
-        keys = jax.random.split(key, 6)
-        layers = {
-            "ln1": jnp.ones((L, D)), "ln1b": jnp.zeros((L, D)),
-            "ln2": jnp.ones((L, D)), "ln2b": jnp.zeros((L, D)),
-            "qkv": jax.random.normal(keys[0], (L, D, 3, H, D // H)) * 0.02,
-            "qkvb": jnp.zeros((L, 3, H, D // H)),
-            "out": jax.random.normal(keys[1], (L, H, D // H, D)) * 0.02 / (2 * L) ** 0.5,
-            "outb": jnp.zeros((L, D)),
-            "up": jax.random.normal(keys[2], (L, D, 4 * D)) * 0.02,
-            "upb": jnp.zeros((L, 4 * D)),
-            "down": jax.random.normal(keys[3], (L, 4 * D, D)) * 0.02 / (2 * L) ** 0.5,
-            "downb": jnp.zeros((L, D)),
-        }  # fmt: skip
-        return {
-            "wte": jax.random.normal(keys[4], (V, D)) * 0.02,
-            "wpe": jax.random.normal(keys[5], (T, D)) * 0.02,
-            "layers": layers, "lnf": jnp.ones(D), "lnfb": jnp.zeros(D),
-        }  # fmt: skip
-
-    def norm(x: Any, weight: Any, bias: Any) -> Any:
-        x32 = x.astype(jnp.float32)
-        centred = x32 - x32.mean(-1, keepdims=True)
-        scaled = centred * jax.lax.rsqrt((centred**2).mean(-1, keepdims=True) + 1e-5)
-        return scaled.astype(x.dtype) * weight + bias
-
-    mask = jnp.tril(jnp.ones((T, T), bool))
-
-    @jax.checkpoint
-    def block(x: Any, p: dict[str, Any]) -> tuple[Any, None]:
-        if arguments.platform == "gpu":
-            qkv = jnp.einsum("btd,dchk->cbthk", norm(x, p["ln1"], p["ln1b"]), p["qkv"])
-            q, k, v = qkv + p["qkvb"][:, None, None]
-            mixed = jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
-            x = x + jnp.einsum("bthk,hkd->btd", mixed, p["out"]) + p["outb"]
-        else:
-            qkv = jnp.einsum("btd,dchk->cbhtk", norm(x, p["ln1"], p["ln1b"]), p["qkv"])
-            q, k, v = qkv + p["qkvb"][:, None, :, None]
-            scores = jnp.einsum("bhtk,bhsk->bhts", q / (D // H) ** 0.5, k)
-            weights = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
-            x = x + jnp.einsum("bhts,bhsk,hkd->btd", weights, v, p["out"]) + p["outb"]
-        hidden = jax.nn.gelu(norm(x, p["ln2"], p["ln2b"]) @ p["up"] + p["upb"])
-        return x + hidden @ p["down"] + p["downb"], None
-
-    def loss(params: Any, tokens: Any) -> Any:
-        p = jax.tree.map(lambda w: w.astype(compute), params)
-        x, _ = jax.lax.scan(block, p["wte"][tokens] + p["wpe"], p["layers"])
-        x = norm(x, p["lnf"], p["lnfb"])
-        logits = jnp.einsum("btd,vd->btv", x, p["wte"], preferred_element_type=jnp.float32)
-        targets = jnp.roll(tokens, -1, axis=1)[..., None]
-        picked = jnp.take_along_axis(logits, targets, axis=-1)[..., 0]
-        return (jax.nn.logsumexp(logits, axis=-1) - picked)[:, :-1].mean()
-
+    architecture = plain_models.llama if is_llama(sizes) else plain_models.gpt2
+    init, loss = architecture(sizes, arguments.platform, compute)
     optimizer = optax.chain(
         optax.clip_by_global_norm(1.0), optax.adamw(6e-4, 0.9, 0.95, weight_decay=0.1)
     )
@@ -482,7 +433,8 @@ def plain_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contende
 
     params = jax.jit(init)(jax.random.PRNGKey(0))
     state = jax.jit(optimizer.init)(params)
-    rows = np.random.default_rng(0).integers(0, V, (B, T), dtype=np.int32)
+    shape = sizes["batch"], sizes["length"]
+    rows = np.random.default_rng(0).integers(0, sizes["vocab"], shape, dtype=np.int32)
     jitted = jax.jit(update, donate_argnums=(0, 1))
     step = compiled(lambda: jitted.lower(params, state, jnp.asarray(rows)).compile())
 
@@ -538,91 +490,20 @@ def torch_contender(
 
 
 def torch_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
-    """Returns GPT-2 in PyTorch with its fused attention, eager or by torch.compile."""
+    """Returns the model in PyTorch with its fused attention, eager or by torch.compile."""
+    import torch_models
+
     by_compiler = arguments.contender == "compiled"
-    return torch_contender(torch_model(sizes), sizes, arguments, by_compiler=by_compiler)
+    model = (torch_models.llama if is_llama(sizes) else torch_models.gpt2)(sizes)
+    return torch_contender(model, sizes, arguments, by_compiler=by_compiler)
 
 
 def transformers_step(sizes: dict[str, int], arguments: argparse.Namespace) -> Contender:
     """Returns Hugging Face's model, eager or by torch.compile."""
-    by_compiler = arguments.contender == "hf-compiled"
-    return torch_contender(transformers_model(sizes), sizes, arguments, by_compiler=by_compiler)
+    import torch_models
 
-
-def transformers_model(sizes: dict[str, int]) -> Any:
-    """Returns a module that gives the loss of rows."""
-    from torch import nn
-    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
-
-    ids: dict[str, Any] = {"bos_token_id": 0, "eos_token_id": 0, "use_cache": False}
-    if "num_kv_heads" in sizes:
-        inner: Any = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=sizes["vocab"], max_position_embeddings=sizes["length"],
-                hidden_size=sizes["hidden_dim"], intermediate_size=sizes["mlp_dim"],
-                num_hidden_layers=sizes["num_layers"], num_attention_heads=sizes["num_heads"],
-                num_key_value_heads=sizes["num_kv_heads"], **ids,
-            )
-        )  # fmt: skip
-    else:
-        inner = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=sizes["vocab"], n_positions=sizes["length"],
-                n_embd=sizes["hidden_dim"], n_layer=sizes["num_layers"],
-                n_head=sizes["num_heads"], embd_pdrop=0.0, resid_pdrop=0.0, attn_pdrop=0.0, **ids,
-            )
-        )  # fmt: skip
-
-    class Loss(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, rows: Any) -> Any:
-            return self.inner(rows, labels=rows).loss
-
-    return Loss()
-
-
-def torch_model(sizes: dict[str, int]) -> Any:
-    """Returns a module that gives the loss of rows."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    D, H, V, T = sizes["hidden_dim"], sizes["num_heads"], sizes["vocab"], sizes["length"]
-
-    class Block(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.ln_1, self.ln_2 = nn.LayerNorm(D), nn.LayerNorm(D)
-            self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
-            self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
-
-        def forward(self, x: Any) -> Any:
-            q, k, v = (
-                part.view(*x.shape[:2], H, D // H).transpose(1, 2)
-                for part in self.qkv(self.ln_1(x)).split(D, dim=2)
-            )
-            mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-            x = x + self.out(mixed.transpose(1, 2).reshape(x.shape))
-            return x + self.down(F.gelu(self.up(self.ln_2(x)), approximate="tanh"))
-
-    class Gpt2(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.wte, self.wpe = nn.Embedding(V, D), nn.Embedding(T, D)
-            self.blocks = nn.ModuleList(Block() for _ in range(sizes["num_layers"]))
-            self.ln_f = nn.LayerNorm(D)
-
-        def forward(self, rows: Any) -> Any:
-            x = self.wte(rows) + self.wpe(torch.arange(T, device=rows.device))
-            for block in self.blocks:
-                x = block(x)
-            logits = F.linear(self.ln_f(x), self.wte.weight)
-            return F.cross_entropy(logits[:, :-1].reshape(-1, V), rows[:, 1:].reshape(-1))
-
-    return Gpt2()
+    by_compiler, model = arguments.contender == "hf-compiled", torch_models.of_transformers(sizes)
+    return torch_contender(model, sizes, arguments, by_compiler=by_compiler)
 
 
 CONTENDERS: dict[str, Callable[[dict[str, int], argparse.Namespace], Contender]] = {
@@ -638,7 +519,6 @@ CONTENDERS: dict[str, Callable[[dict[str, int], argparse.Namespace], Contender]]
     "hf-compiled": transformers_step,
 }
 TORCH = {"torch", "compiled", "hf", "hf-compiled"}
-GPT2_ALONE = {"plain", "torch", "compiled"}
 NOT_ASKED_FOR = {"cpu": {"ours-free", "hf-compiled"}, "gpu": {"fsdp"}}
 """Contenders that run only where they are named."""
 
