@@ -85,7 +85,7 @@ def build(root: Path, config: TokenCacheConfig, corpus_bytes: int) -> Path:
         seconds=seconds,
         cpu_s=cpu,
         index_bytes=index,
-        share_of_corpus=round(index / corpus_bytes, 6),
+        share_of_corpus=round(index / corpus_bytes, 9),
         rows=facts["rows"],
         padding_share=facts["padding_share"],
         dropped_tokens=facts["dropped_tokens"],

@@ -8,7 +8,7 @@ The text is the standard library's sources; or of files in UTF-8, a document eac
 one each paragraph; or words of random letters, nearly all of which occur once, which is the worst
 there is for an encoder that remembers words.
 
-Each pattern has a tokenizer of its own. Contenders take turns, each round from a cold start, and
+Each pattern has a tokenizer of its own. Contenders take turns, each from a cold start, and
 must agree on every id. CPU seconds are of the whole process, all threads. Prints JSON lines: the
 machine, each run, each contender's median and its ratio to `encode_batch_fast`.
 
@@ -146,7 +146,9 @@ def contenders(root: Path, texts: list[bytes], turn: int) -> dict[str, Contender
         return np.concatenate([encoder.encode(batch).tokens for batch in batches(texts)])
 
     def library(method: str) -> Contender:
-        encode = getattr(loaded.backend, method)
+        # Its own, since the library remembers words, too.
+        own = tokenizer.Tokenizer.load(root / "tokenizer")
+        encode = getattr(own.backend, method)
 
         def run() -> np.ndarray:
             encoded = (

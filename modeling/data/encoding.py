@@ -214,7 +214,7 @@ class WordEncoder:
             rows = self._rows_of(words)
             (new,) = np.nonzero(rows < 0)
         if len(new):
-            unknown = [words[index] for index in new.tolist()]
+            unknown = _taken(words, new)
             encoded = self._encode_new(unknown)
             first = len(self._known)
             self._known.update(zip(unknown, range(first, first + len(new)), strict=True))
@@ -234,7 +234,7 @@ class WordEncoder:
             left = np.flatnonzero(lengths == 0)
             if not len(left):
                 break
-            found, counts = encode([words[index] for index in left.tolist()])
+            found, counts = encode(_taken(words, left))
             is_left = lengths == 0
             lengths[left] = counts
             is_found = np.repeat(is_left, lengths)
@@ -635,6 +635,10 @@ def _binary_array(text: np.ndarray, starts: Int64[np.ndarray, " words"]) -> pa.B
     bounds = np.append(starts, len(text)).astype(np.int32)
     buffers = [None, pa.py_buffer(bounds), pa.py_buffer(text)]
     return pa.Array.from_buffers(pa.binary(), len(starts), buffers)
+
+
+def _taken(words: list[bytes], places: Int64[np.ndarray, "_"]) -> list[bytes]:
+    return words if len(places) == len(words) else [words[place] for place in places.tolist()]
 
 
 def _array(values: np.ndarray) -> pa.Array:
