@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64, UInt8
 
-from modeling.data.vocabularies import BYTE_SPELLING
+from modeling.data.vocabularies import BYTE_SPELLING, merges_of
 
 Symbols = Int32[np.ndarray, "_ _"]
 """A column for each word, a row for each symbol in it."""
@@ -62,7 +62,7 @@ class WordMerger:
         """Returns the merger of a model, as JSON; None if it may not do as the library does."""
         if not _is_plain(model):
             return None
-        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        merges = merges_of(model)
         has_room = max(model["vocab"].values()) < 1 << _ID_BITS and len(merges) < _NO_MERGE
         if not (merges and has_room):
             return None

@@ -28,6 +28,7 @@ from modeling.data.long_texts import LongText, Text
 
 UNIT_BYTES = 64 * 1024 * 1024
 _TAIL_BYTES = 256
+_DIGESTED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,13 @@ class Unit:
         lengths = np.fromiter(map(len, self.texts), "<u8", len(self.texts))
         hasher = hashlib.sha256(f"unit/1\0{policy}\0{len(self.texts)}\0".encode())
         hasher.update(lengths.data.cast("B"))
-        for text in self.texts:
-            for part in text.parts() if isinstance(text, LongText) else (text,):
-                hasher.update(part)
+        for first in range(0, len(self.texts), _DIGESTED_AT_ONCE):
+            some = self.texts[first : first + _DIGESTED_AT_ONCE]
+            hasher.update(b"".join(text for text in some if not isinstance(text, LongText)))
+            for text in some:
+                if isinstance(text, LongText):  # which is alone
+                    for part in text.parts():
+                        hasher.update(part)
         return hasher.hexdigest()
 
 
@@ -95,12 +100,12 @@ class _Cutter:
             if self._file_bytes >= self._limit // 2:
                 units += self.rest()
             self._file, self._file_bytes, self._first_of_file = file, 0, len(self._texts)
-        if self._lacks_room(text):
+        num_bytes = len(text)
+        if self._num_bytes + num_bytes > self._limit:
             if self._first_of_file:
                 units.append(self._take(self._first_of_file))
-            if self._lacks_room(text):
+            if self._num_bytes + num_bytes > self._limit:
                 units += self.rest()
-        num_bytes = len(text)
         self._doc_ids.append(doc_id)
         self._texts.append(text)
         self._num_bytes += num_bytes
@@ -112,9 +117,6 @@ class _Cutter:
     def rest(self) -> list[Unit]:
         """Returns what is left, if anything is, as a unit."""
         return [self._take(len(self._texts))] if self._texts else []
-
-    def _lacks_room(self, text: Text) -> bool:
-        return self._num_bytes + len(text) > self._limit
 
     def _take(self, count: int) -> Unit:
         unit = Unit(self._split, self._doc_ids[:count], self._texts[:count])

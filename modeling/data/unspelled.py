@@ -18,6 +18,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from modeling.data.vocabularies import merges_of
+
 _MARK = "\ufdd0"
 
 
@@ -70,9 +72,7 @@ def renamed(
         model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
     if "merges" in model:  # one that gives a special token must not, nor go on from it
         model["merges"] = [
-            pair
-            for pair in model["merges"]
-            if not {*_parts(pair), "".join(_parts(pair))} & {*names}
+            pair for pair in merges_of(model) if not {*pair, "".join(pair)} & {*names}
         ]
     for token in setup["added_tokens"]:
         if token["content"] in names:
@@ -97,8 +97,4 @@ def _may_be_spelled(model: Mapping[str, Any], token: str) -> bool:
         return False
     if model["type"] != "BPE" or model.get("ignore_merges") or len(token) == 1:
         return True
-    return token in map("".join, map(_parts, model["merges"]))
-
-
-def _parts(merge: Sequence[str] | str) -> Sequence[str]:
-    return merge.split(" ") if isinstance(merge, str) else merge
+    return token in map("".join, merges_of(model))

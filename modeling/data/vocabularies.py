@@ -17,7 +17,8 @@ many as asked for. Sums are taken by NumPy in the order of the sorted words.
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -281,3 +282,10 @@ BYTE_SPELLING = _byte_spelling()
 
 def _spelled(piece: bytes) -> str:
     return "".join(BYTE_SPELLING[byte] for byte in piece)
+
+
+def merges_of(model: Mapping[str, Any]) -> Sequence[Sequence[str]]:
+    """Returns the pairs that a BPE model, as JSON, merges, by rank; some are written `"a b"`."""
+    merges = model["merges"]
+    are_pairs = not merges or not isinstance(merges[0], str)
+    return merges if are_pairs else [merge.split(" ") for merge in merges]
