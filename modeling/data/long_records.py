@@ -65,10 +65,6 @@ class Utf8Decoder:
             self._wrong = first + error.start, error.object[error.start]
             return ""
 
-    def take_back(self, num_bytes: int) -> None:
-        """Forgets that ASCII was there."""
-        self._num_bytes -= num_bytes
-
     def require(self, where: str) -> None:
         """Raises an `UndecodableError` if all that was decoded is no UTF-8."""
         self.decode(b"", is_last=True)
@@ -104,12 +100,11 @@ class Gathered:
             self._held = []
 
     def cut(self, num_bytes: int) -> None:
-        """Forgets all but the first bytes, of which others followed that are white space."""
+        """Forgets white space at the end: all but the first bytes. None may follow."""
         if self._scratch is None:
             self._held = [b"".join(self._held)[:num_bytes]]
         else:
             self._scratch.cut(num_bytes)
-            self._decoder.take_back(self.num_bytes - num_bytes)
         self.num_bytes = num_bytes
 
     def text(self, where: str) -> bytes | SpilledText:

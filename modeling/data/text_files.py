@@ -57,6 +57,7 @@ def paragraphs(file: FoundFile, stored: StoredFile, reading: Reading) -> Documen
         if num_bytes == before:
             if before:
                 yield paragraph()
+            if before or isinstance(line, LongLine):
                 gathered, lines, num_bytes = Gathered(reading.scratch), [], 0
             continue
         first = first if before else number

@@ -283,12 +283,17 @@ def test_a_bad_line_has_the_error_of_a_short_one(name, piece, tmp_path, make_wor
         assert str(raised.value) == told
 
 
+BLANK = b" " * 200 + b"\n"
+
+
 @pytest.mark.parametrize("kind", ["text", "paragraphs"])
 @pytest.mark.parametrize(
-    "end", [b"\xff" + LONG, b"\xe6\x97", LONG * 100], ids=["middle", "end", "long"]
+    "end",
+    [b"\xff" + LONG, b"\xe6\x97", b"\xe6\x97\n" + BLANK + LONG, LONG * 100],
+    ids=["in the middle", "at the end", "before a blank line", "too long"],
 )
 def test_a_bad_text_has_the_error_of_a_short_one(kind, end, tmp_path, make_workspace, tiny):
-    (tmp_path / "a").write_bytes(LONG + b"\n" + LONG + end)
+    (tmp_path / "a").write_bytes(BLANK + LONG + b"\n" + LONG + end)
     source = files(tmp_path / "a", kind, max_document_bytes=2000)
 
     def error(name):
