@@ -43,6 +43,8 @@ from modeling.training.mesh import Layout
 
 Sums = tuple[Array, Array, list[Array]]
 """Of losses, of weights, and the gradient of the former by parameter."""
+Exchanged = tuple[Array, Array, list[Array], list[Array]]
+"""Sums of losses and of weights, and the gradient twice: split as weights are, and whole."""
 SHARD_NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
 
 
@@ -109,18 +111,21 @@ def as_parts(sums: Sums) -> Sums:
     return jax.tree_util.tree_map(jnp.atleast_1d, sums)
 
 
-def exchanged(
-    sums: Sums, specs: Sequence[PartitionSpec], *, layout: Layout
-) -> tuple[Array, Array, list[Array], list[Array]]:
-    """Returns the sums over all devices' parts, gradients once split as `specs` and once whole."""
+def exchanged(sums: Sums, specs: Sequence[PartitionSpec], *, layout: Layout) -> Exchanged:
+    """Returns the sums over all devices' parts, gradients once split as `specs` and once whole.
+
+    On one device the former are whole, and the latter are left out: a copy of all gradients.
+    """
     axis = _data_axis(layout)
     ways = layout.mesh.shape[axis]
     dims = [_split_dimension(spec, axis) for spec in specs]
 
-    def on_device(sums: Sums) -> tuple[Array, Array, list[Array], list[Array]]:
+    def on_device(sums: Sums) -> Exchanged:
         total, weight, gradients = sums
         total, weight = (_across(x[0], axis, ways, None) for x in (total, weight))
         gradients = [_across(g, axis, ways, dim) for g, dim in zip(gradients, dims, strict=True)]
+        if ways == 1:
+            return total, weight, gradients, []
         together = [_gathered(g, axis, dim) for g, dim in zip(gradients, dims, strict=True)]
         return total, weight, gradients, together
 

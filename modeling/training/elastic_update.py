@@ -22,7 +22,14 @@ from modeling.data.rows import Columns, Rows
 from modeling.optim.config import SophiaConfig
 from modeling.training import curvature, elastic
 from modeling.training.config import TrainerConfig
-from modeling.training.elastic import SHARD_NUMBER, Alone, Sums, as_parts, rows_of_shard
+from modeling.training.elastic import (
+    SHARD_NUMBER,
+    Alone,
+    Exchanged,
+    Sums,
+    as_parts,
+    rows_of_shard,
+)
 from modeling.training.examples import example_of, row_shapes
 from modeling.training.feasibility import elastic_estimate_rows, require_elastic
 from modeling.training.leaves import leaf_shardings
@@ -108,15 +115,13 @@ class ElasticUpdate:
         """Returns the arrays of the next state, and metrics."""
         config, apply, estimate = self._rule.curvature, self._next_whole, ()
         if config is not None and config.is_due(self._number(arrays[self._where_step])):
-            _, weight, gradients, whole = self._exchange(
-                self._summed(self._estimates, arrays, rows)
-            )
+            _, weight, gradients, whole = self._summed(self._estimates, arrays, rows)
             if self._may_skip:
                 # An update that is left out leaves the curvature as it was, too.
                 apply, estimate = self._next_renewed, (weight, whole)
             else:
                 arrays = self._renew(arrays, weight, gradients)
-        total, weight, gradients, whole = self._exchange(self._summed(self._losses, arrays, rows))
+        total, weight, gradients, whole = self._summed(self._losses, arrays, rows)
         norms = self._norms(whole, weight)
         if self._rule.is_elementwise:
             arrays, metrics = self._next(arrays, total, weight, gradients, norms)
@@ -193,11 +198,14 @@ class ElasticUpdate:
 
         return Alone(sums_of_shard, *self._shard_operands, layout=self._layout)
 
-    def _summed(self, program: Alone, arrays: list[Any], rows: Rows) -> Sums:
-        return program.summed_over_shards(
+    def _summed(self, program: Alone, arrays: list[Any], rows: Rows) -> Exchanged:
+        """Returns the sums over the batch, gradients once as they are split and once whole."""
+        sums = program.summed_over_shards(
             self._weights(arrays), rows, arrays[self._where_key], arrays[self._where_step],
             num_shards=self._num_shards,
         )  # fmt: skip
+        total, weight, parts, whole = self._exchange(sums)
+        return total, weight, parts, whole or parts
 
     def _weights_of(self, arrays: Sequence[Any]) -> list[Array]:
         params = trainable(self._blueprint.unflatten(arrays).model)[0]
@@ -207,9 +215,9 @@ class ElasticUpdate:
         params = jax.tree_util.tree_unflatten(self._tree, weights)
         return eqx.combine(params, self._policy.cast_to_compute(self._rest))
 
-    def _exchanged(self, sums: Sums) -> tuple[Array, Array, list[Array], list[Array]]:
+    def _exchanged(self, sums: Sums) -> Exchanged:
         total, weight, parts, whole = elastic.exchanged(sums, self._specs, layout=self._layout)
-        return total, weight, self._narrowed(parts), self._narrowed(whole)
+        return total, weight, self._narrowed(parts), self._narrowed(whole) if whole else []
 
     def _narrowed(self, sums: list[Array]) -> list[Array]:
         return [g.astype(p.dtype) for g, p in zip(sums, self._params, strict=True)]
