@@ -537,6 +537,14 @@ def test_a_failed_save_is_raised_by_the_next_look_and_leaves_nothing(tmp_path, m
         assert steps_on_disk(tmp_path) == [1, 3]
 
 
+def test_a_failed_save_is_not_forgotten_over_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEVANTER_FAULT", "during-write@1:EIO")
+    with open_checkpoints(tmp_path, keep=2) as checkpoints:
+        save_one(checkpoints, 1)
+        with pytest.raises(OSError, match="Input/output error"):
+            save_one(checkpoints, 2)
+
+
 def test_what_the_operating_system_refuses_to_write_is_told_as_such(tmp_path):
     """The limit is a full disk's double."""
     state = {"w": jnp.ones((512, 512))}

@@ -371,6 +371,15 @@ def test_a_pin_here_keeps_the_step_in_the_store_too(tmp_path):
     assert steps_there(url) == [4, 3, 1]
 
 
+def test_a_pin_in_the_store_keeps_the_step_here_too(tmp_path):
+    url = f"memory://{uuid.uuid4().hex}"
+    with open_checkpoints(tmp_path, keep=2, remote=url) as here:
+        save_all(here, [1, 2])
+        pin(url, 1)
+        save_all(here, [3, 4])
+    assert sorted(read_manifest(path).step for path in tmp_path.glob("step-*")) == [1, 3, 4]
+
+
 def test_what_was_pinned_by_hand_outlives_a_run_that_begins_anew(tmp_path):
     url, directory = f"memory://{uuid.uuid4().hex}", tmp_path / "class"
     with open_checkpoints(directory, keep=2, remote=url) as here:
