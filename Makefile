@@ -18,8 +18,8 @@ demo: $(VENV)/.runtime ## Makes the whole chain of `nano`, from raw text to a Hu
 ui: $(VENV)/.runtime ## Opens the Dagster UI on 127.0.0.1:3000 over the same instance
 	$(BIN)/levanter ui
 
-test: $(VENV)/.dev ## Runs every test but the soak, two files at a time
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+test: $(VENV)/.dev ## Runs every test but the soak, three files at a time
+	$(BIN)/pytest --numprocesses 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.dev ## Format, lint, types, import contracts
 	$(BIN)/ruff format --check .

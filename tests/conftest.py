@@ -17,6 +17,7 @@ import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
+import absl.logging
 import pytest
 from hypothesis import settings
 
@@ -55,6 +56,15 @@ _LONGEST = (
 )  # fmt: skip
 """Files of a minute and more. With `--no-loadscope-reorder` they begin first, or the last one would
 run alone."""
+
+
+def pytest_configure() -> None:
+    """Keeps absl, which Optax imports, from closing what pytest captures output with.
+
+    It holds the standard error of the moment when it was imported, and closes that when logging is
+    configured anew, as Dagster does, if another has taken its place since.
+    """
+    absl.logging.get_absl_handler().python_handler.setStream(sys.__stderr__)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
