@@ -36,7 +36,7 @@ from modeling.artifacts import (
 )
 from modeling.inventory import INVENTORY, VERIFIED
 from modeling.leases import holder_of
-from modeling.notes import Note, is_attempt
+from modeling.notes import Note, is_attempt, sync_directory
 from modeling.upkeep import Key, key_of, object_keys, place_of, records, remove_if_empty
 
 _DAY_S = 86400.0
@@ -142,6 +142,7 @@ def delete(store: ArtifactStore, found: list[Garbage]) -> list[Garbage]:
         if one.is_record and one.object not in needed and _is_unchanged(store, one):
             store.filesystem.rm_file(one.path)
             gone.append(one)
+    _sync_names(store, (one.path for one in gone))
     gone += _delete_objects(store, [one for one in found if one.object and not one.is_record])
     gone += [one for one in found if one.object is None and _delete_other(store, one)]
     for note in _leftover_notes(store):
@@ -168,15 +169,28 @@ def _delete_objects(store: ArtifactStore, found: list[Garbage]) -> list[Garbage]
         for one, files, inventory in taken:
             _give_back(store, one, files, inventory)
         raise
-    gone = []
     for one, files, inventory in taken:
         if one.object in needed:
             _give_back(store, one, files, inventory)
-            continue
-        _remove(store, files)
-        remove_if_empty(store, one.path)
-        gone.append(one)
+    _sync_names(store, (one.path for one, *_ in taken))
+    gone = []
+    for one, files, _ in taken:
+        if one.object not in needed:
+            _remove(store, files)
+            remove_if_empty(store, one.path)
+            gone.append(one)
     return gone
+
+
+def _sync_names(store: ArtifactStore, paths: Iterable[str]) -> None:
+    """Makes it last that names are gone, before what they named goes.
+
+    Else a loss of power could bring a name back, but not what it stood for.
+    """
+    if store.is_local:
+        for directory in sorted({Path(path).parent for path in paths}):
+            with contextlib.suppress(FileNotFoundError):  # another collection has removed it
+                sync_directory(directory)
 
 
 def _remove(store: ArtifactStore, paths: Iterable[str]) -> None:

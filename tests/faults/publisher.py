@@ -27,7 +27,7 @@ def recipe(kind: str) -> Recipe:
     return Recipe(kind, 1, {"text": kind})
 
 
-def publish(store: ArtifactStore, kind: str, *, version: str = "") -> str:
+def publish(store: ArtifactStore, kind: str, *, version: str = "", ended: str = "") -> str:
     """Makes an artifact of two files, one a directory below, and returns its content id."""
 
     def build(workspace: Workspace) -> Built:
@@ -36,7 +36,8 @@ def publish(store: ArtifactStore, kind: str, *, version: str = "") -> str:
         (workspace.output / "b.txt").write_text(version + kind)
         return Built(digest("test", version + kind))
 
-    return store.materialize(recipe(kind), build)[0].content_id
+    times = {"times": {"ended": ended}} if ended else {}
+    return store.materialize(recipe(kind), build, provenance=times)[0].content_id
 
 
 def publish_faultily(*, store: str, scratch: str, kind: str, fault: str) -> None:

@@ -21,7 +21,7 @@ import pytest
 
 from modeling import faults
 from modeling.artifacts import ArtifactStore
-from modeling.collection import garbage
+from modeling.collection import delete, garbage
 from modeling.inventory import INVENTORY, DamagedArtifactError, verify_files
 from modeling.training import checkpoint
 from modeling.training.leaves import HostLeaf
@@ -165,6 +165,27 @@ def test_whenever_the_power_goes_what_is_on_record_is_whole(tmp_path, expected):
                     found.local(kind, expected[kind])  # reads every byte
                 else:
                     assert kind not in moment.told
+            assert_whole(found, "raw_corpus", expected["raw_corpus"])
+
+
+def test_whenever_the_power_goes_while_garbage_is_deleted_what_has_a_name_is_whole(
+    tmp_path, expected
+):
+    store = new_store(STORE, tmp_path)
+    now = datetime.datetime.now(datetime.UTC)
+    for kind in ("tokenizer", "raw_corpus"):
+        publisher.publish(store, kind, ended=now.isoformat())
+    store.set_alias("kept", expected["tokenizer"])
+    later = now + datetime.timedelta(days=100)
+    with power_may_go(Path(store.root), told=lambda: None) as moments:
+        gone = delete(store, garbage(store, now=later, expire_records_after_days=30.0))
+    assert {one.object[0] for one in gone if one.object} == {"raw_corpus"}
+    assert len(moments) > 2, "the record's directory, the object's, and the end"
+    for number, (_, left) in enumerate(what_may_be_left(moments)):
+        with trial("power goes", STORE):
+            found = ArtifactStore(str(left(tmp_path / str(number))))
+            assert check(found) == [], "no record of an object, and no object, that is not whole"
+            assert_whole(found, "tokenizer", expected["tokenizer"])
             assert_whole(found, "raw_corpus", expected["raw_corpus"])
 
 
