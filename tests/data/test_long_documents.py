@@ -189,18 +189,27 @@ def source_of_texts(directory: Path, kind: str, seed: int, **options) -> FilesSo
     return files(directory / "*", kind, **options)
 
 
-@pytest.mark.parametrize("piece", [5, 6, 64])
-@pytest.mark.parametrize("kind", ["jsonl", "text", "paragraphs"])
-def test_a_corpus_does_not_depend_on_what_is_long(kind, piece, tmp_path, make_workspace, tiny):
-    source = source_of_texts(tmp_path / "in", kind, piece)
+def built_both_ways(source, make_workspace, tiny, piece):
+    """Builds a corpus with documents in memory, then with long ones in pieces: the same.
+
+    Returns what was built, its documents, and where those are that were read in pieces.
+    """
     spaces = {name: make_workspace(name) for name in ("whole", "tiny")}
     expected = build_corpus(source, spaces["whole"], NONE_HELD_OUT)
     documents = documents_of(spaces["whole"])
     tiny(piece)
     assert build_corpus(source, spaces["tiny"], NONE_HELD_OUT) == expected
     assert documents_of(spaces["tiny"]) == documents
-    assert not list(spaces["tiny"].progress.iterdir())
-    stored = list(corpus.stored_documents(spaces["tiny"].output))
+    return expected, documents, spaces["tiny"]
+
+
+@pytest.mark.parametrize("piece", [5, 6, 64])
+@pytest.mark.parametrize("kind", ["jsonl", "text", "paragraphs"])
+def test_a_corpus_does_not_depend_on_what_is_long(kind, piece, tmp_path, make_workspace, tiny):
+    source = source_of_texts(tmp_path / "in", kind, piece)
+    _, documents, space = built_both_ways(source, make_workspace, tiny, piece)
+    assert not list(space.progress.iterdir())
+    stored = list(corpus.stored_documents(space.output))
     assert sum(isinstance(document.text, LongText) for document in stored) >= 2 - (kind == "text")
     for document, (doc_id, _, text) in zip(stored, documents, strict=True):
         assert (document.doc_id, len(document.text)) == (doc_id, len(text.encode()))
@@ -268,12 +277,7 @@ BAD_LINES = {
 def test_a_bad_line_has_the_error_of_a_short_one(name, piece, tmp_path, make_workspace, tiny):
     (tmp_path / "a").write_bytes(GOOD + BAD_LINES[name] + GOOD.replace(b"good", b"bad"))
     source = files(tmp_path / "a", on_error="skip", max_skipped=9, max_document_bytes=12_000)
-    spaces = {name: make_workspace(name) for name in ("whole", "tiny")}
-    expected = build_corpus(source, spaces["whole"], NONE_HELD_OUT)
-    documents = documents_of(spaces["whole"])
-    tiny(piece)
-    assert build_corpus(source, spaces["tiny"], NONE_HELD_OUT) == expected
-    assert documents_of(spaces["tiny"]) == documents
+    expected, *_ = built_both_ways(source, make_workspace, tiny, piece)
     if name != "blank":
         (told,) = expected.facts["first_skipped"]
         assert f"{tmp_path / 'a'}:2: " in told

@@ -362,21 +362,14 @@ def test_what_cannot_be_fetched_does_not_cost_the_local_copy(tmp_path):
     assert raw is None or (local / "losses.json").read_bytes() == raw
 
 
-def test_a_pin_here_keeps_the_step_in_the_store_too(tmp_path):
+@pytest.mark.parametrize("where", ["here", "in the store"])
+def test_a_pin_in_one_place_keeps_the_step_in_both(tmp_path, where):
     url = f"memory://{uuid.uuid4().hex}"
     with open_checkpoints(tmp_path, keep=2, remote=url) as here:
         save_all(here, [1, 2])
-        pin(tmp_path, 1)
+        pin(tmp_path if where == "here" else url, 1)
         save_all(here, [3, 4])
     assert steps_there(url) == [4, 3, 1]
-
-
-def test_a_pin_in_the_store_keeps_the_step_here_too(tmp_path):
-    url = f"memory://{uuid.uuid4().hex}"
-    with open_checkpoints(tmp_path, keep=2, remote=url) as here:
-        save_all(here, [1, 2])
-        pin(url, 1)
-        save_all(here, [3, 4])
     assert sorted(read_manifest(path).step for path in tmp_path.glob("step-*")) == [1, 3, 4]
 
 
